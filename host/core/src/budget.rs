@@ -1,10 +1,17 @@
-//! A bound on bytes that several hold together: the sinks' buffers, what readers read ahead, the
-//! intake's requests. Memory is bounded by configuration, never by luck.
+//! Limit on the bytes that several parts hold together: the buffers of sinks, what readers read ahead, the requests of
+//! the intake.
 //!
-//! Each lane has an [`Account`]: half of the bytes is reserved in equal parts for the accounts, half is
-//! common, so that a lane that is blocked never stops another (`ledger.rs` says who gets what when). Over
-//! the sinks' budget, the largest buffers are asked to commit, so that a sink that rolls hourly gives way
-//! to the shards that read.
+//! The invariant: memory is limited by configuration, and a blocked lane never stops another. Each lane has an
+//! [`Account`]. Half of the bytes is reserved in equal parts for the accounts, the other half is common. [`ledger`]
+//! decides without a clock and without waiting: who gets bytes, who waits, whose buffer must commit. This module adds
+//! the waiting, the locks and the metric.
+//!
+//! - A request that cannot be granted gets a ticket and waits. Buffers are asked to commit, the largest first, so that
+//!   a sink that rolls hourly gives way to shards that read.
+//! - Bytes are given back when a [`Permit`] is dropped or shrinks. The same call grants what waits, under the same
+//!   lock, so no wake-up is lost.
+//! - A waiter also looks again every `LOOK_INTERVAL`, because the passing of time alone can give it a turn.
+//! - A future that is dropped while it waits withdraws its request, also one that was granted in the meantime.
 
 mod answer;
 pub mod ledger;
@@ -19,12 +26,12 @@ pub use self::answer::{ANSWER_BYTES_MAX, ANSWER_VALUES_MAX, READ_BYTES_MAX, occu
 pub use self::ledger::LongWait;
 use self::ledger::{AccountId, BudgetLedger, BufferId, Limits, Ticket};
 
-/// How long who went beyond the bound may stand still until another may, unless it is configured.
+/// How long an account that went beyond the limit may release nothing until another gets its turn, if not configured.
 const TURN_MAX: Duration = Duration::from_secs(10);
-/// How often those who wait look again: time passes the turn on.
+/// How often a waiter looks again: a turn can end because time has passed.
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 
-/// A budget; its clones share it.
+/// A budget. Clones share it.
 #[derive(Clone)]
 pub struct Budget {
     shared: Arc<Shared>,
@@ -32,46 +39,47 @@ pub struct Budget {
 
 struct Shared {
     bytes_max: usize,
-    /// The metric that shows what is held.
+    /// Metric that shows how many bytes are held.
     gauge: &'static str,
     state: Mutex<State>,
 }
 
 struct State {
     ledger: BudgetLedger,
-    /// Whom to wake when a ticket has its bytes.
+    /// Whom to wake when a ticket is granted.
     wakers: HashMap<Ticket, Arc<Notify>>,
-    /// Whom to wake when a buffer is to be committed.
+    /// Whom to wake when a buffer must commit.
     committers: HashMap<BufferId, Arc<Notify>>,
     looked_at: Instant,
 }
 
-/// A lane's account in a budget; it is closed when dropped, and what it took is counted on.
+/// Account of a lane in a budget. Dropping it closes it; bytes that it took stay counted until they are released.
 pub struct Account {
     shared: Arc<Shared>,
     id: AccountId,
 }
 
-/// Bytes taken from the budget; given back when dropped.
+/// Bytes taken from the budget; dropping it gives them back.
 pub struct Permit {
     shared: Arc<Shared>,
     account: Option<AccountId>,
     bytes: usize,
 }
 
-/// A buffer that could commit when others need its bytes; no longer when dropped.
+/// Buffer that can commit when others need its bytes, until this is dropped.
 pub struct OpenBuffer {
     shared: Arc<Shared>,
     id: BufferId,
 }
 
 impl Budget {
-    /// A budget of `bytes_max` bytes; what is held shows as the metric `gauge`.
+    /// Makes a budget of `bytes_max` bytes. The metric `gauge` shows how many are held.
     pub fn new(bytes_max: usize, gauge: &'static str) -> Self {
         Self::with_turn(bytes_max, gauge, TURN_MAX)
     }
 
-    /// A budget in which who went beyond the bound and is blocked for `turn_max` lets another do so.
+    /// Makes a budget with a time for turns: an account that went beyond the limit and releases nothing for `turn_max`
+    /// lets another do so.
     pub fn with_turn(bytes_max: usize, gauge: &'static str, turn_max: Duration) -> Self {
         let state = State {
             ledger: BudgetLedger::new(Limits { bytes_max, turn_max }),
@@ -82,44 +90,44 @@ impl Budget {
         Self { shared: Arc::new(Shared { bytes_max, gauge, state: Mutex::new(state) }) }
     }
 
-    /// The bound that is configured, in bytes.
+    /// Returns the configured limit, in bytes.
     pub fn bytes_max(&self) -> usize {
         self.shared.bytes_max
     }
 
-    /// Opens an account, which has a part of its own. Waits are shown under its name.
+    /// Opens an account with a reserved part. Its long waits are shown under this name.
     pub fn account(&self, name: impl Into<Arc<str>>) -> Account {
         let id = self.shared.lock().ledger.open(name.into(), Instant::now());
         Account { shared: self.shared.clone(), id }
     }
 
-    /// A permit for nobody's account that holds nothing yet.
+    /// Makes a permit of no account that holds nothing yet.
     pub fn empty(&self) -> Permit {
         Permit { shared: self.shared.clone(), account: None, bytes: 0 }
     }
 
-    /// Takes bytes for nobody's account; `None` when this many are not free now.
+    /// Takes bytes without an account; `None` if this many are not free now.
     #[cfg(test)]
     fn try_take(&self, bytes: usize) -> Option<Permit> {
         let mut permit = self.empty();
         permit.try_grow(bytes).then_some(permit)
     }
 
-    /// The accounts that have waited for `after` or longer, and who holds what they wait for.
+    /// Returns the accounts that have waited for `after` or longer, and who holds the bytes that they wait for.
     pub fn long_waits(&self, after: Duration) -> Vec<LongWait> {
         self.shared.lock().ledger.long_waits(after, Instant::now())
     }
 }
 
 impl Account {
-    /// Takes bytes, waiting while there are not enough; buffers are asked to commit meanwhile. Dropping
-    /// the future takes nothing.
+    /// Takes bytes. Waits while there are not enough, and asks buffers to commit meanwhile. Dropping the future takes
+    /// nothing.
     pub async fn take(&self, bytes: usize) -> Permit {
         self.take_between(bytes, bytes).await
     }
 
-    /// Takes as much as is free now, between `bytes_min` and `bytes_max`; waits for `bytes_min` where there
-    /// is less. Up to the account's part it never waits. Dropping the future takes nothing.
+    /// Takes as much as is free now, between `bytes_min` and `bytes_max`. Waits for `bytes_min` if less is free. Within
+    /// the account's part it never waits. Dropping the future takes nothing.
     pub async fn take_between(&self, bytes_min: usize, bytes_max: usize) -> Permit {
         let woken = Arc::new(Notify::new());
         let ticket = {
@@ -149,14 +157,16 @@ impl Account {
                     state.look(now);
                 }
             }
+            // `Notify` remembers a wake-up that comes before this wait.
             let _ = tokio::time::timeout(LOOK_INTERVAL, woken.notified()).await;
         }
+        // The ticket was collected, so dropping the guard withdraws nothing. If this future is dropped earlier, the
+        // guard also releases bytes that were granted in the meantime.
         drop(waiting);
         self.permit(bytes_min)
     }
 
-    /// Takes bytes if it can have them without waiting: nobody is asked to commit for them. `None`: it would have to
-    /// wait.
+    /// Takes bytes only if no wait is needed; no buffer is asked to commit. `None`: it would have to wait.
     pub fn take_at_once(&self, bytes: usize) -> Option<Permit> {
         let mut state = self.shared.lock();
         let now = Instant::now();
@@ -166,31 +176,32 @@ impl Account {
                 Some(self.permit(bytes))
             }
             Err(ticket) => {
+                // Withdrawn under the same lock, before `look` runs: no buffer is asked to commit for it.
                 state.ledger.withdraw(ticket, now);
                 None
             }
         }
     }
 
-    /// The bytes that it can have without waiting, whatever others hold.
+    /// Returns the bytes that the account can have without waiting, whatever others hold.
     pub fn part_bytes(&self) -> usize {
         self.shared.lock().ledger.part()
     }
 
-    /// The bytes that a sink may hold of what it makes of rows in hand, before it commits; `occupied` are counted for
-    /// them. Rows in another form may be many times as large.
+    /// Returns the limit of bytes for rows that a sink encodes before it commits; `occupied` are already counted for them.
+    /// Encoded rows may be many times as large as the rows.
     pub fn encoded_bytes_max(&self, occupied: usize) -> usize {
         self.shared.lock().ledger.encoded_bytes_max(self.id, occupied)
     }
 
-    /// Counts bytes that are there already; others wait the longer.
+    /// Counts bytes that already exist. Others wait longer for them.
     pub fn force(&self, bytes: usize) -> Permit {
         let mut permit = self.permit(0);
         permit.resize(bytes);
         permit
     }
 
-    /// Says that a buffer begins to hold bytes of the account and commits when `commit` is notified.
+    /// Registers a buffer of this account that commits when `commit` is notified.
     pub fn open_buffer(&self, commit: &Arc<Notify>) -> OpenBuffer {
         let mut state = self.shared.lock();
         let id = state.ledger.open_buffer(self.id);
@@ -207,12 +218,12 @@ impl Drop for Account {
     fn drop(&mut self) {
         let mut state = self.shared.lock();
         state.ledger.close(self.id);
-        // The others' parts have grown.
+        // The parts of the others have grown.
         state.look(Instant::now());
     }
 }
 
-/// A request that waits; withdrawn when dropped.
+/// A waiting request; dropping it withdraws the request.
 struct Waiting<'a> {
     shared: &'a Shared,
     ticket: Ticket,
@@ -230,7 +241,7 @@ impl Drop for Waiting<'_> {
 }
 
 impl OpenBuffer {
-    /// Says how many bytes the buffer holds.
+    /// Sets the number of bytes in the buffer.
     pub fn resize(&self, bytes: usize) {
         self.shared.lock().ledger.resize_buffer(self.id, bytes);
     }
@@ -245,7 +256,7 @@ impl Drop for OpenBuffer {
 }
 
 impl State {
-    /// Grants what can be granted, and asks for commits where that is not enough.
+    /// Grants what can be granted, and asks for commits if that is not enough.
     fn look(&mut self, now: Instant) {
         if !self.ledger.has_waiters() {
             return;
@@ -268,6 +279,7 @@ impl Shared {
     fn change(&self, account: Option<AccountId>, occupied: usize, bytes: usize) {
         let mut state = self.lock();
         let now = Instant::now();
+        // Released bytes are granted under the same lock, so a new request cannot overtake a waiting one.
         match (bytes < occupied, account) {
             (true, Some(account)) => state.ledger.release(account, occupied - bytes, now),
             (true, None) => state.ledger.release_free(occupied - bytes),
@@ -289,12 +301,12 @@ impl Shared {
 }
 
 impl Permit {
-    /// Bytes that it holds.
+    /// Returns the number of bytes that it holds.
     pub fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Takes more for nobody's account; false, and nothing is taken, when this many are not free now.
+    /// Takes more bytes without an account. Returns false, and takes nothing, if this many are not free now.
     pub fn try_grow(&mut self, bytes: usize) -> bool {
         let mut state = self.shared.lock();
         let is_taken = state.ledger.take_free(bytes);
@@ -305,8 +317,8 @@ impl Permit {
         is_taken
     }
 
-    /// Holds `bytes` from now on. More than before is taken without waiting: it is there already,
-    /// and others wait the longer.
+    /// Changes the number of bytes that are held. An increase never waits: the bytes already exist, and others wait
+    /// longer.
     pub fn resize(&mut self, bytes: usize) {
         if bytes != self.bytes {
             self.shared.change(self.account, self.bytes, bytes);
@@ -314,14 +326,14 @@ impl Permit {
         }
     }
 
-    /// Parts it: the new one holds `bytes`, or all that there is.
+    /// Splits it: the new permit holds `bytes`, or all if there are fewer.
     pub fn split(&mut self, bytes: usize) -> Self {
         let bytes = bytes.min(self.bytes);
         self.bytes -= bytes;
         Self { shared: self.shared.clone(), account: self.account, bytes }
     }
 
-    /// Takes over what another one of the same account holds.
+    /// Adds the bytes of another permit of the same account.
     pub fn absorb(&mut self, mut other: Self) {
         self.bytes += std::mem::take(&mut other.bytes);
     }
@@ -379,7 +391,7 @@ mod tests {
             other.take(MIB / 2).await
         };
         assert!(tokio::time::timeout(Duration::from_millis(20), waiter).await.is_err());
-        // Given up: nobody waits.
+        // The wait was dropped, so nobody waits.
         assert_eq!(budget.long_waits(Duration::ZERO), []);
         let _own = other.take(MIB / 2).await;
         let waiter = other.take(MIB / 2);

@@ -1,10 +1,9 @@
-//! Strangers' texts where people read them: which characters steer a terminal, and how they are shown in place of
-//! doing something.
+//! Makes texts from plugins, records and servers safe to print.
 //!
-//! Texts of plugins, records and servers may hold characters that move the cursor, hide or reorder what
-//! stands around them, or forge a line. [`controls_terminal`] is the one list of such characters. Every output of the
-//! binary goes through one of the functions here: notes, the commands' reports and the errors of the argument
-//! parser through [`printable`], JSON through [`printable_json`], the log and rows on a terminal through [`EscapingWriter`].
+//! Such texts may contain characters that move the cursor, hide or reorder the text around them, or fake a line.
+//! [`controls_terminal`] defines these characters, and is the only definition. Every output of the binary goes through a function
+//! of this module: notes, reports of commands and errors of the argument parser through [`printable`], JSON through
+//! [`printable_json`], the log and rows on a terminal through [`EscapingWriter`].
 
 use std::borrow::Cow;
 use std::fmt::{self, Display, Write as _};
@@ -12,20 +11,20 @@ use std::io::{self, Write};
 
 use unicode_properties::{GeneralCategory, UnicodeGeneralCategory};
 
-/// Characters that stay in a report of several lines.
+/// Characters that are not escaped in a report of several lines.
 const LAYOUT: [char; 2] = ['\n', '\t'];
 
-/// Bytes that are shown of a text of a plugin or a server, and of a library that quotes one: it may be as long as
-/// their memory.
+/// Limit of a shown text from a plugin, a server, or a library that quotes one, in bytes. The text itself may be as
+/// long as their memory.
 pub const QUOTED_BYTES_MAX: usize = 8 << 10;
-/// Bytes that are copied of a text beyond those that are shown: a secret that begins in what is shown must be found
+/// Bytes of a text that are copied beyond those that are shown, so that a secret that begins in the shown part is found
 /// whole.
 pub const AHEAD_BYTES: usize = 64 << 10;
 
-/// Whether a character does something to a terminal, or to a reader's view, in place of being shown:
-/// controls, format characters (those that reorder text among them), and separators of lines.
+/// Whether a character changes the state of a terminal, or the reader's view, and is not simply shown: controls, format
+/// characters (including those that reorder text), and line separators.
 pub fn controls_terminal(c: char) -> bool {
-    // Most characters: the general category takes a search.
+    // Most characters are ASCII, and the general category takes a search.
     if c.is_ascii() {
         return c.is_ascii_control();
     }
@@ -38,7 +37,7 @@ pub fn controls_terminal(c: char) -> bool {
     )
 }
 
-/// The text with the characters that steer escaped, but for those of `kept`.
+/// Escapes the characters that steer a terminal, except those in `kept`.
 pub fn escaped(text: &str, kept: &[char]) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
@@ -50,9 +49,9 @@ pub fn escaped(text: &str, kept: &[char]) -> String {
     shown
 }
 
-/// The beginning of a text, of at most `bytes_max` bytes as it is shown: an escaped character takes up to ten times
-/// its bytes. `escapes` says which characters are escaped; `hide` replaces secrets in what is copied of the text,
-/// which is never all of a long one. A text that was cut ends with its whole length.
+/// Returns the beginning of a text, at most `bytes_max` bytes as shown: an escaped character takes up to ten times its
+/// bytes. `escapes` says which characters are escaped. `hide` replaces secrets in the copied part of the text, which is
+/// never all of a long one. A text that was cut ends with its whole length.
 pub fn beginning(
     text: impl Display,
     bytes_max: usize,
@@ -60,7 +59,7 @@ pub fn beginning(
     hide: impl FnOnce(String) -> String,
 ) -> String {
     let mut copy = Copied { text: String::new(), bytes_max: bytes_max + AHEAD_BYTES, bytes: 0 };
-    // A text that fails to be written ends there.
+    // If the text fails to format, it ends there.
     let _ = write!(copy, "{text}");
     let Copied { text: copied, bytes, .. } = copy;
     let mut is_cut = copied.len() < bytes;
@@ -78,13 +77,13 @@ pub fn beginning(
         }
     }
     if is_cut {
-        // Writing into a String cannot fail.
+        // Writing to a String cannot fail.
         let _ = write!(shown, "… ({bytes} bytes in all)");
     }
     shown
 }
 
-/// Keeps the first bytes of what is written, and counts all of them.
+/// Keeps the first bytes that are written, and counts all of them.
 struct Copied {
     text: String,
     bytes_max: usize,
@@ -93,7 +92,7 @@ struct Copied {
 
 impl fmt::Write for Copied {
     fn write_str(&mut self, part: &str) -> fmt::Result {
-        // Behind a part that was cut, nothing may follow.
+        // After a part that was cut, nothing may follow.
         if self.bytes == self.text.len() {
             let room = self.bytes_max - self.text.len();
             self.text.push_str(&part[..part.floor_char_boundary(room)]);
@@ -103,18 +102,18 @@ impl fmt::Write for Copied {
     }
 }
 
-/// A path as messages name it, in one line.
+/// Formats a path for a message, in one line.
 pub fn path(path: &std::path::Path) -> String {
     escaped(&path.display().to_string(), &[])
 }
 
-/// A text in quotation marks, for a field of the log. As a plain text field it would be escaped: a second time,
-/// where that was done before.
+/// Puts a text in quotation marks, for a log field. A plain text field would be escaped by the log, a second time if
+/// the text was escaped before.
 pub fn quoted(text: &str) -> String {
     format!("\"{text}\"")
 }
 
-/// A report as it may be printed: ends of lines and tabs stay, all else that steers is escaped.
+/// Escapes a report for printing, except line ends and tabs.
 pub fn printable(text: &str) -> Cow<'_, str> {
     match text.contains(|c: char| controls_terminal(c) && !LAYOUT.contains(&c)) {
         true => Cow::Owned(escaped(text, &LAYOUT)),
@@ -122,8 +121,8 @@ pub fn printable(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// [`printable`] for a text with colours of ours: sequences that only set colours stay too. Strangers' parts
-/// must have been escaped before they were put between them.
+/// Does the same for a text that has colours of ours: sequences that only set colours are kept, too. Foreign parts must
+/// have been escaped before they were inserted.
 pub fn printable_styled(text: &str) -> String {
     let mut shown = String::with_capacity(text.len());
     let mut rest = text;
@@ -146,7 +145,7 @@ pub fn printable_styled(text: &str) -> String {
     shown
 }
 
-/// The length of the colour sequence that a text begins with (`ESC [ … m`); 0: there is none.
+/// Returns the length of the colour sequence (`ESC [ … m`) that a text begins with; 0 if there is none.
 fn style_length(text: &str) -> usize {
     let Some(parameters) = text.strip_prefix("\x1b[") else { return 0 };
     match parameters.find(|c: char| !c.is_ascii_digit() && c != ';') {
@@ -155,14 +154,15 @@ fn style_length(text: &str) -> usize {
     }
 }
 
-/// JSON as it may be printed: the same value, with each control or format character as a JSON escape, such as `\u001b`.
+/// Escapes JSON for printing. The value is the same; control and format characters become JSON escapes such as
+/// `\u001b`.
 pub fn printable_json(json: &str) -> Cow<'_, str> {
     if !json.contains(controls_terminal) {
         return Cow::Borrowed(json);
     }
     let mut shown = String::with_capacity(json.len());
     for c in json.chars() {
-        // Between values JSON has ends of lines, too; there they are layout, in strings they are escaped.
+        // Line ends between JSON values are layout and stay. Inside strings, JSON already escapes them.
         match controls_terminal(c) && !LAYOUT.contains(&c) {
             true => c.encode_utf16(&mut [0; 2]).iter().for_each(|unit| {
                 // Writing into a String cannot fail.
@@ -174,21 +174,20 @@ pub fn printable_json(json: &str) -> Cow<'_, str> {
     Cow::Owned(shown)
 }
 
-/// The characters that [`EscapingWriter`] leaves as they are.
+/// Characters that [`EscapingWriter`] does not escape.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeptCharacters {
-    /// Ends of lines and tabs.
+    /// Line ends and tabs.
     Layout,
-    /// Tabs, and the line end at the end of each write: an event of the log is one line. With styles, the
-    /// colours of whoever wrote it.
+    /// Tabs, and the line end at the end of each write: a log event is one line.
     OneLine {
-        /// Whether colours stay.
+        /// Whether colour sequences are kept, too.
         styles: bool,
     },
 }
 
-/// An output on which nothing that is written can steer a terminal. Each write must hold whole characters;
-/// bytes that are not UTF-8 are shown as `\xXX`.
+/// Output on which no text can steer a terminal. Each write must contain whole characters; bytes that are not UTF-8 are
+/// shown as `\xXX`.
 pub struct EscapingWriter<W> {
     output: W,
     kept: KeptCharacters,
@@ -243,8 +242,8 @@ fn shown_bytes(bytes: &[u8], kept: KeptCharacters) -> String {
 mod tests {
     use super::*;
 
-    /// A control, a C1 control, an override and an isolate of direction, a zero-width space, a separator of
-    /// lines, a soft hyphen, a tag.
+    /// A control, a C1 control, a direction override and isolate, a zero-width space, a line separator, a soft hyphen,
+    /// a tag.
     const STEERING: &str =
         "\x1b\u{9b}\u{202e}\u{2066}\u{200b}\u{2028}\u{ad}\u{e0041}\u{feff}\u{7f}\r";
 
@@ -291,7 +290,7 @@ mod tests {
 
     #[test]
     fn wall_02_no_more_than_the_beginning_of_a_text_is_copied() {
-        /// A text of many parts, the last ones of which would fit again.
+        /// A text of many parts, of which the last ones would fit again.
         struct Parts;
         impl Display for Parts {
             fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -307,7 +306,7 @@ mod tests {
         });
         assert_eq!(copied_bytes, 100 + AHEAD_BYTES);
         assert_eq!(shown, format!("{}… (6553601 bytes in all)", "ä".repeat(50)));
-        // A secret is found although the text is cut within it.
+        // A secret is found although the text is cut inside it.
         let text = format!("{}secret", "x".repeat(97));
         let hide = |copied: String| copied.replace("secret", "$S");
         assert_eq!(beginning(&text, 100, controls_terminal, hide), format!("{}$S", "x".repeat(97)));

@@ -1,12 +1,13 @@
-//! What all parts of shardmill share: records, and the contracts of those who bring and take them.
+//! Base crate of shardmill: records, and the contracts of sources and sinks.
 //!
-//! [`record`] has the data that takes the path: shards, positions, batches, rows. [`source`] and [`sink`] are the two
-//! contracts at its ends; [`owner`] says who writes to a sink. [`budget`] bounds the bytes that are under way, [`stop`]
-//! ends every wait, [`metric`] names what is counted. The rest is what all parts need of the machine: files of this user alone ([`private`]), limits
-//! ([`system`]), threads that may block ([`off_thread`]), texts of strangers ([`escape`], [`masking`]).
+//! [`record`] has the data that flows: shards, positions, batches, rows. [`source`] and [`sink`] are the two contracts
+//! at the ends of a lane; [`owner`] names the process that writes to a sink. [`budget`] bounds the bytes in memory,
+//! [`stop`] ends every wait, [`metric`] lists what is counted. The other modules are what all crates need of the
+//! machine: files that only this user can reach ([`private`]), limits of the system ([`system`]), threads that may
+//! block ([`off_thread`]), and texts from plugins and servers ([`escape`], [`masking`]).
 //!
-//! Nothing here talks to a server, runs a plugin or knows a type of source or sink. It uses no other crate of the host
-//! and none of the heavy dependencies, so that every other crate can use it.
+//! Nothing here talks to a server, runs a plugin or knows a type of source or sink. The crate uses no other crate of
+//! the host and no heavy dependency, so that every other crate can use it.
 //!
 //! Sequence numbers compare as numbers, and positions by their place in the shard:
 //!

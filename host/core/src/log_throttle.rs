@@ -1,12 +1,12 @@
-//! Lines of the log that others can cause as often as they like: by records, requests or connections. A line
-//! may be longer than what caused it, so they would fill the disk with little traffic.
+//! Limits log lines that others can cause at any rate, by records, requests or connections. A line may be longer than
+//! what caused it, so little traffic could fill the disk.
 
 use std::time::{Duration, Instant};
 
-/// Pause between two lines of one kind, of one shard or port.
+/// Pause between two lines of one kind, for one shard or port.
 const PAUSE: Duration = Duration::from_secs(10);
 
-/// Decides which lines of one kind are written. The rest is counted.
+/// Decides which lines of one kind are written, and counts the others.
 #[derive(Debug)]
 pub struct LogThrottle {
     pause: Duration,
@@ -21,12 +21,12 @@ impl Default for LogThrottle {
 }
 
 impl LogThrottle {
-    /// Lines at least `pause` apart.
+    /// Makes a limiter of lines at least `pause` apart.
     pub fn new(pause: Duration) -> Self {
         Self { pause, written_at: None, left_out: 0 }
     }
 
-    /// Gives the number of lines that were left out since the last one; `None`: this one is left out, too.
+    /// Returns the number of lines that were skipped since the last one; `None`: skip this line, too.
     pub fn line(&mut self, now: Instant) -> Option<u64> {
         let is_early = |at| now.saturating_duration_since(at) < self.pause;
         if self.written_at.is_some_and(is_early) {

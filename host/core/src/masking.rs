@@ -1,9 +1,11 @@
-//! Values of variables that this process has read. What it says shows their names, whoever worded it: a library's
-//! line of the log, a server that repeats its request, the system about a path.
+//! Hides the values of variables that this process has read, in everything that it prints.
 //!
-//! Sinks, stages and the configuration hide values where their texts are made, as those also go into dead letters and
-//! the state. Here is the last door: standard error, the reports of commands, and the causes of what is blocked.
-//! Records pass it as they are: those that `stream tail` and `dlq` show, and the rows of a stdout sink.
+//! Values are passwords, tokens and the like. A text with a value can come from anywhere: a log line of a library, a
+//! server that repeats the request, the system's error about a path. Sinks, stages and the configuration already hide
+//! values where they make their texts, because these texts also go into dead letters and the state. This module is the
+//! last check: standard error, the reports of commands, and the causes of blocked lanes.
+//!
+//! Records are not changed: those that `stream tail` and `dlq` show, and the rows of a stdout sink.
 
 use std::fmt::Display;
 use std::sync::{LazyLock, PoisonError, RwLock};
@@ -13,19 +15,19 @@ use serde_json::Value;
 use crate::escape::{QUOTED_BYTES_MAX, beginning, controls_terminal};
 use crate::values::Values;
 
-/// Bytes of a message of ours that quotes others: what they worded, and as much again for names and ways out.
+/// Limit of a message that quotes others, in bytes: what they wrote, and the same again for names and ways out.
 const MESSAGE_BYTES_MAX: usize = 2 * QUOTED_BYTES_MAX;
-/// Bytes of a report of several lines: more than any has that a person reads to its end.
+/// Limit of a report of several lines, in bytes: more than a person reads to its end.
 const REPORT_BYTES_MAX: usize = 64 << 10;
 
 static VALUES: LazyLock<RwLock<Values>> = LazyLock::new(RwLock::default);
 
-/// Hides these from now on.
+/// Hides these values from now on.
 pub fn register(values: &Values) {
     VALUES.write().unwrap_or_else(PoisonError::into_inner).extend(values);
 }
 
-/// Puts `${NAME}` in the place of each value in a text.
+/// Replaces each value in a text with `${NAME}`.
 pub fn hide(text: String) -> String {
     let values = VALUES.read().unwrap_or_else(PoisonError::into_inner);
     match values.is_empty() {
@@ -34,31 +36,30 @@ pub fn hide(text: String) -> String {
     }
 }
 
-/// A text that a server, a database or a library worded, as a part of a message of ours: its beginning, of at most
-/// [`QUOTED_BYTES_MAX`] bytes, in one line without values. To be used where an error of theirs becomes a text, so that
-/// no copy of a long one goes any further, and none of its ends of lines is taken for one of ours.
+/// Returns the beginning of a text of a server, a database or a library, for a message: at most [`QUOTED_BYTES_MAX`]
+/// bytes, in one line, without values. Use it where a foreign error becomes a text, so that no copy of a long one is
+/// passed on, and none of its line ends looks like one of ours.
 pub fn sanitized(text: impl Display) -> String {
     sanitized_within(text, QUOTED_BYTES_MAX)
 }
 
-/// The same with at most `bytes_max` bytes.
+/// Does the same with at most `bytes_max` bytes.
 pub fn sanitized_within(text: impl Display, bytes_max: usize) -> String {
     beginning(text, bytes_max, controls_terminal, hide)
 }
 
-/// A message of ours in one line of bounded length, without values, whatever it quotes.
+/// Returns a message as one line of limited length, without values.
 pub fn message(text: impl Display) -> String {
     sanitized_within(text, MESSAGE_BYTES_MAX)
 }
 
-/// A report of ours of bounded length, without values. Its lines stay, and what steers a terminal: that is
-/// escaped where the report is written.
+/// Returns a report of limited length, without values. Line ends and terminal controls stay; whoever prints the report
+/// escapes the controls.
 pub fn report(text: impl Display) -> String {
     beginning(text, REPORT_BYTES_MAX, |_| false, hide)
 }
 
-/// Puts `${NAME}` in the place of each value in the texts of a JSON document: numbers and what parts them stay what
-/// they are.
+/// Replaces each value in the strings of a JSON document with `${NAME}`. Numbers and structure do not change.
 pub fn hide_json(json: String) -> String {
     let hidden = hide(json.clone());
     if hidden == json {
@@ -70,12 +71,12 @@ pub fn hide_json(json: String) -> String {
             // As it was written, with its members in their order.
             false => json,
         },
-        // Nobody reads it as JSON.
+        // Not JSON, so nobody reads it as JSON.
         Err(_) => hidden,
     }
 }
 
-/// Hides values in the texts of a document; whether there were any.
+/// Replaces values in the strings of a document. Returns whether there were any.
 fn hide_texts(value: &mut Value) -> bool {
     match value {
         Value::String(text) => {
@@ -85,7 +86,7 @@ fn hide_texts(value: &mut Value) -> bool {
             is_changed
         }
         Value::Array(values) => {
-            // Each of them: `any` would end at the first.
+            // All of them: `any` would stop at the first.
             values.iter_mut().filter_map(|value| hide_texts(value).then_some(())).count() > 0
         }
         Value::Object(members) => {

@@ -1,37 +1,37 @@
 //! Metrics of the host: the name, kind, labels and meaning of each.
 //!
 //! A new metric is one entry here and the line that counts it: `/metrics` and the book's page are made from
-//! [`METRICS`]. The constants are the names to count by: `metrics::counter!(metric::SINK_ROWS_TOTAL, "sink" => sink)`.
-//! Metrics of plugins are not among them: those have names of their own, with the prefix `shardmill_plugin_`.
+//! [`METRICS`]. Count by the constants: `metrics::counter!(metric::SINK_ROWS_TOTAL, "sink" => sink)`. Metrics of
+//! plugins are not listed: their names are chosen by plugins, with the prefix `shardmill_plugin_`.
 
 use std::fmt::Write as _;
 
-/// A metric of the host.
+/// Metric of the host.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Metric {
-    /// Its name, with the prefix `shardmill_` and the unit.
+    /// Name, with the prefix `shardmill_` and the unit.
     pub name: &'static str,
-    /// Its kind.
+    /// Kind.
     pub kind: MetricKind,
-    /// Its labels.
+    /// Labels.
     pub labels: &'static [&'static str],
-    /// Its meaning: a sentence.
+    /// Meaning, as a sentence.
     pub about: &'static str,
 }
 
-/// How the values of a metric relate to each other.
+/// Kind of a metric, as in Prometheus.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum MetricKind {
     /// Only grows while the process runs.
     Counter,
-    /// A value of now.
+    /// Current value, which may fall.
     Gauge,
-    /// The distribution of values.
+    /// Distribution of values.
     Histogram,
 }
 
 impl MetricKind {
-    /// The kind as Prometheus names it.
+    /// Returns the name that Prometheus uses.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Counter => "counter",
@@ -68,7 +68,7 @@ metrics! {
     SOURCE_LOST_MS_TOTAL: Counter "shardmill_source_lost_ms_total" ["shard"]
         "Milliseconds of the stream whose records were lost.";
     SOURCE_ASTRAY_AGGREGATES_TOTAL: Counter "shardmill_source_astray_aggregates_total" []
-        "Aggregates that were read from a shard that their hash keys do not belong to.";
+        "Aggregates that were read from a shard that does not contain their hash keys.";
     LAG_MS: Gauge "shardmill_lag_ms" ["shard"]
         "Milliseconds between the last record read and the end of the shard. Deprecated: see shardmill_committed_lag_seconds.";
     COMMITTED_LAG_SECONDS: Gauge "shardmill_committed_lag_seconds" ["shard", "sink"]
@@ -82,21 +82,21 @@ metrics! {
     STAGE_BYTES_TOTAL: Counter "shardmill_stage_bytes_total" ["stage"]
         "Payload bytes that entered a stage.";
     STAGE_CALLS_TOTAL: Counter "shardmill_stage_calls_total" ["stage"]
-        "Calls of a plugin, with those that search for the record at fault.";
+        "Calls of a plugin, including those that search for the culprit record.";
     STAGE_TRAPS_TOTAL: Counter "shardmill_stage_traps_total" ["stage"]
         "Calls of a plugin that trapped or timed out.";
     STAGE_RETRIES_TOTAL: Counter "shardmill_stage_retries_total" ["stage"]
         "Calls tried again because the plugin asked for it.";
     STAGE_STARVED_TOTAL: Counter "shardmill_stage_starved_total" ["stage"]
-        "Calls that got too little CPU time to end: run again, no record is blamed.";
+        "Calls that got too little CPU time to finish. They are rerun, and no record is rejected for it.";
     STAGE_RENEWALS_TOTAL: Counter "shardmill_stage_renewals_total" ["stage"]
         "Instances replaced because their memory grew.";
     STAGE_MEMORY_BYTES: Gauge "shardmill_stage_memory_bytes" ["stage", "shard"]
         "Linear memory of a lane's instance of a stage.";
     STAGE_LOG_LINES_DROPPED_TOTAL: Counter "shardmill_stage_log_lines_dropped_total" ["stage"]
-        "Log lines of a plugin over its stage's limit.";
+        "Log lines of a plugin that were dropped because of its stage's limit.";
     LOOKUP_KEYS_TOTAL: Counter "shardmill_lookup_keys_total" ["lookup", "result"]
-        "Keys asked for: kept, found, or without a row.";
+        "Keys looked up: kept, found, or without a row.";
     LOOKUP_SECONDS: Histogram "shardmill_lookup_seconds" ["lookup"]
         "Duration of a lookup's query.";
     BUFFER_BYTES: Gauge "shardmill_buffer_bytes" []
@@ -112,9 +112,9 @@ metrics! {
     DEAD_LETTERS_BYTES: Gauge "shardmill_dead_letters_bytes" []
         "Bytes that the store of dead letters holds.";
     DEAD_LETTERS_BYTES_MAX: Gauge "shardmill_dead_letters_bytes_max" []
-        "The most that the store of dead letters may hold: at it, lanes with dead letters wait.";
+        "Limit of the store of dead letters. When it is reached, lanes with dead letters wait.";
     DEAD_LETTERS_NEARLY_FULL: Gauge "shardmill_dead_letters_nearly_full" []
-        "1 from 80 % of that on, else 0.";
+        "1 if the store of dead letters is at least 80 % full, else 0.";
     BLOCKED: Gauge "shardmill_blocked" ["shard"]
         "Parts of a shard's lane that are blocked.";
     LANE_RESTARTS_TOTAL: Counter "shardmill_lane_restarts_total" []
@@ -137,7 +137,7 @@ metrics! {
         "Connections closed to make room (room), or because their peer has too many (peer).";
 }
 
-/// The book's page of metrics, in Markdown.
+/// Returns the book's page of metrics, in Markdown.
 pub fn reference() -> String {
     let mut page = String::from(
         "# Metrics\n\nThe admin port serves these under `/metrics`, in Prometheus' text format. This page is made \

@@ -1,29 +1,29 @@
-//! Who writes to sinks, and by which state: kept by each exact sink beside its positions.
+//! Names the process that writes to sinks, and the state that it uses. Exact sinks keep both beside their positions.
 //!
-//! A state database has an id of its own and a number that grows with each durable write. Sinks keep
-//! both as they were at their last commit. So a state that was restored from an older copy, or a sink
-//! that another state has written to, shows before the first record.
+//! A state database has an id and a number that grows with each durable write. Sinks store both as of their last
+//! commit. So two faults are found before the first record: a state that was restored from an older copy, and a sink
+//! that another state has written to.
 
 use std::fmt;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
 
-/// Longest name of a machine that is kept.
+/// Longest machine name that is stored, in characters.
 const HOST_CHARS_MAX: usize = 64;
 
-/// A process that writes to sinks.
+/// Process that writes to sinks.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OwnerName {
-    /// When it opened its state, in milliseconds since 1970.
+    /// Time at which it opened its state, in milliseconds since 1970.
     pub started_ms: i64,
-    /// The machine's name.
+    /// Name of the machine.
     pub host: Arc<str>,
-    /// The process id there.
+    /// Process id on that machine.
     pub pid: u32,
 }
 
 impl OwnerName {
-    /// Names this process, which begins to write now.
+    /// Names this process, which starts to write now.
     pub(crate) fn of_this_process() -> Self {
         Self {
             started_ms: chrono::Utc::now().timestamp_millis(),
@@ -32,7 +32,7 @@ impl OwnerName {
         }
     }
 
-    /// Reads what [`OwnerName::to_text`] wrote.
+    /// Parses the text of [`OwnerName::to_text`].
     pub fn parse(text: &str) -> Option<Self> {
         let mut parts = text.rsplitn(3, '/');
         let started_ms = parts.next()?.parse().ok()?;
@@ -40,12 +40,12 @@ impl OwnerName {
         Some(Self { started_ms, host: parts.next()?.into(), pid })
     }
 
-    /// The name as sinks keep it: `host/pid/milliseconds`.
+    /// Returns the name as sinks store it: `host/pid/milliseconds`.
     pub fn to_text(&self) -> String {
         format!("{}/{}/{}", self.host, self.pid, self.started_ms)
     }
 
-    /// Whether it started after another one; of two that started at once, one counts as later.
+    /// Whether it started after another one. Host and process id decide between two of the same millisecond.
     pub fn is_later_than(&self, other: &Self) -> bool {
         let rank = |own: &Self| (own.started_ms, own.host.clone(), own.pid);
         rank(self) > rank(other)
@@ -60,17 +60,17 @@ impl fmt::Display for OwnerName {
     }
 }
 
-/// A state database at one moment.
+/// A state database at one point of its history.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StateMark {
-    /// The database's id.
+    /// Id of the database.
     pub state: Arc<str>,
-    /// Grows with each durable write.
+    /// Number that grows with each durable write.
     pub number: i64,
 }
 
-/// The owner's mark that sinks write beside positions: the process, and its state as of now. Clones follow the
-/// state.
+/// Mark of the owner that sinks write beside positions: the process, and its state at this time. Clones share the
+/// number.
 #[derive(Clone, Debug)]
 pub struct Ownership {
     /// The process.
@@ -80,24 +80,24 @@ pub struct Ownership {
 }
 
 impl Ownership {
-    /// Of this process, by a state with this mark.
+    /// Makes the mark of this process, for a state at this point.
     pub fn new(mark: StateMark) -> Self {
         let number = Arc::new(AtomicI64::new(mark.number));
         Self { owner: OwnerName::of_this_process(), state: mark.state, number }
     }
 
-    /// The state as of its last durable write.
+    /// Returns the state as of its last durable write.
     pub fn mark(&self) -> StateMark {
         StateMark { state: self.state.clone(), number: self.number.load(Ordering::Acquire) }
     }
 
-    /// Notes a number that is durable. It never goes back.
+    /// Notes a number that is durable. The number never goes back.
     pub fn reached(&self, number: i64) {
         self.number.fetch_max(number, Ordering::AcqRel);
     }
 }
 
-/// The machine's name, for people who look for the other process.
+/// Returns the name of the machine, for people who look for the other process.
 fn host_name() -> String {
     let kernel = std::fs::read_to_string("/proc/sys/kernel/hostname").ok();
     let name = kernel.or_else(|| std::env::var("HOSTNAME").ok()).unwrap_or_default();

@@ -1,9 +1,9 @@
-//! Folders and files of this user alone: the state of pipelines, locks, compiled code, exports.
+//! Folders and files that only this user can reach: the state of pipelines, locks, compiled code, exports.
 //!
-//! Other users of the machine may have rights in the folders that state lies in. Whoever can write there
-//! can replace the record of what runs, and whoever can read there sees payloads. So a state folder is
-//! made for its owner alone, and checked before it is used, together with the folders above it up to a
-//! mount. [`judge`] decides; here is what asks the file system.
+//! Other users of the machine may have rights in the folders above the state. A user who can write there can replace
+//! the record of what runs; one who can read there sees payloads. So a state folder is made for its owner alone, and
+//! checked before use, together with the folders above it up to a mount. [`judge`] decides; this module asks the file
+//! system.
 
 mod judge;
 
@@ -19,22 +19,22 @@ pub use self::judge::Reach;
 pub use self::judge::Trusted;
 use self::judge::{BEYOND_OWNER, FileSystem, Judge, Me, Own, PathStep, StepKind};
 
-/// Mode of folders that are made.
+/// Mode of new folders.
 const FOLDER_MODE: u32 = 0o700;
-/// Mode of files that are made.
+/// Mode of new files.
 const FILE_MODE: u32 = 0o600;
-/// Links on the way to a folder, at most: as the kernel has it.
+/// Highest number of links on the way to a folder: the limit of the kernel.
 const LINKS_MAX: u32 = 40;
-/// Bytes of a lock's text, at most: it holds the number of a process.
+/// Longest text of a lock, in bytes: it contains a process id.
 const LOCK_BYTES_MAX: u64 = 32;
 
-/// Bytes of a file by which processes find each other, at most: it holds an address and a token.
+/// Largest file by which processes find each other, in bytes: it contains an address and a token.
 const OWN_BYTES_MAX: u64 = 64 << 10;
 
-/// The option that lifts the checks of state folders.
+/// Option that turns off the checks of state folders.
 pub(crate) const TRUST_OPTION: &str = "--trust-state-dir";
 
-/// A place that others can reach, or that cannot be made or looked at.
+/// A place that others can reach, or that cannot be made or inspected.
 #[derive(Debug, thiserror::Error)]
 pub enum PrivateError {
     /// Another user can change what lies there.
@@ -45,21 +45,21 @@ pub enum PrivateError {
     Reached {
         /// The folder.
         folder: String,
-        /// The user of this process.
+        /// User of this process.
         uid: u32,
-        /// How another one gets there.
+        /// How another user can reach it.
         reach: Reach,
     },
-    /// The system does not let it be made or looked at.
+    /// The system does not allow it to be made or inspected.
     #[error(
-        "failed to {action} {path}: {cause}; let this user have it, free the disk, or set `state_dir` elsewhere"
+        "failed to {action} {path}: {cause}; give this user access to it, free the disk, or set another `state_dir`"
     )]
     Unusable {
         /// `make`, `look at`.
         action: &'static str,
-        /// The place.
+        /// Place.
         path: String,
-        /// The system's words.
+        /// Error of the system.
         cause: io::Error,
     },
 }
@@ -69,7 +69,7 @@ fn unusable(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> Priv
     move |cause| PrivateError::Unusable { action, path, cause }
 }
 
-/// The folder below which pipelines keep their states, and whether it is checked for other users' reach.
+/// Folder of the states of pipelines, and whether the reach of other users is checked.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StateDir {
     path: PathBuf,
@@ -115,19 +115,19 @@ impl AsRef<Path> for StateDir {
 }
 
 impl StateDir {
-    /// The same folder, taken as it is: others' reach is accepted.
+    /// Sets whether the folder is trusted: its checks are skipped, whoever can reach it.
     #[must_use]
     pub fn trusted(self, is_trusted: bool) -> Self {
         Self { is_trusted, ..self }
     }
 
-    /// Another folder, checked or not as this one.
+    /// Returns another folder that is checked in the same way.
     #[must_use]
     pub fn at(&self, path: PathBuf) -> Self {
         Self { path, is_trusted: self.is_trusted }
     }
 
-    /// Checks the folder of a pipeline, where it or some of the way to it exists. Nothing is changed.
+    /// Checks the folder of a pipeline, or the existing part of the way to it. Changes nothing.
     ///
     /// # Errors
     /// [`PrivateError`].
@@ -140,15 +140,15 @@ impl StateDir {
         checked(&folder, &steps, is_there).map(drop)
     }
 
-    /// Makes the folder of a pipeline, and what is missing above it, for this user alone; checks it; and
-    /// takes rights of others in a folder of ours away.
+    /// Makes the folder of a pipeline, and missing folders above it, for this user alone. Checks it, and removes the
+    /// rights of others in a folder of this user.
     ///
     /// # Errors
     /// [`PrivateError`].
     pub fn make(&self, name: &str) -> Result<PathBuf, PrivateError> {
         let folder = absolute(&self.join(name))?;
-        // A link to a missing folder is reported as such; making the folder would fail with "File exists". And
-        // nothing is made where another user's link leads.
+        // A link to a missing folder gets its own message; making the folder would fail with "File exists". And nothing
+        // is made where a link of another user leads.
         let (way, is_there) = steps(&folder)?;
         if !self.is_trusted && !is_there {
             verdict(&folder, &way, is_there).0?;
@@ -160,7 +160,7 @@ impl StateDir {
             // Others may rely on their rights there.
             true => Own::Fits,
         };
-        // The folder itself: a link's mode means nothing.
+        // The real folder: the mode of a link means nothing.
         if own == Own::Wide
             && let Some(real) = steps.last()
         {
@@ -170,20 +170,21 @@ impl StateDir {
     }
 }
 
-/// Judges a folder by the steps to it, and warns where the file system tells nothing.
+/// Judges a folder by the steps to it, and warns if the file system keeps no owners or modes.
 fn checked(folder: &Path, steps: &[PathStep], is_there: bool) -> Result<Own, PrivateError> {
     let (verdict, is_loose) = verdict(folder, steps, is_there);
     if verdict.is_ok() && is_loose {
         tracing::warn!(
             folder = %folder.display(),
-            "the file system keeps no owners or modes of files: whoever else can reach it can change what runs; \
-             prefer a state_dir on another one"
+            "the file system keeps no owners or modes of files, so other users who can reach it can change what \
+             runs; use a state_dir on another file system"
         );
     }
     verdict
 }
 
-/// Judges a folder by the steps to it; and whether that took a look at how its file system keeps owners and modes.
+/// Judges a folder by the steps to it. Also returns whether its file system keeps no owners or modes; this is probed
+/// only if the first verdict is a refusal.
 fn verdict(folder: &Path, steps: &[PathStep], is_there: bool) -> (Result<Own, PrivateError>, bool) {
     let mut judge = Judge { me: Me::now(), loose: None };
     let mut verdict = judged(&judge, folder, steps, is_there);
@@ -210,19 +211,19 @@ fn judged(judge: &Judge, folder: &Path, steps: &[PathStep], is_there: bool) -> R
     if let Own::Refused(reach) = own {
         return Err(reach);
     }
-    // Where others could write once, they may have left something under a name of ours.
+    // While others could write, they may have left an entry under one of our names.
     match reached_entry(judge, folder, last) {
         Some(reach) => Err(reach),
         None => Ok(own),
     }
 }
 
-/// How another user reaches an entry of a folder: by owning the entry, or by what lies on the way that a link
-/// leads. `real` is the folder without links.
+/// Finds out how another user can reach an entry of a folder: by owning the entry, or through the target of a link.
+/// `real` is the folder without links.
 fn reached_entry(judge: &Judge, folder: &Path, real: &PathStep) -> Option<Reach> {
     let entries = fs::read_dir(folder).ok()?.flatten();
     entries.into_iter().find_map(|entry| {
-        // Gone meanwhile: it harms nobody.
+        // Deleted in the meantime: harmless.
         let about = entry.metadata().ok()?;
         let uid = about.uid();
         if !judge.trusts(uid, real.device) {
@@ -230,13 +231,13 @@ fn reached_entry(judge: &Judge, folder: &Path, real: &PathStep) -> Option<Reach>
         }
         // A link to nothing is reported by whoever opens it.
         let (mut steps, _) = about.is_symlink().then(|| steps(&entry.path()).ok())??;
-        // The folder itself was judged, and may be about to be tightened.
+        // The folder itself was judged before, and may be tightened next.
         steps.retain(|step| step.path != real.path);
         judge.reach_above(&steps)
     })
 }
 
-/// Takes the rights of others in a folder or file of ours away, and says so.
+/// Removes the rights of others in a folder or file of this user, and logs it.
 pub fn tighten(path: &Path) {
     let Ok(about) = fs::symlink_metadata(path) else { return };
     let mode = about.mode() & 0o777;
@@ -249,7 +250,7 @@ pub fn tighten(path: &Path) {
     let path = path.display();
     match changed {
         Ok(true) => tracing::warn!(
-            "{path} was open to other users (mode {mode:04o}); it is this user's alone now (mode {tight:04o})"
+            "{path} was open to other users (mode {mode:04o}); now only this user can access it (mode {tight:04o})"
         ),
         Ok(false) => tracing::warn!(
             "the file system of {path} keeps no modes: other users may reach it (mode {mode:04o})"
@@ -260,41 +261,41 @@ pub fn tighten(path: &Path) {
     }
 }
 
-/// Takes the rights of others in a folder or file of ours away, also where links of ours lead to it.
+/// Removes the rights of others in a folder or file of this user, also if links of this user lead to it.
 pub fn tighten_linked(path: &Path) {
     let Ok(path) = absolute(path) else { return };
     let Ok((steps, true)) = steps(&path) else { return };
     let judge = Judge { me: Me::now(), loose: None };
-    // Another user's link could lead to any folder of this user.
+    // A link of another user could lead to any folder of this user.
     let is_led_by_others = steps
         .iter()
         .any(|step| step.kind == StepKind::Link && !judge.trusts(step.uid, step.device));
     let Some(real) = steps.last().filter(|_| !is_led_by_others) else { return };
-    // Not `/`, nor another mount that is used for more than this.
+    // Not `/`, nor another mount that has other uses.
     if real.path == path || real.kind != StepKind::Mount {
         tighten(&real.path);
     }
 }
 
-/// Makes a folder and what is missing above it, for this user alone.
+/// Makes a folder and missing folders above it, for this user alone.
 ///
 /// # Errors
-/// The system's.
+/// Error of the system.
 pub fn make_folders(folder: &Path) -> io::Result<()> {
     DirBuilder::new().recursive(true).mode(FOLDER_MODE).create(folder)
 }
 
-/// Makes an empty file for this user alone, unless there is one; takes rights of others in one of ours, and
-/// in those beside it, away.
+/// Makes an empty file for this user alone, unless it exists. Removes the rights of others in an existing one and in
+/// the files of SQLite beside it.
 ///
-/// No file that may be a database is opened here: closing it would end the locks that this process has on it
-/// by other descriptors (POSIX).
+/// The file must not be opened here if it may be a database: closing it would release the locks that this process has
+/// on it through other descriptors (POSIX).
 pub fn make_database(path: &Path) {
     if !path.exists() {
         let folder = path.parent().unwrap_or(Path::new("."));
         let made = tempfile::NamedTempFile::new_in(folder)
             .and_then(|file| Ok(file.into_temp_path().persist_noclobber(path)?));
-        // The database says itself what is wrong with the place.
+        // An error is ignored: opening the database reports it.
         drop(made);
     }
     for suffix in ["", "-wal", "-shm", "-journal"] {
@@ -304,11 +305,11 @@ pub fn make_database(path: &Path) {
     }
 }
 
-/// Opens a file as a lock; it is made if needed, for this user alone. A link is not followed: it could lead
-/// to any file of this user, which the lock's text would replace.
+/// Opens a lock file, and makes it if needed, for this user alone. Links are not followed: a link could lead to any
+/// file of this user, which the text of the lock would overwrite.
 ///
 /// # Errors
-/// The system's, or that it is not a file that can be a lock.
+/// Error of the system, or that the file is not a lock.
 pub fn open_lock(path: &Path) -> io::Result<File> {
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(FILE_MODE);
@@ -320,17 +321,17 @@ pub fn open_lock(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Opens a lock to look whether somebody has it.
+/// Opens a lock to see whether a process has it.
 ///
 /// # Errors
-/// The system's, or that it is a link.
+/// Error of the system, or that it is a link.
 pub fn open_lock_to_look(path: &Path) -> io::Result<File> {
     open_itself(path, OpenOptions::new().read(true))
 }
 
-/// Opens a regular file that is no link.
+/// Opens a regular file; a link is refused.
 fn open_itself(path: &Path, options: &mut OpenOptions) -> io::Result<File> {
-    // Without O_NONBLOCK, a named pipe in its place would keep this thread for ever.
+    // Without O_NONBLOCK, opening a named pipe in its place would block this thread forever.
     let opened = options.custom_flags(libc::O_NOFOLLOW | libc::O_NONBLOCK).open(path);
     let file = opened.map_err(|error| match error.raw_os_error() {
         Some(libc::ELOOP) => io::Error::other(
@@ -350,11 +351,11 @@ fn not_a_lock() -> io::Error {
     )
 }
 
-/// Writes the number of this process into a lock that it has. What is no lock's text is left as it is: the
-/// file may be another one of this user under a second name.
+/// Writes the id of this process into a lock that it has. Any other content is kept: the file may be another file of
+/// this user under a second name (a hard link).
 ///
 /// # Errors
-/// The system's, or that it is not a lock's file.
+/// Error of the system, or that the file is not a lock.
 pub fn sign_lock(mut file: &File) -> io::Result<()> {
     check_lock_text(file)?;
     file.set_len(0)?;
@@ -362,10 +363,10 @@ pub fn sign_lock(mut file: &File) -> io::Result<()> {
     writeln!(file, "{}", std::process::id())
 }
 
-/// Checks that a file can be opened as a lock and signed. It is neither made nor changed nor locked.
+/// Checks that a file can be opened as a lock and signed. Does not make, change or lock it.
 ///
 /// # Errors
-/// The system's, also where it is missing, or that it is not a lock's file.
+/// Error of the system, also if the file is missing, or that it is not a lock.
 pub fn check_lock(path: &Path) -> io::Result<()> {
     check_lock_text(&open_itself(path, OpenOptions::new().read(true).write(true))?)
 }
@@ -381,11 +382,11 @@ fn check_lock_text(mut file: &File) -> io::Result<()> {
     }
 }
 
-/// Opens a file for what is taken out of a state (dead letters): made for this user alone; one that is there
-/// is emptied, and rights of others in it are taken away. Pipes and devices are taken as they are.
+/// Opens a file for an export of a state (dead letters). A new file is made for this user alone; an existing one is
+/// emptied, and the rights of others in it are removed. Pipes and devices are used as they are.
 ///
 /// # Errors
-/// The system's, or that others could read what is written.
+/// Error of the system, or that others could read what is written.
 pub fn create_export(path: &Path) -> io::Result<File> {
     let mut new = OpenOptions::new();
     match new.write(true).create_new(true).mode(FILE_MODE).open(path) {
@@ -414,38 +415,38 @@ pub fn create_export(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// Options to make a file for this user alone. One that is there keeps its rights.
+/// Returns options that make a file for this user alone. An existing file keeps its mode.
 pub fn new_file_options() -> OpenOptions {
     let mut options = OpenOptions::new();
     options.mode(FILE_MODE);
     options
 }
 
-/// Opens a file of this user to read it, if nobody else could have written it: no link, and ours.
+/// Opens a file of this user to read it. Refuses a link and a file of another user.
 ///
 /// # Errors
-/// The system's, or whose it is.
+/// Error of the system, or the owner.
 pub fn open_own(path: &Path) -> io::Result<File> {
     let file = open_itself(path, OpenOptions::new().read(true))?;
     let (owner, uid) = (file.metadata()?.uid(), Me::now().uid);
     match owner == uid {
         true => Ok(file),
-        false => {
-            Err(io::Error::other(format!("it belongs to user {owner}, not to this one ({uid})")))
-        }
+        false => Err(io::Error::other(format!(
+            "expected a file of user {uid}, found one of user {owner}"
+        ))),
     }
 }
 
-/// Reads a file that nobody else can have written: by it, processes of one user find each other. Another
-/// user's would send commands, and what they bring, to a port of that user.
+/// Reads a file that nobody else can have written. By such files, processes of one user find each other; a file of
+/// another user would send commands, and their contents, to a port of that user.
 ///
 /// # Errors
-/// The system's, or that another user may have written it.
+/// Error of the system, or that another user may have written it.
 pub fn read_own(path: &Path) -> io::Result<Vec<u8>> {
     read_opened(&open_itself(path, OpenOptions::new().read(true))?, path)
 }
 
-/// As [`read_own`], for a file that is open.
+/// Does the same for an open file.
 pub fn read_opened(file: &File, path: &Path) -> io::Result<Vec<u8>> {
     let about = file.metadata()?;
     let (owner, mode, device) = (about.uid(), about.mode() & 0o777, about.dev());
@@ -457,7 +458,7 @@ pub fn read_opened(file: &File, path: &Path) -> io::Result<Vec<u8>> {
     if !is_ours {
         return Err(io::Error::other(format!(
             "expected a file that user {} owns and nobody else can write, found one of user {owner}, mode \
-             {mode:04o}; remove it, and start again what wrote it",
+             {mode:04o}; remove it, and restart the process that wrote it",
             judge.me.uid
         )));
     }
@@ -466,18 +467,18 @@ pub fn read_opened(file: &File, path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Writes a file for this user alone (0600), and puts it in place whole.
+/// Writes a file for this user alone (0600). It appears whole or not at all.
 ///
 /// # Errors
-/// The system's.
+/// Error of the system.
 pub fn write_own(path: &Path, bytes: &[u8]) -> io::Result<()> {
     put_own(path, bytes, |_| Ok(())).map(drop)
 }
 
-/// As [`write_own`], and locks the file for as long as what is given back stays open: by [`open_published`], others
-/// know whether this process still runs.
+/// Writes a file like [`write_own`], and locks it while the returned file is open. By [`open_published`], others find
+/// out whether this process still runs.
 pub fn publish_own(path: &Path, bytes: &[u8]) -> io::Result<File> {
-    // Before it is in place: nobody finds it without its lock.
+    // Locked before it is in place, so that nobody finds it without its lock.
     put_own(path, bytes, File::lock)
 }
 
@@ -494,22 +495,22 @@ fn put_own(
     draft.persist(path).map_err(|error| error.error)
 }
 
-/// Tells a published file from the one that took its place.
+/// Distinguishes a published file from the one that replaced it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileMark {
     device: u64,
     inode: u64,
-    /// An inode is used again.
+    /// Time of the write, because inodes are reused.
     written: (i64, i64),
 }
 
 /// Opens a file of [`publish_own`]; `None`: the process that wrote it has ended.
 ///
-/// The lock is on this very file. One on a file beside it could be held by the next process already, while the
-/// address is still that of the one before.
+/// The lock is on the file itself. The lock of a separate file could already belong to the next process, while the
+/// address is still that of the previous one.
 ///
 /// # Errors
-/// The system's, or that it is a link.
+/// Error of the system, or that it is a link.
 pub fn open_published(path: &Path) -> io::Result<Option<(File, FileMark)>> {
     let file = open_itself(path, OpenOptions::new().read(true))?;
     if !matches!(file.try_lock_shared(), Err(TryLockError::WouldBlock)) {
@@ -526,31 +527,30 @@ pub fn is_open_to_others(file: &File) -> io::Result<bool> {
     Ok(Judge { me: Me::now(), loose: None }.is_open_to_others(about.gid(), about.mode()))
 }
 
-/// How another user could have put or changed a file, or what lies in a folder. Links are followed, folders
-/// above are not looked at. A group counts as others', unless it is this process's own or root's.
+/// Finds out how another user could have put or changed a file, or what lies in a folder. Links are followed; folders
+/// above are not checked. Groups count as other users, except this process's own group and root's.
 ///
 /// # Errors
-/// The system's.
+/// Error of the system.
 pub fn reach_of(path: &Path, trusted: Trusted) -> io::Result<Option<Reach>> {
     let about = fs::metadata(path)?;
-    // In a sticky folder, everybody may put a file that was not there.
+    // In a sticky folder, everybody can put a file that did not exist. So the sticky bit does not count here.
     let step = PathStep { mode: about.mode() & 0o777, ..step(path, &about, StepKind::Folder) };
     Ok(judge_of_programs(trusted).reach(&step))
 }
 
-/// A path without links, and how another user can exchange what lies there.
+/// Path without links, and how another user can replace what lies there.
 pub struct Way {
     /// The path without links.
     pub real: PathBuf,
-    /// How another user can exchange it; `None`: nobody can.
+    /// How another user can replace it; `None`: nobody can.
     pub reach: Option<Reach>,
 }
 
-/// Follows a path from `/` to what it leads to, and judges each folder and each link on the way, and the
-/// file or folder itself.
+/// Follows a path from `/` to its target, and judges each folder and each link on the way, and the target itself.
 ///
 /// # Errors
-/// The system's, also where nothing is there.
+/// Error of the system, also if nothing exists there.
 pub fn way_to(path: &Path, trusted: Trusted) -> io::Result<Way> {
     let looked_at = |error| match error {
         PrivateError::Unusable { cause, .. } => cause,
@@ -562,13 +562,13 @@ pub fn way_to(path: &Path, trusted: Trusted) -> io::Result<Way> {
     Ok(Way { real: last.path.clone(), reach })
 }
 
-/// The judge of what this process runs, or what its tools follow. Groups that this process is in beside its
-/// own are shared by several users.
+/// Makes the judge of programs that this process runs, and of what its tools follow. Only the own group of this process
+/// is trusted; several users may share its other groups.
 fn judge_of_programs(trusted: Trusted) -> Judge {
     Judge { me: Me { gids: [effective_gid()].into(), trusted, ..Me::now() }, loose: None }
 }
 
-/// The user of this process.
+/// Returns the user id of this process.
 pub fn uid() -> u32 {
     // SAFETY: a question without arguments that cannot fail.
     unsafe { libc::geteuid() }
@@ -582,7 +582,7 @@ fn effective_gid() -> u32 {
 impl Me {
     fn now() -> Self {
         let mut gids = vec![0; 1 << 16];
-        // SAFETY: the call writes at most as many numbers as it is told, into a vector that has them.
+        // SAFETY: the call writes at most the given number of values, and the vector has that length.
         let count = unsafe { libc::getgroups(gids.len() as libc::c_int, gids.as_mut_ptr()) };
         gids.truncate(usize::try_from(count).unwrap_or(0));
         gids.push(effective_gid());
@@ -591,7 +591,7 @@ impl Me {
     }
 }
 
-/// The owner that the kernel shows for users whom this user namespace leaves out; `None`: it has all.
+/// Returns the owner that the kernel shows for users that this user namespace does not map; `None`: all are mapped.
 fn unmapped() -> Option<u32> {
     let map = fs::read_to_string("/proc/self/uid_map").ok()?;
     let count = |line: &str| line.split_whitespace().nth(2)?.parse::<u64>().ok();
@@ -601,15 +601,15 @@ fn unmapped() -> Option<u32> {
     fs::read_to_string("/proc/sys/kernel/overflowuid").ok()?.trim().parse().ok()
 }
 
-/// Makes a file where a folder is refused, without a name if possible, to see whether the file system keeps owners and
-/// modes at all; `None` where it does, or where nothing can be made.
+/// Makes a file in a folder that was refused, without a name if possible, to find out whether the file system keeps
+/// owners and modes. Returns `None` if it does, or if no file can be made.
 fn probe(folder: &Path, me: &Me) -> Option<FileSystem> {
     let mut unnamed = OpenOptions::new();
     #[cfg(target_os = "linux")]
     unnamed.write(true).mode(FILE_MODE).custom_flags(libc::O_TMPFILE);
     let about = match unnamed.open(folder) {
         Ok(file) => file.metadata().ok()?,
-        // Not every file system has files without names.
+        // Not every file system supports unnamed files.
         Err(_) => tempfile::NamedTempFile::new_in(folder).ok()?.as_file().metadata().ok()?,
     };
     let keeps_modes = about.mode() & BEYOND_OWNER == 0;
@@ -621,17 +621,18 @@ fn absolute(path: &Path) -> Result<PathBuf, PrivateError> {
     std::path::absolute(path).map_err(unusable("look at", path))
 }
 
-/// The steps from `/` to a folder, with all links on the way, as far as they exist; and whether they end at
-/// the folder. If they do, the last step is the folder itself, without links.
+/// Returns the steps from `/` to a folder, with all links on the way, as far as they exist; and whether they end at the
+/// folder. If so, the last step is the folder itself, without links.
 ///
-/// After a link or a `..`, the way starts again at `/`: the folders above the new place count in full, also
-/// those that a mount hid before.
+/// After a link or a `..`, the way starts again at `/`. So all folders above the new place count, also those that an
+/// earlier mount made irrelevant.
 fn steps(folder: &Path) -> Result<(Vec<PathStep>, bool), PrivateError> {
     let mounts = mounts();
     let mut at = PathBuf::from("/");
     let mut ahead: Vec<PathBuf> = components(folder);
     let mut links_left = LINKS_MAX;
-    // Names ahead when the first link was found: while there are as many, the next one is of a link's target.
+    // Number of names left when the first link was found. While more are left, the next name belongs to a link's
+    // target.
     let mut after_link = usize::MAX;
     let about = fs::symlink_metadata(&at).map_err(unusable("look at", &at))?;
     let root = step(&at, &about, StepKind::Mount);
@@ -678,7 +679,7 @@ fn steps(folder: &Path) -> Result<(Vec<PathStep>, bool), PrivateError> {
     Ok((steps, true))
 }
 
-/// The names in a path, the last one first.
+/// Splits a path into names, the last one first.
 fn components(path: &Path) -> Vec<PathBuf> {
     let names = path.components().rev().filter_map(|part| match part {
         Component::Normal(name) => Some(PathBuf::from(name)),
@@ -693,7 +694,8 @@ fn step(path: &Path, about: &fs::Metadata, kind: StepKind) -> PathStep {
     PathStep { path: path.to_owned(), kind, uid, gid, mode, device: about.dev() }
 }
 
-/// Where file systems are mounted. A bind mount may be of the same device as the folder above it.
+/// Lists where file systems are mounted. A bind mount may be on the same device as the folder above it, so a comparison
+/// of devices does not find it.
 fn mounts() -> Vec<PathBuf> {
     use std::os::unix::ffi::OsStringExt as _;
     let listed = fs::read("/proc/self/mountinfo").unwrap_or_default();
@@ -704,7 +706,7 @@ fn mounts() -> Vec<PathBuf> {
     points.collect()
 }
 
-/// Replaces the octal escapes of spaces and the like in a mount's path.
+/// Decodes the octal escapes in the path of a mount, such as those of spaces.
 fn unescaped(text: &[u8]) -> Vec<u8> {
     let mut plain = Vec::with_capacity(text.len());
     let mut rest = text;
@@ -794,7 +796,7 @@ mod tests {
         let (file, first_mark) = open_published(&path).unwrap().expect("found");
         assert_eq!(read_opened(&file, &path).unwrap(), b"one");
         assert_eq!(open_published(&path).unwrap().expect("found").1, first_mark);
-        // The next one has begun, and the one before is not gone yet.
+        // The next process has started, and the previous one has not ended yet.
         let second = publish_own(&path, b"two").unwrap();
         drop(first);
         let (file, second_mark) = open_published(&path).unwrap().expect("found");
@@ -821,7 +823,7 @@ mod tests {
             found.iter().any(|step| step.path == real.join(path) && step.kind == kind)
         };
         assert!(is_found("a/up", StepKind::Link) && is_found("a", StepKind::Up));
-        // The last step is the folder that is used, whatever the links to it look like.
+        // The last step is the folder that is used, whatever links lead to it.
         for (link, target) in [("up", "a"), ("same", "a"), ("back", "a"), ("far", "a/b")] {
             let (found, is_there) = steps(&real.join("a").join(link)).unwrap();
             let last = found.last().map(|step| (step.path.clone(), step.kind));

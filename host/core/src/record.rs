@@ -1,7 +1,8 @@
-//! What travels: records, the positions that name them, and batches of them.
+//! Records, the positions that name them, and batches of records.
 //!
-//! Pure data; no I/O. A position is compared as numbers, never as text, and travels in
-//! half-open spans `(from, to]`.
+//! Pure data, no I/O. Positions compare as numbers, never as text. A range of positions is always half-open,
+//! `(from, to]`: the first position is excluded, the last included. So ranges that follow each other join without a gap
+//! and without an overlap, and a resume "after" a position never reads its record twice.
 
 mod batch;
 mod column;
@@ -75,49 +76,51 @@ macro_rules! text_newtype {
 }
 
 text_newtype! {
-    /// The name of a pipeline: part of every position's key.
+    /// Name of a pipeline: part of the key of every position.
     PipelineName
 }
 text_newtype! {
-    /// A shard's id, as `shardId-000000000003`.
+    /// Id of a shard, such as `shardId-000000000003`.
     ShardId
 }
 text_newtype! {
-    /// The name of a stage in its pipeline.
+    /// Name of a stage in its pipeline.
     StageName
 }
 text_newtype! {
-    /// The name of a sink in its pipeline: part of its positions' keys.
+    /// Name of a sink in its pipeline: part of the key of its positions.
     SinkName
 }
 text_newtype! {
-    /// The name of a lookup in its pipeline: what plugins ask for.
+    /// Name of a lookup in its pipeline, by which plugins ask for it.
     LookupName
 }
 text_newtype! {
-    /// The name of a route that a plugin declares and a pipeline binds to sinks.
+    /// Name of a route that a plugin declares and a pipeline binds to sinks.
     RouteName
 }
 
-/// A Kinesis sequence number: a decimal number of up to 129 digits.
+/// Kinesis sequence number: a decimal number of up to 129 digits.
 ///
 /// Source: API reference, `Record.SequenceNumber`, pattern `0|([1-9]\d{0,128})`.
 #[derive(Clone, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct SequenceNumber(SmolStr);
 
-/// The most digits that a sequence number has.
+/// Highest number of digits of a sequence number.
 pub const SEQUENCE_NUMBER_DIGITS_MAX: usize = 129;
 
-/// Text that is no sequence number.
+/// Error for text that is not a sequence number.
 #[derive(Debug, thiserror::Error)]
-#[error("{text:?} is no sequence number: 1 to {SEQUENCE_NUMBER_DIGITS_MAX} decimal digits are due")]
+#[error(
+    "not a valid sequence number: {text:?}; expected 1 to {SEQUENCE_NUMBER_DIGITS_MAX} decimal digits"
+)]
 pub struct NotASequenceNumber {
     text: String,
 }
 
 impl SequenceNumber {
-    /// Reads 1 to 129 decimal digits; leading zeros are dropped, so that equal numbers are equal.
+    /// Parses 1 to 129 decimal digits. Leading zeros are dropped, so that equal numbers compare as equal.
     pub fn parse(text: &str) -> Result<Self, NotASequenceNumber> {
         let digits = text.trim_start_matches('0');
         if text.is_empty()
@@ -129,12 +132,12 @@ impl SequenceNumber {
         Ok(Self(if digits.is_empty() { "0" } else { digits }.into()))
     }
 
-    /// The number's decimal digits, without leading zeros.
+    /// Returns the decimal digits, without leading zeros.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The number before this one; before 0 there is 0.
+    /// Returns the number minus one; for 0 it returns 0.
     pub fn before(&self) -> Self {
         let mut digits = self.0.as_bytes().to_vec();
         for digit in digits.iter_mut().rev() {
@@ -150,7 +153,7 @@ impl SequenceNumber {
         Self("0".into())
     }
 
-    /// The number as 129 digits: text order is then number order (for stores without wide numbers).
+    /// Returns the number as 129 digits. Text order is then number order, for stores without wide numbers.
     pub fn zero_padded(&self) -> String {
         format!("{:0>width$}", &*self.0, width = SEQUENCE_NUMBER_DIGITS_MAX)
     }
@@ -199,7 +202,7 @@ impl From<SequenceNumber> for String {
     }
 }
 
-/// The hash keys of a shard, both ends inclusive: 0 to 2^128 − 1, and never empty.
+/// Range of a shard's hash keys, both ends inclusive: within 0 to 2^128 − 1, and never empty.
 ///
 /// Source: API reference, `HashKeyRange`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -209,34 +212,34 @@ pub struct HashRange {
 }
 
 impl HashRange {
-    /// Reads two decimal numbers; `None` if one is no hash key, or the end is before the start.
+    /// Parses two decimal numbers. Returns `None` if one is not a hash key, or if the end is below the start.
     pub fn parse(start: &str, end_inclusive: &str) -> Option<Self> {
         let (start, end_inclusive) = (start.parse().ok()?, end_inclusive.parse().ok()?);
         (start <= end_inclusive).then_some(Self { start, end_inclusive })
     }
 
-    /// The first hash key.
+    /// Returns the first hash key.
     pub fn start(&self) -> u128 {
         self.start
     }
 
-    /// The last hash key.
+    /// Returns the last hash key.
     pub fn end_inclusive(&self) -> u128 {
         self.end_inclusive
     }
 
-    /// Whether a hash key is in it.
+    /// Whether the range contains a hash key.
     pub fn contains(&self, hash_key: u128) -> bool {
         (self.start..=self.end_inclusive).contains(&hash_key)
     }
 
-    /// Where the second of two halves begins; `None` if there is one key only.
+    /// Returns the first key of the upper half, for a split; `None` if the range has only one key.
     pub fn middle(&self) -> Option<u128> {
         let width = self.end_inclusive - self.start;
         (width > 0).then(|| self.start + width / 2 + 1)
     }
 
-    /// Whether one range ends just before the other begins.
+    /// Whether one range ends directly before the other begins.
     pub fn touches(&self, other: &Self) -> bool {
         self.end_inclusive.checked_add(1) == Some(other.start)
             || other.end_inclusive.checked_add(1) == Some(self.start)
@@ -249,13 +252,14 @@ impl fmt::Display for HashRange {
     }
 }
 
-/// The place of one record in its shard. The sub-sequence counts the records inside one
-/// aggregated record; it is 0 for an ordinary one.
+/// Place of one record in its shard.
+///
+/// The sub-sequence counts the records inside one aggregated record; it is 0 for an ordinary record.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct Position {
-    /// The record's sequence number.
+    /// Sequence number of the record.
     pub sequence: SequenceNumber,
-    /// The record's place within its aggregate, from 0.
+    /// Index of the record in its aggregate, from 0.
     pub sub_sequence: u64,
 }
 
@@ -268,28 +272,28 @@ impl fmt::Display for Position {
     }
 }
 
-/// A stretch of a shard, `(from, to]`. `from` of `None` is the place before the first record read.
+/// Range of positions of a shard, `(from, to]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PositionRange {
-    /// Exclusive; `None` is before everything.
+    /// Excluded; `None`: the range begins before the first record that was read.
     pub from_exclusive: Option<Position>,
-    /// Inclusive.
+    /// Included.
     pub to_inclusive: Position,
 }
 
-/// What a user calls a stream: its name, or its ARN when it is another account's.
+/// A stream as the user names it: by its name, or by its ARN for a stream of another account.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct StreamRef {
-    /// The stream's name.
+    /// Name of the stream.
     pub name: Arc<str>,
-    /// Its ARN, if that is how it was named; requests then carry it.
+    /// ARN, if the user gave one; requests then carry it.
     pub arn: Option<Arc<str>>,
 }
 
-/// Text that names no stream.
+/// Error for text that names no stream.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "{text:?} names no stream: due is a name of 1 to 128 letters, digits, `_`, `.` and `-`, or an ARN \
+    "not a valid stream: {text:?}; expected a name of 1 to 128 letters, digits, `_`, `.` and `-`, or an ARN \
      such as arn:aws:kinesis:eu-west-1:123456789012:stream/cars"
 )]
 pub struct NotAStream {
@@ -297,7 +301,7 @@ pub struct NotAStream {
 }
 
 impl StreamRef {
-    /// Reads a name or an ARN.
+    /// Parses a name or an ARN.
     ///
     /// Source: API reference, `StreamName` and `StreamARN`, pattern
     /// `arn:aws.*:kinesis:.*:\d{12}:stream/\S+`.
@@ -328,7 +332,7 @@ impl StreamRef {
         }
     }
 
-    /// How requests name it: by name, or by ARN; exactly one of the two.
+    /// Returns the name or the ARN for a request: exactly one of the two is set.
     pub fn name_or_arn(&self) -> (Option<String>, Option<String>) {
         match &self.arn {
             Some(arn) => (None, Some(arn.to_string())),
@@ -336,7 +340,7 @@ impl StreamRef {
         }
     }
 
-    /// The region that the ARN names.
+    /// Returns the region in the ARN.
     pub fn region(&self) -> Option<&str> {
         self.arn.as_deref()?.split(':').nth(3)
     }
@@ -348,27 +352,29 @@ impl fmt::Display for StreamRef {
     }
 }
 
-/// A stream that cannot be mistaken for another of the same name: deleted and created again
-/// under one name and ARN, it has another creation time.
+/// Identity of a stream, which differs between two streams of the same name.
+///
+/// A stream that was deleted and created again has the same name and ARN, but another creation time. Positions of the
+/// old stream mean nothing in the new one.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct StreamIdentity {
-    /// The stream's name.
+    /// Name of the stream.
     #[serde(with = "shared_text")]
     pub name: Arc<str>,
-    /// The stream's ARN.
+    /// ARN of the stream.
     #[serde(with = "shared_text")]
     pub arn: Arc<str>,
-    /// When it was created, in milliseconds since 1970.
+    /// Creation time, in milliseconds since 1970.
     pub created_ms: i64,
 }
 
 impl StreamIdentity {
-    /// The identity as one text, `ARN@milliseconds`: the form in which positions are keyed.
+    /// Returns the identity as one text, `ARN@milliseconds`. Positions are stored under this key.
     pub fn key(&self) -> String {
         format!("{}@{}", self.arn, self.created_ms)
     }
 
-    /// The identity of such a text; the name is the ARN's last part. `None`: it is none.
+    /// Parses such a key; the name is the last part of the ARN. Returns `None` if the text is not such a key.
     pub fn of_key(key: &str) -> Option<Self> {
         let (arn, created_ms) = key.rsplit_once('@')?;
         let name = arn.rsplit_once('/').map_or(arn, |(_, name)| name);
@@ -376,32 +382,34 @@ impl StreamIdentity {
     }
 }
 
-/// One shard as one pipeline reads it: what positions, claims and dead letters are keyed by.
+/// One shard as one pipeline reads it: the key of positions, claims and dead letters.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct ShardKey {
-    /// The pipeline that reads.
+    /// Pipeline that reads.
     pub pipeline: PipelineName,
-    /// The stream that is read.
+    /// Stream that is read.
     pub stream: Arc<StreamIdentity>,
-    /// The shard of that stream.
+    /// Shard of that stream.
     pub shard: ShardId,
 }
 
-/// Where the reading of a shard began, resolved once: LATEST is a time by then.
+/// Start of a shard's reading after it was resolved once: LATEST is a time by then.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum ShardStart {
     /// At the oldest record.
     #[default]
     Horizon,
-    /// At the first record that arrived then or later, in milliseconds since 1970.
+    /// At the first record that arrived at or after this time, in milliseconds since 1970.
     AtMs(i64),
     /// At this record, inclusive.
     AtSequence(SequenceNumber),
 }
 
 impl ShardStart {
-    /// Whether a record comes before the start. A server that knows arrival times by the second
-    /// cannot tell within the second of the start: none of its records comes before it then.
+    /// Whether a record lies before the start.
+    ///
+    /// Some servers give arrival times in whole seconds. Such a time in the second of the start does not say on which
+    /// side of the start the record lies. The record then does not count as before the start, so that none is skipped.
     pub fn is_after(&self, sequence: &SequenceNumber, arrived_ms: i64) -> bool {
         match self {
             Self::Horizon => false,
@@ -415,7 +423,7 @@ impl ShardStart {
     }
 }
 
-/// Shared text in serde's terms: as a string.
+/// Serializes shared text as a string.
 mod shared_text {
     use std::sync::Arc;
 
@@ -430,10 +438,10 @@ mod shared_text {
     }
 }
 
-/// The one shard of a redrive.
+/// Id of the one shard of a redrive.
 pub const REDRIVE_SHARD: &str = "redrive-000000000000";
 
-/// A replay: when it was begun, in milliseconds since 1970.
+/// Id of a replay: the time at which it began, in milliseconds since 1970.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ReplayId(pub i64);
 

@@ -1,14 +1,14 @@
-//! When something that failed is tried again: one policy for all calls of the host.
+//! Policy that decides when a failed call is tried again. All calls of the host use it.
 //!
-//! A [`RetryPolicy`] is a constant of the place that retries. It decides from numbers alone, so tests need no clock.
-//! [`Retries`] counts the failures of one operation against it.
+//! A [`RetryPolicy`] is a constant beside the loop that retries. It decides from numbers alone, so tests need no clock.
+//! [`Retries`] counts the failures of one operation.
 //!
-//! A loop that waits for a state to change (a stream to become active, say) looks at a fixed interval. That is no
-//! retry, and needs no policy.
+//! A loop that waits for a state to change (a stream that becomes active, for example) polls at a fixed interval. That
+//! is not a retry, and needs no policy.
 
 use std::time::{Duration, Instant};
 
-/// How long to pause after each failure, and when to give up.
+/// Pauses after failures, and the limit after which to give up.
 ///
 /// The pause after the first failure is `first`. Each further one is `factor` times as long, up to `max`. Jitter
 /// adds up to as much again, so that lanes that failed together do not come back together: with it a pause is
@@ -22,7 +22,7 @@ pub struct RetryPolicy {
     limit: Limit,
 }
 
-/// When a policy gives up.
+/// Limit after which a policy gives up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Limit {
     /// Never: something else ends the loop, the end of the run for example.
@@ -34,37 +34,37 @@ enum Limit {
 }
 
 impl RetryPolicy {
-    /// Pauses that double from `first` up to `max`, without jitter, for any number of failures.
+    /// Makes a policy without a limit: pauses double from `first` up to `max`, without jitter.
     pub const fn doubling(first: Duration, max: Duration) -> Self {
         Self { first, factor: 2, max, has_jitter: false, limit: Limit::None }
     }
 
-    /// The same pause after each failure, for any number of failures.
+    /// Makes a policy without a limit, with the same pause after each failure.
     pub const fn every(pause: Duration) -> Self {
         Self { first: pause, factor: 1, max: pause, has_jitter: false, limit: Limit::None }
     }
 
-    /// The policy with jitter.
+    /// Adds jitter.
     pub const fn with_jitter(self) -> Self {
         Self { has_jitter: true, ..self }
     }
 
-    /// The policy with no pause above `max` (before jitter): a pipeline may be configured for shorter pauses.
+    /// Limits all pauses to `max` (before jitter), because a pipeline may be configured for shorter pauses.
     pub fn at_most(self, max: Duration) -> Self {
         Self { first: self.first.min(max), max: self.max.min(max), ..self }
     }
 
-    /// The policy that gives up with this number of failures in a row: after that number of tries.
+    /// Gives up after this number of failures in a row, which is also the number of tries.
     pub const fn tries(self, failures_max: u32) -> Self {
         Self { limit: Limit::Failures(failures_max), ..self }
     }
 
-    /// The policy that gives up when the next try would begin later than `time` after the first failure.
+    /// Gives up when the next try would begin later than `time` after the first failure.
     pub const fn within(self, time: Duration) -> Self {
         Self { limit: Limit::Time(time), ..self }
     }
 
-    /// Gives the pause after a number of failures in a row, from 1. `random` is in `0.0..1.0`; it has no effect
+    /// Returns the pause after a number of failures in a row, from 1. `random` is in `0.0..1.0`; it has no effect
     /// without jitter.
     pub fn pause(&self, failures: u32, random: f64) -> Duration {
         let steps = failures.saturating_sub(1);
@@ -79,8 +79,7 @@ impl RetryPolicy {
         }
     }
 
-    /// Gives the pause before the next try, or `None` when it is time to give up. `elapsed` is the time since the
-    /// first failure.
+    /// Returns the pause before the next try, or `None` to give up. `elapsed` is the time since the first failure.
     pub fn decide(&self, failures: u32, elapsed: Duration, random: f64) -> Option<Duration> {
         let pause = self.pause(failures, random);
         let goes_on = match self.limit {
@@ -91,13 +90,13 @@ impl RetryPolicy {
         goes_on.then_some(pause)
     }
 
-    /// Begins to count failures against the policy.
+    /// Starts to count failures.
     pub fn start(self) -> Retries {
         Retries { policy: self, failures: 0, first_failure: None }
     }
 }
 
-/// The failures of one operation since its last success.
+/// Failures of one operation since its last success.
 #[derive(Clone, Debug)]
 pub struct Retries {
     policy: RetryPolicy,
@@ -106,25 +105,25 @@ pub struct Retries {
 }
 
 impl Retries {
-    /// Counts a failure and gives the pause before the next try, whatever the limit of the policy: for loops that
+    /// Counts a failure and returns the pause before the next try. The limit of the policy is ignored: for loops that
     /// something else ends.
     pub fn next_pause(&mut self) -> Duration {
         self.count();
         self.policy.pause(self.failures, fastrand::f64())
     }
 
-    /// Counts a failure and gives the pause before the next try, or `None` when it is time to give up.
+    /// Counts a failure and returns the pause before the next try, or `None` to give up.
     pub fn next_pause_or_end(&mut self) -> Option<Duration> {
         let first = self.count();
         self.policy.decide(self.failures, first.elapsed(), fastrand::f64())
     }
 
-    /// Forgets all failures: the operation has succeeded.
+    /// Forgets all failures after the operation has succeeded.
     pub fn reset(&mut self) {
         (self.failures, self.first_failure) = (0, None);
     }
 
-    /// Counts a failure; gives the time of the first one.
+    /// Counts a failure. Returns the time of the first one.
     fn count(&mut self) -> Instant {
         self.failures = self.failures.saturating_add(1);
         *self.first_failure.get_or_insert_with(Instant::now)

@@ -1,18 +1,18 @@
-//! Text that may hold a password: it reaches who needs it, and no log.
+//! Text that may contain a password and must not appear in a log.
 
 use std::fmt;
 
-/// A text that `Debug` does not show. It has no `Display`.
+/// Text that `Debug` does not show. It has no `Display`.
 #[derive(Clone, PartialEq, Eq)]
 pub struct Secret(String);
 
 impl Secret {
-    /// Keeps a text to itself.
+    /// Wraps a text.
     pub fn new(text: impl Into<String>) -> Self {
         Self(text.into())
     }
 
-    /// The text, for the one call that needs it.
+    /// Returns the text, for the one call that needs it.
     pub fn reveal(&self) -> &str {
         &self.0
     }

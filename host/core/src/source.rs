@@ -1,7 +1,7 @@
-//! Where records come from: shards, and what a lane asks of them.
+//! The contract of sources: shards, and what a lane asks of them.
 //!
-//! A [`ShardSource`] lists shards and opens a [`BatchReader`] for one of them, at the place that a lane names. Calls that
-//! stay without an answer are shown ([`waiting`]).
+//! A [`ShardSource`] lists shards and opens a [`BatchReader`] for one of them, at the position that a lane names. Calls
+//! that get no answer are shown ([`waiting`]).
 
 pub mod waiting;
 
@@ -17,80 +17,80 @@ use crate::record::{
     Batch, HashRange, Position, SequenceNumber, ShardId, ShardKey, ShardStart, StreamIdentity,
 };
 
-/// Where a shard without a position starts.
+/// Start of a shard that has no position.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum StartPosition {
     /// At the oldest record that the stream still holds.
     TrimHorizon,
-    /// With records put after the pipeline's first start; resolved once, durably.
+    /// At records put after the first start of the pipeline; resolved to a time once, durably.
     Latest,
-    /// At the first record that arrived at or after this time, milliseconds since 1970.
+    /// At the first record that arrived at or after this time, in milliseconds since 1970.
     AtTimestampMs(i64),
-    /// The named shards at these sequence numbers, inclusive; their ancestors are not read, all
-    /// other shards from the oldest record on.
+    /// The named shards at these sequence numbers, inclusive. Their ancestors are not read; all other shards start at
+    /// the oldest record.
     AtSequence(BTreeMap<ShardId, SequenceNumber>),
 }
 
-/// A shard, as the stream lists it.
+/// Shard, as the stream lists it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Shard {
     /// Its id.
     pub id: ShardId,
-    /// The shard or shards that it came from: one by a split, two by a merge.
+    /// Parents: none, one after a split, two after a merge.
     pub parents: Vec<ShardId>,
-    /// No more records come.
+    /// Whether no more records will come.
     pub is_closed: bool,
-    /// Its hash keys; `None` if what the server gave is no range.
+    /// Hash keys; `None` if the server did not give a valid range.
     pub hash_range: Option<HashRange>,
 }
 
 impl Shard {
-    /// The one shard of a source that is no stream.
+    /// Makes the only shard of a source that is not a stream.
     pub fn only(id: ShardId) -> Self {
         Self { id, parents: Vec::new(), is_closed: false, hash_range: None }
     }
 }
 
-/// What reading brought.
+/// Result of a read.
 #[derive(Debug)]
 pub enum NextBatch {
     /// Records.
     Batch(Batch),
     /// Nothing new.
     Idle {
-        /// How far the shard's end is, in milliseconds, as the server says.
+        /// Lag behind the end of the shard, in milliseconds, as the server reports it.
         lag_ms: u64,
-        /// Everything that had arrived by then was read, in milliseconds since 1970 by the server's
-        /// clock, where that can be said.
+        /// Time up to which everything that had arrived was read, in milliseconds since 1970 by the server's clock, if
+        /// known.
         caught_up_ms: Option<i64>,
     },
-    /// Records are gone, and the configuration says to go on. What comes next lies after them.
+    /// Records are lost, and the configuration says to go on. The next records lie after them.
     Lost(LostRecords),
     /// The shard is closed and was read to its end.
     ShardEnd {
-        /// A time up to which all that had arrived was read while the shard was open, in milliseconds
-        /// since 1970 by the server's clock, where one is known.
+        /// Time up to which everything that had arrived was read while the shard was open, in milliseconds since 1970
+        /// by the server's clock, if known.
         caught_up_ms: Option<i64>,
     },
-    /// Nothing more comes for now, and nobody waits for it: a file was read to its end.
+    /// Nothing more comes: a file was read to its end.
     SourceEnd,
 }
 
-/// Records of a shard that the stream dropped before they were read: `(from, to]`.
+/// Records of a shard that the stream dropped before they were read: the lost-records gap `(from, to]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LostRecords {
-    /// Exclusive; `None`: from the shard's beginning.
+    /// Excluded; `None`: from the beginning of the shard.
     pub from_exclusive: Option<Position>,
-    /// Inclusive; `None`: to the shard's end.
+    /// Included; `None`: to the end of the shard.
     pub to_inclusive: Option<Position>,
-    /// How much, and why, as far as that can be said.
+    /// How much was lost, and why, as far as known.
     pub why: String,
 }
 
-/// Why a source did not do what it was asked.
+/// Reason why a source failed.
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
-    /// The stream is not there.
+    /// The stream does not exist.
     #[error(
         "stream {stream} does not exist; create it with `shardmill stream create --stream {stream}`, or \
          set `create` under [source]"
@@ -99,13 +99,13 @@ pub enum SourceError {
         /// The stream's name.
         stream: String,
     },
-    /// Nobody is logged in.
+    /// There are no credentials.
     #[error(
         "no AWS credentials: set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or run \
          where a role is attached; `endpoint = \"embedded\"` needs none ({cause})"
     )]
     NoCredentials {
-        /// What the chain says.
+        /// Error of the credential chain.
         cause: String,
     },
     /// The role cannot be assumed.
@@ -114,24 +114,25 @@ pub enum SourceError {
          `external_id` under [source] if it asks for one; docs/iam.md has an example"
     )]
     NoRole {
-        /// The role's ARN.
+        /// ARN of the role.
         role: String,
-        /// What STS or the network says.
+        /// Error of STS or of the network.
         cause: String,
     },
-    /// No region is known.
+    /// No region is set.
     #[error("no AWS region: set `region` under [source], AWS_REGION, or a region in the profile")]
     NoRegion,
-    /// The stream did not become what was waited for.
+    /// The stream did not get the expected status in time.
     #[error(
-        "stream {stream} is {status} after {waited_s} s, not {expected}; look at it in the console, or wait longer with `wait`"
+        "expected stream {stream} to be {expected} within {waited_s} s, found {status}; look at it in the console, or wait \
+         longer with `wait`"
     )]
     NotReady {
-        /// The stream's name.
+        /// Name of the stream.
         stream: String,
-        /// Its status.
+        /// Status that was found.
         status: String,
-        /// The status that was due.
+        /// Status that was expected.
         expected: &'static str,
         /// How long was waited, in seconds.
         waited_s: u64,
@@ -139,55 +140,55 @@ pub enum SourceError {
     /// The embedded stream cannot be served.
     #[error("failed to serve the embedded stream at {address}: {cause}")]
     Embedded {
-        /// The address or file.
+        /// Address or file.
         address: String,
-        /// The cause and the way out.
+        /// Cause and way out.
         cause: String,
     },
-    /// The stream is not the one that the positions are of.
+    /// The stream is not the one of the stored positions.
     #[error(
         "stream {stream} was deleted and created again: it was created at {was}, and now at {is}; its \
-         old records are gone and the positions in them mean nothing here. Start again to read the \
-         new stream from its configured start"
+         old records no longer exist, and positions in the old stream are invalid in the new one. Start again to \
+         read the new stream from its configured start"
     )]
     Replaced {
-        /// The stream's name.
+        /// Name of the stream.
         stream: String,
-        /// When the stream was created that the positions are of.
+        /// Creation time of the stream of the positions.
         was: String,
-        /// When the stream was created that has the name now.
+        /// Creation time of the stream that has the name now.
         is: String,
     },
-    /// The server does not say what time it is.
+    /// The server does not send the time.
     #[error(
-        "the server of stream {stream} sends no valid `Date` header with its answers, and the clock of \
-         this host is not trusted to say what is new there: begin at a given time, with \
+        "missing or invalid `Date` header in the answers of the server of stream {stream}; the clock of this host \
+         may differ from the server's, so it is not used: start at a given time, with \
          `start = \"at-timestamp:TIME\"` under [source]"
     )]
     NoDate {
-        /// The stream's name.
+        /// Name of the stream.
         stream: String,
     },
     /// The start names a shard that the stream does not list.
     #[error(
-        "`start` under [source] names shard {shard}, which stream {stream} does not list: it was never \
-         there, or the retention of its records has ended. `shardmill stream describe` lists the shards"
+        "unknown shard {shard} in `start` under [source]: stream {stream} does not list it, because it never \
+         existed, or because the retention of its records has ended. `shardmill stream describe` lists the shards"
     )]
     NoSuchShard {
-        /// The stream's name.
+        /// Name of the stream.
         stream: String,
-        /// The shard.
+        /// Shard.
         shard: String,
     },
-    /// The stream no longer holds what was not read yet.
+    /// The stream no longer holds records that were not read yet.
     #[error(
         "records of {place} are lost: {extent}. Raise the retention for the next time; to go on from \
          the oldest record, set `on_lost_records = \"continue\"` under [source]"
     )]
     LostRecords {
-        /// The stream and the shard.
+        /// Stream and shard.
         place: String,
-        /// Where the lane stands, what is left, and how much is gone, as far as can be told.
+        /// Where the lane stands, what is left, and how much is lost, as far as known.
         extent: String,
     },
     /// A file cannot be read.
@@ -201,27 +202,27 @@ pub enum SourceError {
         cause: String,
     },
     /// Dead letters cannot be read.
-    #[error("dead letters cannot be read: {cause}")]
+    #[error("failed to read dead letters: {cause}")]
     DeadLetters {
-        /// What the state database says.
+        /// Error of the state database.
         cause: String,
-        /// Whether to try again mends nothing.
+        /// Whether a retry is useless.
         is_final: bool,
     },
     /// A call failed.
     #[error("{call} failed for {place}: {cause}")]
     Call {
-        /// The operation of the Kinesis API.
+        /// Operation of the Kinesis API.
         call: &'static str,
-        /// The stream or shard, with its sequence where there is one.
+        /// Stream or shard, with the sequence number if there is one.
         place: String,
-        /// The server's code and message, or what the network says.
+        /// Code and message of the server, or the error of the network.
         cause: String,
     },
 }
 
 impl SourceError {
-    /// The error for a stream that took another's place.
+    /// Makes the error for a stream that replaced another one of the same name.
     pub fn replaced(was: &StreamIdentity, is: &StreamIdentity) -> Self {
         let time = |ms| chrono::DateTime::from_timestamp_millis(ms).map(|at| at.to_rfc3339());
         Self::Replaced {
@@ -231,7 +232,7 @@ impl SourceError {
         }
     }
 
-    /// Whether a person must decide: to try again could lose or double records.
+    /// Whether a person must decide, because a retry could lose or double records.
     pub fn needs_a_person(&self) -> bool {
         matches!(
             self,
@@ -243,57 +244,57 @@ impl SourceError {
     }
 }
 
-/// A stream, as lanes and their supervisor see it.
+/// Stream, as lanes and their supervisor see it.
 #[async_trait]
 pub trait ShardSource: Send + Sync {
-    /// Which stream it is.
+    /// Returns the identity of the stream.
     ///
     /// # Errors
-    /// [`SourceError`] when it is not there or out of reach.
+    /// [`SourceError`] if the stream does not exist or is unreachable.
     async fn identity(&self) -> Result<StreamIdentity, SourceError>;
 
-    /// All shards that the stream still knows, closed ones included.
+    /// Lists all shards that the stream still knows, closed ones included.
     ///
     /// # Errors
-    /// [`SourceError`] when the stream is not there or out of reach.
+    /// [`SourceError`] if the stream does not exist or is unreachable.
     async fn shards(&self) -> Result<Vec<Shard>, SourceError>;
 
-    /// Where a shard starts that was never begun and whose ancestors were not, either.
+    /// Returns the start of shards that have no position and whose ancestors have none.
     fn start(&self) -> &StartPosition;
 
-    /// The time by the clock that records' times of arrival are of, in milliseconds since 1970, rounded
-    /// down to the second; `None`: records have no time of arrival.
+    /// Returns the current time of the clock that sets the arrival times of records, in milliseconds since 1970,
+    /// rounded down to the second; `None`: records have no arrival time.
     ///
     /// # Errors
-    /// [`SourceError`] when the stream is out of reach or does not say.
+    /// [`SourceError`] if the stream is unreachable or does not send the time.
     async fn now_ms(&self) -> Result<Option<i64>, SourceError> {
         Ok(None)
     }
 
-    /// Whether all shards are listed until their last record is dropped. Of another source, those that
-    /// are not listed are of no interest.
+    /// Whether a shard is listed until its last record is dropped. If so, all records of a shard that is not listed
+    /// have been dropped. For other sources, shards that are not listed do not matter.
     fn lists_all(&self) -> bool {
         false
     }
 
-    /// From when on, in milliseconds since 1970, it holds all records that arrived; `None`: it drops none.
+    /// Returns the time, in milliseconds since 1970, from which on no record has been dropped; `None`: none ever is.
     ///
     /// # Errors
-    /// [`SourceError`] when the stream is not there or out of reach.
+    /// [`SourceError`] if the stream does not exist or is unreachable.
     async fn retained_from_ms(&self) -> Result<Option<i64>, SourceError> {
         Ok(None)
     }
 
-    /// The shards whose readers have waited for memory for `after` or longer, and who holds it.
+    /// Returns the shards whose readers have waited for memory for `after` or longer, and who holds it.
     fn long_waits(&self, after: std::time::Duration) -> Vec<LongWait> {
         let _ = after;
         Vec::new()
     }
 
-    /// A reader of a shard.
+    /// Opens a reader of a shard.
     ///
     /// # Errors
-    /// [`SourceError`] when the shard is not there or out of reach.
+    /// [`SourceError`] if the shard does not exist or is unreachable.
     async fn open(
         &self,
         shard: &ShardKey,
@@ -301,33 +302,33 @@ pub trait ShardSource: Send + Sync {
     ) -> Result<Box<dyn BatchReader>, SourceError>;
 }
 
-/// Where a lane resumes its shard.
+/// Position at which a lane resumes its shard.
 #[derive(Clone, Copy, Debug)]
 pub struct ResumePoint<'a> {
-    /// Behind this record.
+    /// Last record that was read; the reader starts after it.
     pub after: Option<&'a Position>,
-    /// Where the shard was begun: it counts while there is no `after`.
+    /// Start of the shard, which is used only while there is no `after`.
     pub start: &'a ShardStart,
-    /// A time up to which everything was read and settled, in milliseconds since 1970.
+    /// Time up to which everything was read and has its outcome, in milliseconds since 1970.
     pub caught_up_ms: Option<i64>,
     /// Where the reader shows what it waits for.
     pub waiting: &'a Waiting,
 }
 
-/// Reads one shard in order. Dropping the future of a call loses nothing.
+/// Reader of one shard, in order. Dropping the future of a call loses nothing.
 #[async_trait]
 pub trait BatchReader: Send {
-    /// The next batch. Throttling, expired iterators and lost connections are dealt with inside.
+    /// Returns the next batch. The reader itself handles throttling, expired iterators and lost connections.
     ///
     /// # Errors
-    /// What trying again does not mend: access denied, the stream is gone.
+    /// Failures that a retry cannot solve: access is denied, or the stream does not exist.
     async fn next_batch(&mut self) -> Result<NextBatch, SourceError>;
 
-    /// Gives back what was read ahead, because its lane is blocked: it is read again when it is its turn.
+    /// Drops what was read ahead, because the lane is blocked. It will be read again later.
     fn give_back(&mut self) {}
 }
 
-/// Counts a loss of records.
+/// Counts a loss of records in the metrics.
 pub fn count_loss(shard: &ShardId, lost_ms: u64) {
     metrics::counter!(metric::SOURCE_LOSSES_TOTAL, "shard" => shard.to_string()).increment(1);
     metrics::counter!(metric::SOURCE_LOST_MS_TOTAL, "shard" => shard.to_string())

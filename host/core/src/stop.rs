@@ -1,4 +1,4 @@
-//! The end of a run: every wait ends when it is asked for, and what is in hand has a time to get done.
+//! The end of a run: every wait ends when a stop is requested, and work in progress has a limited time to finish.
 
 use std::sync::{Arc, OnceLock};
 use std::time::Duration;
@@ -8,11 +8,11 @@ use futures::future::BoxFuture;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-/// A token that asks for the end, and the time that is left from then on. Its clones share both.
+/// Token that requests the end of a run, with the time that is left from then on. Clones share both.
 ///
-/// Two kinds of waits know it. One for more work ([`Stop::unless_asked`]) ends when the end is asked for.
-/// One for work in hand, such as a last commit ([`Stop::until_over`]), ends when the time is over: what
-/// is not durable by then is read again.
+/// There are two kinds of waits. A wait for more work ([`Stop::unless_asked`]) ends as soon as the stop is requested. A
+/// wait for work in progress, such as a last commit ([`Stop::until_over`]), ends when the drain time is over; what is
+/// not durable by then is read again after the next start.
 ///
 /// ```
 /// use std::time::Duration;
@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 /// assert_eq!(stop.unless_asked(async { "a batch" }).await, Some("a batch"));
 ///
 /// stop.ask();
-/// // No more work is taken on, but the commit in hand may get done.
+/// // No more work is started, but the commit in progress may finish.
 /// assert_eq!(stop.unless_asked(async { "a batch" }).await, None);
 /// assert_eq!(stop.until_over(async { "a commit" }).await, Some("a commit"));
 /// # }
@@ -34,23 +34,24 @@ use tokio_util::sync::CancellationToken;
 pub struct Stop {
     token: CancellationToken,
     drain_max: Duration,
-    /// When the time is over; set by whoever first sees that the end is asked for.
+    /// End of the drain time; set by whoever first sees that a stop is requested.
     deadline: Arc<OnceLock<Instant>>,
     parent: Option<Arc<Self>>,
 }
 
 impl Stop {
-    /// An end that nobody has asked for yet.
+    /// Makes a token that nobody has asked to stop yet.
     pub fn new(drain_max: Duration) -> Self {
         Self::at(CancellationToken::new(), drain_max)
     }
 
-    /// The end that a token asks for.
+    /// Wraps a token that requests the stop.
     pub fn at(token: CancellationToken, drain_max: Duration) -> Self {
         Self { token, drain_max, deadline: Arc::default(), parent: None }
     }
 
-    /// The end of a part: asked for by itself, or with the whole, and then over with the whole.
+    /// Makes the token of a part of the run. The part stops when asked itself or when the whole stops, and never has
+    /// more time than the whole.
     #[must_use]
     pub fn child(&self) -> Self {
         Self {
@@ -61,35 +62,35 @@ impl Stop {
         }
     }
 
-    /// Asks for the end.
+    /// Requests the stop.
     pub fn ask(&self) {
         self.deadline();
         self.token.cancel();
     }
 
-    /// Whether the end is asked for.
+    /// Whether a stop is requested.
     pub fn is_asked(&self) -> bool {
         self.token.is_cancelled()
     }
 
-    /// The token, for parts that need no more time.
+    /// Returns the token, for parts that need no time to drain.
     pub fn token(&self) -> &CancellationToken {
         &self.token
     }
 
-    /// The time that is left once the end is asked for.
+    /// Returns the time that is left once a stop is requested.
     pub fn drain_max(&self) -> Duration {
         self.drain_max
     }
 
-    /// Completes when the end is asked for.
+    /// Completes when a stop is requested.
     pub async fn asked(&self) {
         self.token.cancelled().await;
-        // From now on the time runs.
+        // The drain time starts now.
         self.deadline();
     }
 
-    /// Completes when the time of the end is over.
+    /// Completes when the drain time is over.
     pub fn over(&self) -> BoxFuture<'static, ()> {
         let stop = self.clone();
         async move {
@@ -106,7 +107,7 @@ impl Stop {
         .boxed()
     }
 
-    /// Waits for something, unless the end is asked for.
+    /// Waits for a future, or returns `None` when a stop is requested.
     pub async fn unless_asked<T>(&self, wait: impl Future<Output = T>) -> Option<T> {
         tokio::select! {
             biased;
@@ -115,7 +116,7 @@ impl Stop {
         }
     }
 
-    /// Waits for something, until the time of the end is over.
+    /// Waits for a future, or returns `None` when the drain time is over.
     pub async fn until_over<T>(&self, wait: impl Future<Output = T>) -> Option<T> {
         tokio::select! {
             biased;

@@ -1,34 +1,33 @@
-//! Limits that the system sets to this process: checked before they are met, because what fails on them
-//! fails far from its cause.
+//! Limits that the system sets for this process. They are checked before they are reached, because a failure at a limit
+//! shows up far from its cause.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Address space that a linear memory of a sandbox reserves. It is not memory in use: only what a plugin
-/// touches is.
+/// Address space that the linear memory of a sandbox reserves. It is not memory in use: only pages that a plugin
+/// touches are.
 const MEMORY_BYTES: u64 = (4 << 30) + (64 << 20);
-/// Address space that a lane needs beside: the stacks of its threads.
+/// Address space that a lane needs in addition: the stacks of its threads.
 const LANE_BYTES: u64 = 8 << 20;
-/// Address space that the rest of the process may still take.
+/// Address space that the rest of the process may still need.
 const SPARE_BYTES: u64 = 512 << 20;
-/// Files that a lane has open beside those of its sinks: its connection to the stream, and one more
-/// while that is renewed.
+/// Open files of a lane without its sinks: its connection to the stream, and one more while that is renewed.
 const LANE_FILES: u64 = 2;
-/// Files that each sink of a lane has open: a connection, or a database and its log.
+/// Open files of each sink of a lane: a connection, or a database and its log.
 const SINK_FILES: u64 = 2;
 /// Files that the rest of the process may still open.
 const SPARE_FILES: u64 = 16;
-/// The share of its open files that a process may have as connections of one port, as a divisor: all ports
-/// together leave most to the pipeline.
+/// Share of its open files that a process may use for connections of one port, as a divisor. All ports together leave
+/// most files to the pipeline.
 const PORT_SHARE: u64 = 8;
 /// The same for the embedded stream, whose clients are lanes.
 const STREAM_SHARE: u64 = 2;
-/// Connections that a port keeps whatever the limit of open files is.
+/// Connections that a port keeps however low the limit of open files is.
 const PORT_CONNECTIONS_MIN: usize = 4;
 /// Files that a start opens before the shards are known: state, sinks, ports, and the pipes of a compiler.
 const START_FILES: u64 = 32;
 
-/// The process may not have what the pipeline needs.
+/// A limit of the process is too low for the pipeline.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum LimitError {
     /// Address space.
@@ -41,9 +40,9 @@ pub enum LimitError {
     AddressSpace {
         /// What it is for.
         what: String,
-        /// The bytes that are needed.
+        /// Bytes that are needed.
         needed: u64,
-        /// The bytes that may be had.
+        /// Bytes that are allowed.
         limit: u64,
     },
     /// Open files.
@@ -54,27 +53,27 @@ pub enum LimitError {
     OpenFiles {
         /// What they are for.
         what: String,
-        /// The number that is needed.
+        /// Number that is needed.
         needed: u64,
-        /// The number that may be had.
+        /// Number that is allowed.
         limit: u64,
     },
-    /// Mappings of memory.
+    /// Memory mappings.
     #[error(
         "{used} of the {limit} mappings of memory that the system gives a process are in use, and each memory \
          of a plugin takes some: raise it (sysctl vm.max_map_count), or read fewer shards in one process"
     )]
     Mappings {
-        /// The number in use.
+        /// Number in use.
         used: u64,
-        /// The number that may be had.
+        /// Number that is allowed.
         limit: u64,
     },
 }
 
 impl LimitError {
-    /// The limit behind a failure to start a sandbox of so many memories, of address space or of mappings, if it
-    /// is one of these.
+    /// Finds the limit that caused a failure to start a sandbox with this number of memories: address space or
+    /// mappings. Returns `None` for another cause.
     pub fn of_refusal(cause: &str, memories: usize) -> Option<Self> {
         if !is_out_of_memory(cause) {
             return None;
@@ -90,34 +89,34 @@ impl LimitError {
         }
     }
 
-    /// The limit of mappings, where it is all but reached.
+    /// Returns the error for the limit of mappings if 90 % of it is used.
     fn of_mappings(limit: u64, used: u64) -> Option<Self> {
         (used.saturating_mul(10) >= limit.saturating_mul(9))
             .then_some(Self::Mappings { used, limit })
     }
 }
 
-/// The mappings that a process may have, where the system says so.
+/// Returns the number of mappings that a process may have, if the system says so.
 fn mappings_limit() -> Option<u64> {
     std::fs::read_to_string("/proc/sys/vm/max_map_count").ok()?.trim().parse().ok()
 }
 
-/// The mappings that this process has.
+/// Returns the number of mappings that this process has.
 fn mappings_used() -> Option<u64> {
     Some(std::fs::read_to_string("/proc/self/maps").ok()?.lines().count() as u64)
 }
 
-/// Whether a text tells of the system's refusal of memory, by its number as `std::io::Error` has it.
+/// Whether a text reports that the system refused memory. `std::io::Error` writes the number of the error into it.
 fn is_out_of_memory(cause: &str) -> bool {
     cause.contains(&format!("(os error {})", libc::ENOMEM))
 }
 
-/// What lanes of a pipeline need of the system.
+/// What the lanes of a pipeline need from the system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Needs {
-    /// Their number.
+    /// Number of lanes.
     pub lanes: usize,
-    /// Stages, canaries included: a sandbox for each in each lane.
+    /// Stages, including canaries: each lane has a sandbox for each.
     pub stages: usize,
     /// Linear memories of these sandboxes, in each lane. A component of JavaScript has three.
     pub memories: usize,
@@ -136,7 +135,7 @@ impl fmt::Display for Needs {
 }
 
 impl Needs {
-    /// Checks that all of them can run.
+    /// Checks that all lanes can run.
     ///
     /// # Errors
     /// [`LimitError`], with what is needed.
@@ -172,7 +171,7 @@ impl Needs {
     }
 }
 
-/// Checks that a command can start: that one sandbox can be had, and the files that come before the lanes'.
+/// Checks that a command can start: that one sandbox fits, and the files that are opened before those of lanes.
 ///
 /// # Errors
 /// [`LimitError`], with what is needed.
@@ -196,14 +195,14 @@ fn check_address(what: String, used: u64, more: u64, limit: Option<u64>) -> Resu
     }
 }
 
-/// Lets a write beyond the limit of a file's size (ulimit -f) fail as one on a full disk does, with an
-/// error that is told, and not end the process without a word.
+/// Ignores SIGXFSZ. A write beyond the limit of the file size (`ulimit -f`) then fails with an error, as on a full
+/// disk, and does not end the process without a message.
 pub fn ignore_file_size_signal() {
     // SAFETY: sets the disposition of one signal, before other threads are started.
     unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
 }
 
-/// The error of a process that could not begin, with the limit behind it if that is known.
+/// Returns the error of a process that could not start, with the limit that caused it if known.
 pub fn cannot_begin(error: std::io::Error) -> anyhow::Error {
     match (error.raw_os_error(), files_limit()) {
         (Some(libc::EMFILE), Some(limit)) => {
@@ -214,7 +213,7 @@ pub fn cannot_begin(error: std::io::Error) -> anyhow::Error {
     }
 }
 
-/// Raises the number of files that may be open as far as the system lets this process.
+/// Raises the limit of open files as far as the system allows.
 pub fn raise_open_files() {
     let mut limit = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
     // SAFETY: both calls get a structure that lives here. A refusal leaves the limit as it is.
@@ -228,8 +227,8 @@ pub fn raise_open_files() {
     }
 }
 
-/// The connections that a port may keep of `wanted`, so that most open files are left to the pipeline;
-/// `is_beside_lanes`: it is not the embedded stream's.
+/// Returns how many of the `wanted` connections a port may keep, so that most open files are left to the pipeline.
+/// `is_beside_lanes` is false for the embedded stream only.
 pub fn port_connections_max(wanted: usize, is_beside_lanes: bool) -> usize {
     share_of_files(wanted, files_limit(), if is_beside_lanes { PORT_SHARE } else { STREAM_SHARE })
 }
@@ -243,11 +242,11 @@ fn share_of_files(wanted: usize, files_limit: Option<u64>, share: u64) -> usize 
 static PORT_FILES: AtomicU64 = AtomicU64::new(0);
 static PORT_FILES_OPEN: AtomicU64 = AtomicU64::new(0);
 
-/// File descriptors that are kept for a port's connections: lanes begin only where they are left.
+/// File descriptors that are reserved for the connections of a port. Lanes start only if enough others are left.
 pub struct PortFiles(u64);
 
 impl PortFiles {
-    /// Keeps this many.
+    /// Reserves this number.
     pub fn keep(connections: usize) -> Self {
         let kept = connections as u64;
         PORT_FILES.fetch_add(kept, Ordering::Relaxed);
@@ -264,7 +263,7 @@ impl PortFiles {
         PORT_FILES_OPEN.fetch_sub(1, Ordering::Relaxed);
     }
 
-    /// Those that are kept and not used.
+    /// Returns the number of reserved descriptors that are not used.
     fn not_open() -> u64 {
         PORT_FILES.load(Ordering::Relaxed).saturating_sub(PORT_FILES_OPEN.load(Ordering::Relaxed))
     }
@@ -276,7 +275,7 @@ impl Drop for PortFiles {
     }
 }
 
-/// The bytes of address space that this process may have; `None`: any number.
+/// Returns the bytes of address space that this process may have; `None`: no limit.
 pub fn address_limit() -> Option<u64> {
     soft_limit(libc::RLIMIT_AS)
 }
@@ -285,10 +284,10 @@ fn files_limit() -> Option<u64> {
     soft_limit(libc::RLIMIT_NOFILE)
 }
 
-/// The number of a limit.
+/// Type of the number of a limit.
 #[cfg(target_env = "gnu")]
 pub type Resource = libc::__rlimit_resource_t;
-/// The number of a limit.
+/// Type of the number of a limit.
 #[cfg(not(target_env = "gnu"))]
 pub(crate) type Resource = libc::c_int;
 
@@ -299,7 +298,7 @@ fn soft_limit(resource: Resource) -> Option<u64> {
     (found == 0 && limit.rlim_cur != libc::RLIM_INFINITY).then_some(limit.rlim_cur)
 }
 
-/// What this process uses already; 0 where the system does not say.
+/// Use of this process; 0 if the system does not say.
 struct Usage {
     address_bytes: u64,
     open_files: u64,

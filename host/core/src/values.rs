@@ -1,33 +1,32 @@
-//! Values of variables, and how they are found in texts, in whatever encoding.
+//! Finds the values of variables in texts, in any encoding, so that they can be hidden.
 
 use std::collections::BTreeSet;
 
 use crate::secret::Secret;
 
-/// Values of variables, which no message and no log may show. Servers and plugins may repeat what they were
-/// given.
+/// Values of variables, which no message and no log may show. Servers and plugins may repeat what they received.
 #[derive(Clone, Debug, Default)]
 pub struct Values(Vec<Variable>);
 
-/// A variable with a value.
+/// Variable with its value.
 #[derive(Clone, Debug)]
 struct Variable {
     name: String,
     value: Secret,
-    /// The texts to find; see [`forms`].
+    /// Texts to search for; see [`forms`].
     forms: Vec<Secret>,
 }
 
-/// A shorter value is hidden only where it stands in quotes: it may be a part of any word.
+/// A shorter value is hidden only inside quotes, because it may be a part of any word.
 const HIDDEN_BYTES_MIN: usize = 6;
 
-/// A longer value stands in no URL: servers refuse those.
+/// A longer value appears in no URL: servers refuse such URLs.
 const URL_BYTES_MAX: usize = 16 << 10;
 
-/// The bytes with which an encoded character may begin.
+/// Bytes with which an encoded character can begin.
 const ENCODED: [u8; 4] = *b"%+&\\";
 
-/// The most bytes of an HTML entity of one character.
+/// Longest HTML entity of one character, in bytes.
 const ENTITY_BYTES_MAX: usize = 10;
 
 impl Values {
@@ -37,34 +36,35 @@ impl Values {
         if !value.is_empty() && !self.0.iter().any(is_known) {
             let forms = forms(value);
             self.0.push(Variable { name: name.to_owned(), value: Secret::new(value), forms });
-            // A value may be a part of another.
+            // Longest first: a value may be a part of another.
             self.0.sort_by_key(|variable| std::cmp::Reverse(variable.value.reveal().len()));
         }
     }
 
-    /// Adds all of these.
+    /// Adds all values of another set.
     pub fn extend(&mut self, other: &Self) {
         for variable in &other.0 {
             self.add(&variable.name, variable.value.reveal());
         }
     }
 
-    /// Whether there is none.
+    /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.0.is_empty()
     }
 
-    /// Puts `${NAME}` in the place of each value in a text.
+    /// Replaces each value in a text with `${NAME}`.
     pub fn hide(&self, text: String) -> String {
         self.hide_in_quotes(self.hide_long(text, false))
     }
 
-    /// Does as [`Values::hide`] for the beginning of a text: a value may have been cut at its end.
+    /// Does the same for the beginning of a text, at whose end a value may have been cut.
     pub fn hide_beginning(&self, text: String) -> String {
         self.hide_in_quotes(self.hide_long(text, true))
     }
 
-    /// Hides the values of [`HIDDEN_BYTES_MIN`] or more, in one pass: `${NAME}` may contain a value itself.
+    /// Replaces the values of at least [`HIDDEN_BYTES_MIN`] bytes, in one pass, because `${NAME}` itself may contain a
+    /// value.
     fn hide_long(&self, text: String, may_be_cut: bool) -> String {
         let forms: Vec<(&str, &str)> = (self.0.iter())
             .flat_map(|it| it.forms.iter().map(move |form| (it.name.as_str(), form.reveal())))
@@ -81,12 +81,12 @@ impl Values {
                 continue;
             }
             let rest = &bytes[at..];
-            // Of equally long ones the first counts, which is of the longest value.
+            // Of several of the same length, the first counts: it belongs to the longest value.
             let shown = (forms.iter().rev())
                 .filter_map(|(name, form)| Some((shown_length(rest, form, may_be_cut)?, *name)))
                 .max_by_key(|(length, _)| *length);
             match shown {
-                // Both ends are those of characters: a value is whole ones.
+                // Both ends are at character boundaries, because a value consists of whole characters.
                 Some((length, name)) => {
                     hidden.push_str(&text[kept..at]);
                     hidden.push_str(&format!("${{{name}}}"));
@@ -100,7 +100,7 @@ impl Values {
         hidden
     }
 
-    /// The length of the `${NAME}` that a text begins with. Texts pass here more than once.
+    /// Returns the length of the `${NAME}` that a text begins with. The same text may pass here more than once.
     fn written_length(&self, text: &[u8]) -> Option<usize> {
         let after = text.strip_prefix(b"${")?;
         let mut names = self.0.iter().map(|variable| variable.name.as_bytes());
@@ -109,7 +109,7 @@ impl Values {
         names.find(is_first).map(|name| name.len() + 3)
     }
 
-    /// Hides the shorter values.
+    /// Replaces the shorter values.
     fn hide_in_quotes(&self, text: String) -> String {
         let mut hidden = text;
         for Variable { name, value, .. } in &self.0 {
@@ -128,9 +128,9 @@ impl Values {
     }
 }
 
-/// The texts by which a value is found: as it is, as a message quotes it, and as a URL parser writes it in each
-/// part of a URL (it turns a backslash of a path into a slash, resolves `..` and drops ends of lines); each also
-/// in lower and in upper case. [`shown_length`] finds them in any encoding. Shorter ones than
+/// Returns the texts by which a value is found: as it is, as a message quotes it, and as a URL parser writes it in each
+/// part of a URL (which turns a backslash in a path into a slash, resolves `..` and drops line ends). Each is also
+/// returned in lower and upper case. [`shown_length`] finds them in any encoding. Texts shorter than
 /// [`HIDDEN_BYTES_MIN`] are left out.
 fn forms(value: &str) -> Vec<Secret> {
     if value.len() < HIDDEN_BYTES_MIN {
@@ -158,7 +158,7 @@ fn forms(value: &str) -> Vec<Secret> {
     forms.into_iter().map(Secret::new).collect()
 }
 
-/// The bytes with which a form, or `${NAME}`, may begin in a text.
+/// Returns the bytes with which a form, or `${NAME}`, can begin in a text.
 fn begins(forms: &[(&str, &str)]) -> [bool; 256] {
     let mut begins = [false; 256];
     begins[usize::from(b'$')] = true;
@@ -171,16 +171,16 @@ fn begins(forms: &[(&str, &str)]) -> [bool; 256] {
     begins
 }
 
-/// The bytes at the beginning of a text that show this form, in any mix of encodings; `None`: it begins otherwise.
-/// A text that `may_be_cut` may end within the form, after [`HIDDEN_BYTES_MIN`] of its bytes.
+/// Returns the length of this form at the beginning of a text, in any mix of encodings; `None` if the text begins with
+/// something else. A text that `may_be_cut` may end inside the form, after [`HIDDEN_BYTES_MIN`] of its bytes.
 fn shown_length(text: &[u8], form: &str, may_be_cut: bool) -> Option<usize> {
-    // Most places of a text.
+    // This ends most searches early.
     let first = text.first()?;
     if !ENCODED.contains(first) && form.as_bytes().first() != Some(first) {
         return None;
     }
-    // One character may be shown in texts of several lengths, of which each begins with the other: a backslash is
-    // one, and two of them where it is escaped.
+    // One character can have encodings of several lengths, of which one is the beginning of the other: a backslash is
+    // one byte, or two if escaped. So all possible ends are followed.
     let mut ends = vec![0_usize];
     for (place, c) in form.char_indices() {
         let mut next = Vec::new();
@@ -203,8 +203,8 @@ fn shown_length(text: &[u8], form: &str, may_be_cut: bool) -> Option<usize> {
     ends.into_iter().max()
 }
 
-/// Gives the length of each text that shows a character, and that this text begins with: the character itself, in
-/// percent-encoding, as an HTML entity, and escaped in a string of JSON, once or twice.
+/// Calls `found` with the length of each encoding of a character that this text begins with: the character itself,
+/// percent-encoding, an HTML entity, or an escape in a JSON string, once or twice.
 fn each_shown_length(text: &[u8], c: char, mut found: impl FnMut(usize)) {
     let mut buffer = [0; 4];
     let plain = c.encode_utf8(&mut buffer).as_bytes();
@@ -223,7 +223,7 @@ fn each_shown_length(text: &[u8], c: char, mut found: impl FnMut(usize)) {
     if let Some((_, length)) = entity(text).filter(|(shown, _)| *shown == c) {
         found(length);
     }
-    // Four: twice. A quote has three before it then.
+    // Four backslashes: escaped twice. A quote then has three before it.
     let backslashes = text.iter().take(5).take_while(|byte| **byte == b'\\').count();
     if c == '\\' {
         for length in [2, 4] {
@@ -250,7 +250,7 @@ fn each_shown_length(text: &[u8], c: char, mut found: impl FnMut(usize)) {
     }
 }
 
-/// The length of a character's JSON escape: one `\u0041`, or two for a surrogate pair, each with this many
+/// Returns the length of a character's JSON escape: one `\u0041`, or two for a surrogate pair, each with this number of
 /// backslashes.
 fn code_units_length(text: &[u8], backslashes: usize, c: char) -> Option<usize> {
     let mut buffer = [0; 2];
@@ -267,7 +267,7 @@ fn code_units_length(text: &[u8], backslashes: usize, c: char) -> Option<usize> 
     Some(at)
 }
 
-/// The character of the HTML entity that a text begins with, and its length.
+/// Returns the character of the HTML entity that a text begins with, and the length of the entity.
 fn entity(text: &[u8]) -> Option<(char, usize)> {
     let inside = text.strip_prefix(b"&")?;
     let end = inside.iter().take(ENTITY_BYTES_MAX).position(|byte| *byte == b';')?;
@@ -290,18 +290,18 @@ fn entity(text: &[u8]) -> Option<(char, usize)> {
     Some((c, end + 2))
 }
 
-/// Whether a text ends here, if only within an encoded character.
+/// Whether a text ends here, possibly inside an encoded character.
 fn is_cut(rest: &[u8]) -> bool {
     let is_inside = |byte: &u8| byte.is_ascii_alphanumeric() || matches!(*byte, b'#' | b'\\');
     match rest {
         [] | [b'%'] | [b'%', _] => true,
         [b'&' | b'\\', more @ ..] => more.len() < ENTITY_BYTES_MAX && more.iter().all(is_inside),
-        // A cut character, as text that is not UTF-8 is read.
+        // A character that was cut, after a lossy conversion to UTF-8.
         _ => rest == "\u{fffd}".as_bytes(),
     }
 }
 
-/// A text without percent-encoding; as it is, where that is not UTF-8.
+/// Decodes percent-encoding. Returns the text unchanged if the result is not UTF-8.
 fn percent_decoded(text: &str) -> String {
     let bytes = text.as_bytes();
     let (mut plain, mut at) = (Vec::with_capacity(bytes.len()), 0);
@@ -313,7 +313,7 @@ fn percent_decoded(text: &str) -> String {
     String::from_utf8(plain).unwrap_or_else(|_| text.to_owned())
 }
 
-/// The byte whose percent-encoding a text begins with.
+/// Returns the byte whose percent-encoding a text begins with.
 fn percent_byte(text: &[u8]) -> Option<u8> {
     let [b'%', high, low, ..] = text else { return None };
     let digit = |digit: &u8| char::from(*digit).to_digit(16);
@@ -368,7 +368,7 @@ mod tests {
         values.add("MARKS", "<a&b>'c\"");
         values.add("UP", "x/../Up\nper/ö🚗");
         for (message, expected) in [
-            // The URL parser's.
+            // As a URL parser writes them.
             ("/p/back/slash9secret/x?k=back\\slash9secret", "/p/${PATH}/x?k=${PATH}"),
             ("/p/quo%22te/back9/x?k=quo%22te\\back9", "/p/${QUERY}/x?k=${QUERY}"),
             ("/p/quo\"te/back9/x", "/p/${QUERY}/x"),

@@ -1,17 +1,17 @@
-//! Which addresses a request may go to: what a name resolves to is checked before it is connected
-//! to, and nothing is resolved a second time.
+//! Decides to which IP addresses a request may go. The addresses of a name are checked before connecting, and the name
+//! is not resolved again.
 //!
-//! Sources: the IANA special-purpose address registries for IPv4 and IPv6 (RFC 6890 and its
-//! successors), the multicast registries, and the IPv6 address space registry: only 2000::/3 is
-//! global unicast. What the registries call globally reachable but leads elsewhere is refused too:
-//! the translation prefix 64:ff9b::/96 and 6to4 hide an IPv4 address in an IPv6 one.
+//! Sources: the IANA special-purpose address registries for IPv4 and IPv6 (RFC 6890 and its successors), the multicast
+//! registries, and the IPv6 address space registry: only 2000::/3 is global unicast. Some ranges count as globally
+//! reachable in the registries but hide an IPv4 address in an IPv6 address, and are refused, too: the translation
+//! prefix 64:ff9b::/96 and 6to4.
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use ipnet::{Ipv4Net, Ipv6Net};
 
-/// Never a host that anybody means. Link-local holds the metadata services of the clouds, which hand
-/// out credentials; those that lie elsewhere are listed.
+/// Ranges without any legitimate host. The link-local range contains the metadata services of clouds, which give out
+/// credentials; metadata services elsewhere are listed one by one.
 const NEVER_V4: [Ipv4Net; 10] = [
     v4([0, 0, 0, 0], 8),          // "this network", RFC 791
     v4([100, 100, 100, 200], 32), // Alibaba Cloud's metadata
@@ -25,7 +25,7 @@ const NEVER_V4: [Ipv4Net; 10] = [
     v4([240, 0, 0, 0], 4),        // reserved and broadcast, RFC 1112, RFC 919
 ];
 
-/// Hosts of one's own network: for a grant with `private = true`.
+/// Ranges of private networks: allowed by a grant with `private = true`.
 const PRIVATE_V4: [Ipv4Net; 6] = [
     v4([10, 0, 0, 0], 8),     // private use, RFC 1918
     v4([100, 64, 0, 0], 10),  // shared (carrier-grade NAT), RFC 6598
@@ -35,7 +35,7 @@ const PRIVATE_V4: [Ipv4Net; 6] = [
     v4([198, 18, 0, 0], 15),  // benchmarking, RFC 2544
 ];
 
-/// Parts of the public space that are no hosts either: anycast of relays and of AS112.
+/// Public ranges that contain no hosts either: anycast of relays and of AS112.
 const ODD_V4: [Ipv4Net; 4] = [
     v4([192, 31, 196, 0], 24), // AS112, RFC 7535
     v4([192, 52, 193, 0], 24), // AMT, RFC 7450
@@ -43,7 +43,7 @@ const ODD_V4: [Ipv4Net; 4] = [
     v4([192, 175, 48, 0], 24), // AS112, RFC 7534
 ];
 
-/// Within 2000::/3, what is no host; the rest of the space is refused as a whole.
+/// Ranges within 2000::/3 that contain no hosts. Addresses outside 2000::/3 are refused anyway.
 const NEVER_V6: [Ipv6Net; 5] = [
     v6([0x2001, 0, 0, 0, 0, 0, 0, 0], 23), // IETF protocol assignments, Teredo within
     v6([0x2001, 0xdb8, 0, 0, 0, 0, 0, 0], 32), // documentation, RFC 3849
@@ -52,24 +52,24 @@ const NEVER_V6: [Ipv6Net; 5] = [
     v6([0x3fff, 0, 0, 0, 0, 0, 0, 0], 20), // documentation, RFC 9637
 ];
 
-/// Amazon's metadata and other services of an instance over IPv6; they lie in the private space.
+/// Amazon's metadata and other instance services over IPv6. They lie in the private range.
 const METADATA_V6: Ipv6Net = v6([0xfd00, 0xec2, 0, 0, 0, 0, 0, 0], 32);
 
 const GLOBAL_V6: Ipv6Net = v6([0x2000, 0, 0, 0, 0, 0, 0, 0], 3);
 const UNIQUE_LOCAL_V6: Ipv6Net = v6([0xfc00, 0, 0, 0, 0, 0, 0, 0], 7);
 
-/// A range of IPv4, checked while this is compiled.
+/// Makes an IPv4 range; checked at compile time.
 const fn v4([a, b, c, d]: [u8; 4], prefix: u8) -> Ipv4Net {
     Ipv4Net::new_assert(Ipv4Addr::new(a, b, c, d), prefix)
 }
 
-/// A range of IPv6, checked while this is compiled.
+/// Makes an IPv6 range; checked at compile time.
 const fn v6([a, b, c, d, e, f, g, h]: [u16; 8], prefix: u8) -> Ipv6Net {
     Ipv6Net::new_assert(Ipv6Addr::new(a, b, c, d, e, f, g, h), prefix)
 }
 
-/// Whether a request may go to this address. With `private`, also to those of one's own machine and
-/// network, but never to link-local addresses and metadata services.
+/// Whether a request may go to this address. With `private`, also to addresses of this machine and of private networks,
+/// but never to link-local addresses and metadata services.
 pub(super) fn is_allowed(address: IpAddr, private: bool) -> bool {
     match address {
         IpAddr::V4(address) => is_allowed_v4(address, private),
@@ -84,7 +84,7 @@ fn is_allowed_v4(address: Ipv4Addr, private: bool) -> bool {
 }
 
 fn is_allowed_v6(address: Ipv6Addr, private: bool) -> bool {
-    // An IPv4 address in the clothes of IPv6 (::ffff:0:0/96) goes where the IPv4 address goes.
+    // An IPv4-mapped IPv6 address (::ffff:0:0/96) leads to the IPv4 address.
     if let Some(mapped) = address.to_ipv4_mapped() {
         return private && is_allowed_v4(mapped, private);
     }
@@ -99,7 +99,7 @@ fn is_allowed_v6(address: Ipv6Addr, private: bool) -> bool {
 mod tests {
     use super::*;
 
-    /// Public, of one's own network, or never allowed.
+    /// Public addresses, addresses of private networks, and addresses that are never allowed.
     const TABLE: [(&str, &[&str]); 3] = [
         (
             "public",
@@ -214,8 +214,8 @@ mod tests {
         }
     }
 
-    /// Each range as its first and last address, and its kind. Written out, so that no arithmetic of prefixes is
-    /// needed to read it; where ranges overlap, the one that is listed first counts.
+    /// Each range as its first and last address, and its kind. Written out, so that no prefix arithmetic is needed to
+    /// read it. If ranges overlap, the first one in the list counts.
     const RANGES: [(&str, &str, &str); 33] = [
         ("0.0.0.0", "0.255.255.255", "never"),
         ("100.100.100.200", "100.100.100.200", "never"),
@@ -252,7 +252,7 @@ mod tests {
         ("ff00::", "ffff:ffff:ffff:ffff:ffff:ffff:ffff:ffff", "never"),
     ];
 
-    /// The address `steps` after this one, if there is one.
+    /// Returns the address `steps` after this one, if there is one.
     fn stepped(address: IpAddr, steps: i32) -> Option<IpAddr> {
         match address {
             IpAddr::V4(four) => {
@@ -288,7 +288,7 @@ mod tests {
                 assert_eq!(is_allowed(address, false), kind == "public", "{address}");
                 assert_eq!(is_allowed(address, true), kind != "never", "{address}");
                 compared += 1;
-                // Mapped into IPv6, it is allowed as the address that it stands for, to a private grant alone.
+                // An IPv4-mapped address is allowed like the IPv4 address, but only by a private grant.
                 if let IpAddr::V4(four) = address {
                     let mapped = four.to_ipv6_mapped().into();
                     assert!(!is_allowed(mapped, false), "{mapped}");
@@ -299,7 +299,7 @@ mod tests {
         assert!(compared > RANGES.len() * 3, "only {compared} addresses were compared");
     }
 
-    /// What the standard library knows to be no public host is refused, whatever the tables say.
+    /// Addresses that the standard library does not consider public are refused, whatever the tables contain.
     #[test]
     fn the_standard_library_agrees() {
         for _ in 0..1_000_000 {

@@ -1,14 +1,12 @@
-//! Requests to the hosts that a grant lists, and to no other: the capability `http` of plugins, and
-//! what the HTTP sink sends by.
+//! HTTP requests to the hosts that a grant lists, and to no others: for the plugins' capability `http`, and for the
+//! HTTP sink.
 //!
-//! [`HttpGrant::send`] is the whole way: the request is checked against the grant, the grant's
-//! headers are added, the address is checked by [`resolver`] and [`address`], and the answer is read
-//! up to its limit. Redirects are not followed, for they would lead past the grant; proxies of the
-//! environment are not asked, for they would connect where nothing was checked.
+//! [`HttpGrant::send`] does all steps: it checks the request against the grant, adds the headers of the grant, checks
+//! the address ([`resolver`], [`address`]), and reads the answer up to its limit. It does not follow redirects, which
+//! would lead past the grant, and ignores proxies of the environment, which would connect to unchecked addresses.
 //!
-//! A grant and a request go in, an answer or a failure comes out; a failure says whether the same request may succeed
-//! later. Nothing here knows what a plugin or a sink is. It uses `config` for the grant and `core`; its one heavy
-//! dependency is reqwest.
+//! An [`HttpFailure`] says whether the same request may succeed later. This crate does not know plugins or sinks. It
+//! uses `config` for the grant and `core`; its only heavy dependency is reqwest.
 //!
 //! ```
 //! use std::time::{Duration, Instant};
@@ -60,28 +58,27 @@ use shardmill_config::{HttpHostConfig, HttpMethod, is_travel_header};
 use shardmill_core::masking::sanitized;
 use shardmill_core::off_thread;
 
-/// Who asks, unless the plugin or the grant says otherwise.
+/// User agent, unless the plugin or the grant sets another.
 const USER_AGENT: &str = concat!("shardmill/", env!("CARGO_PKG_VERSION"));
 
 /// Characters of a `Location` that are shown.
 const LOCATION_CHARS: usize = 300;
 
-/// Headers of one answer that are read: many times what servers send.
+/// Limit of the headers of one answer: many times what servers send.
 const ANSWER_HEADERS_MAX: usize = 1_000;
 
-/// What is read of the body of an answer whose status is all that matters: bytes and time.
+/// Limits of reading a body when only the status matters: bytes and time.
 const SAID_BYTES_MAX: usize = 64 << 10;
 const SAID_TIME_MAX: Duration = Duration::from_secs(1);
 
-/// Headers of one request: more than any API asks for.
+/// Limit of the headers of one request: more than any API needs.
 pub const HEADERS_MAX: usize = 100;
-/// Bytes of all of them.
+/// Limit of the bytes of all headers together.
 pub const HEADER_BYTES_MAX: usize = 64 << 10;
-/// Bytes of the URL of a plugin's request, with its method: more than servers take.
+/// Limit of the URL of a plugin's request, with its method, in bytes: more than servers accept.
 pub const URL_BYTES_MAX: usize = 16 << 10;
 
-/// What one stage's plugin, or one sink, may send, and to whom. Its lanes share it, with its
-/// connections.
+/// What the plugin of one stage, or one sink, may send, and to which hosts. Its lanes share it and its connections.
 pub struct HttpGrant {
     hosts: Vec<GrantedHost>,
     public: Client,
@@ -89,56 +86,56 @@ pub struct HttpGrant {
     runtime: Handle,
 }
 
-/// A host with its headers, ready to be sent.
+/// Granted host, with its headers ready to be sent.
 struct GrantedHost {
     config: HttpHostConfig,
     headers: HeaderMap,
 }
 
-/// A request as a plugin makes it.
+/// Request of a plugin.
 #[derive(Clone, Debug, Default)]
 pub struct HttpRequest {
-    /// Such as `GET`.
+    /// Method, such as `GET`.
     pub method: String,
-    /// With scheme and host.
+    /// URL, with scheme and host.
     pub url: String,
     /// Names and values.
     pub headers: Vec<(String, String)>,
-    /// Empty: none.
+    /// Body; empty: none.
     pub body: Vec<u8>,
 }
 
-/// What was answered, whatever its status.
+/// Answer with any status.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HttpResponse {
-    /// Such as 200.
+    /// Status, such as 200.
     pub status: u16,
-    /// Names in lower case, and values; bytes that are no UTF-8 are replaced by U+FFFD.
+    /// Names in lower case, and values. Invalid UTF-8 is replaced by U+FFFD.
     pub headers: Vec<(String, String)>,
-    /// At most the grant's limit.
+    /// Body, not longer than the limit of the grant.
     pub body: Vec<u8>,
 }
 
-/// An answer of which the head alone counts.
+/// Answer of which only the head counts.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ResponseHead {
-    /// Such as 200.
+    /// Status, such as 200.
     pub status: u16,
-    /// Where the answer points to, without what could be a secret.
+    /// Target of a redirect, without parts that could be secret.
     pub location: Option<String>,
-    /// How long the server asks to be left alone.
+    /// Pause that the server asks for.
     pub retry_after: Option<Duration>,
-    /// The beginning of the body, as far as it came in time: for messages only.
+    /// Beginning of the body, as far as it arrived in time; only for messages.
     pub said: Vec<u8>,
 }
 
-/// Why there is no answer.
+/// Reason why there is no answer.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct HttpFailure {
-    /// Whether the same request may be answered later. False: it is not allowed, or wrong.
+    /// Whether the same request may succeed later. False if it is not allowed, or invalid.
     pub retryable: bool,
-    /// Why, in one line without secrets.
+    /// Reason, in one line without secrets.
     pub message: String,
 }
 
@@ -153,24 +150,23 @@ impl HttpFailure {
 }
 
 impl HttpGrant {
-    /// A grant of these hosts. Nothing is connected yet. Connections live on `runtime`, which must
-    /// drive time and the network.
+    /// Makes a grant of these hosts, without connecting. Connections live on `runtime`, which must drive time and the
+    /// network.
     ///
     /// # Errors
-    /// When the client cannot be made: the machine's certificates cannot be read, or a header of the
-    /// grant is none.
+    /// The client cannot be made: the certificates of the machine cannot be read, or a header of the grant is invalid.
     pub fn new(hosts: &[HttpHostConfig], runtime: Handle) -> Result<Self, HttpFailure> {
         shardmill_tls::install();
         let hosts: Result<Vec<_>, _> = hosts.iter().cloned().map(GrantedHost::new).collect();
         Ok(Self { hosts: hosts?, public: client(false)?, private: client(true)?, runtime })
     }
 
-    /// Sends a request and reads the answer. Blocks until `deadline` at most: call it from a
-    /// blocking thread, never from async code.
+    /// Sends a request and reads the answer. Blocks until `deadline` at most: call it from a blocking thread, never
+    /// from async code.
     ///
     /// # Errors
-    /// [`HttpFailure`] when the request is not granted, when nobody answers, and when the answer is
-    /// too long. An answer with any status is no error.
+    /// [`HttpFailure`] if the request is not granted, if no answer arrives, or if the answer is too long. An answer is
+    /// never an error, whatever its status.
     pub fn send(
         &self,
         mut request: HttpRequest,
@@ -194,13 +190,13 @@ impl HttpGrant {
         answer.map_err(|failure| granted.named(failure))
     }
 
-    /// Sends a request all of whose meaning lies in the status of its answer. A head that came after the
-    /// whole request was sent is the answer, whatever becomes of the body: one that is long, slow, cut
-    /// or badly encoded says nothing about the request.
+    /// Sends a request of which only the status of the answer matters. A head that arrives after the whole request was
+    /// sent is the answer, whatever happens to the body: a body that is long, slow, cut or badly encoded says nothing
+    /// about the request.
     ///
     /// # Errors
-    /// [`HttpFailure`] when the request is not granted, when no head comes until `deadline`, and when
-    /// the request was not sent to its end although its success was answered.
+    /// [`HttpFailure`] if the request is not granted, if no head arrives before `deadline`, or if the answer is a
+    /// success but the request was not sent completely.
     pub async fn deliver(
         &self,
         mut request: HttpRequest,
@@ -213,13 +209,13 @@ impl HttpGrant {
         deliver(prepared, sent, deadline.into()).await.map_err(|failure| granted.named(failure))
     }
 
-    /// The request as the client sends it, without its body.
+    /// Prepares the request for the client, without its body.
     fn prepared(
         &self,
         request: HttpRequest,
     ) -> Result<(&GrantedHost, reqwest::RequestBuilder), HttpFailure> {
         let url = Url::parse(&request.url)
-            .map_err(|error| HttpFailure::refused(format!("the URL cannot be read: {error}")))?;
+            .map_err(|error| HttpFailure::refused(format!("invalid URL: {error}")))?;
         let granted = self.granted(&url)?;
         let method = granted.method(&request.method)?;
         let headers = granted.headers(&request.headers)?;
@@ -227,7 +223,7 @@ impl HttpGrant {
         Ok((granted, client.request(method, url).headers(headers)))
     }
 
-    /// The grant for a URL: host and port must be listed, and the way there allowed.
+    /// Finds the grant for a URL: host and port must be listed, and the scheme and address allowed.
     fn granted(&self, url: &Url) -> Result<&GrantedHost, HttpFailure> {
         let refused = |message: String| Err(HttpFailure::refused(message));
         if !matches!(url.scheme(), "https" | "http") {
@@ -236,9 +232,11 @@ impl HttpGrant {
         let (Some(host), Some(port)) = (url.host_str(), url.port_or_known_default()) else {
             return refused("the URL has no host".to_owned());
         };
-        // The grant's headers are the way to say who asks.
+        // Credentials belong into the headers of the grant.
         if !url.username().is_empty() || url.password().is_some() {
-            return refused("the URL has a user or a password: they are not sent".to_owned());
+            return refused(
+                "unsupported user or password in the URL: they are not sent".to_owned(),
+            );
         }
         let is_port = |granted: &HttpHostConfig| match granted.port {
             Some(granted) => granted == port,
@@ -255,9 +253,9 @@ impl HttpGrant {
         };
         let private = granted.config.private;
         if url.scheme() == "http" && !private {
-            return refused(format!("{host} is granted by https:// only"));
+            return refused(format!("{host} is granted for https:// only"));
         }
-        // A literal address is not resolved, so it is checked here.
+        // The resolver does not see a literal address, so it is checked here.
         let literal = match url.host() {
             Some(Host::Ipv4(address)) => Some(IpAddr::V4(address)),
             Some(Host::Ipv6(address)) => Some(IpAddr::V6(address)),
@@ -279,7 +277,7 @@ impl GrantedHost {
                 .ok()
                 .zip(HeaderValue::from_str(value.reveal()).ok());
             let Some((parsed, mut value)) = parsed else {
-                let message = format!("the grant of {}: {name:?} is no header", config.host);
+                let message = format!("the grant of {}: invalid header {name:?}", config.host);
                 return Err(HttpFailure::refused(message));
             };
             value.set_sensitive(true);
@@ -288,7 +286,7 @@ impl GrantedHost {
         Ok(Self { config, headers })
     }
 
-    /// A failure with the host's name.
+    /// Adds the name of the host to a failure.
     fn named(&self, failure: HttpFailure) -> HttpFailure {
         let place = &self.config.host;
         HttpFailure { message: format!("{place}: {}", failure.message), ..failure }
@@ -316,7 +314,7 @@ impl GrantedHost {
         })
     }
 
-    /// The plugin's headers and the grant's, which no plugin's may replace.
+    /// Joins the headers of the plugin and of the grant. A plugin cannot replace one of the grant.
     fn headers(&self, asked: &[(String, String)]) -> Result<HeaderMap, HttpFailure> {
         let refused = |message: String| Err(HttpFailure::refused(message));
         if asked.len() > HEADERS_MAX {
@@ -325,16 +323,18 @@ impl GrantedHost {
         let mut headers = HeaderMap::new();
         for (name, value) in asked {
             let Ok(parsed) = HeaderName::from_bytes(name.as_bytes()) else {
-                return refused(format!("{:?} is no name of a header", shortened(name)));
+                return refused(format!("not a valid header name: {:?}", shortened(name)));
             };
             if is_travel_header(parsed.as_str()) {
-                return refused(format!("the header `{parsed}` is the host's to set"));
+                return refused(format!("the header `{parsed}` cannot be set by a plugin"));
             }
             if self.headers.contains_key(&parsed) {
                 return refused(format!("the header `{parsed}` is set by the grant"));
             }
             let Ok(value) = HeaderValue::from_str(value) else {
-                return refused(format!("the value of header `{parsed}` is not one line of text"));
+                return refused(format!(
+                    "invalid value of header `{parsed}`: expected one line of text"
+                ));
             };
             headers.append(parsed, value);
         }
@@ -356,10 +356,10 @@ fn client(private: bool) -> Result<Client, HttpFailure> {
         .redirect(Policy::none())
         .no_proxy()
         .referer(false)
-        // A request that is tried again is the plugin's decision: it may not bear being sent twice.
+        // Retries are the decision of the plugin: its request may not be idempotent.
         .retry(reqwest::retry::never())
         .https_only(!private)
-        // A head with an odd header is an answer still: to drop it would mean to send again.
+        // A head with an unusual header is still an answer. To drop it would cause the request to be sent again.
         .http1_max_headers(ANSWER_HEADERS_MAX)
         .http1_ignore_invalid_headers_in_responses(true)
         .http1_allow_obsolete_multiline_headers_in_responses(true)
@@ -370,7 +370,7 @@ fn client(private: bool) -> Result<Client, HttpFailure> {
         .map_err(|error| HttpFailure::refused(described(error)))
 }
 
-/// Sends, and reads the head; of the body, what comes soon.
+/// Sends the request, and reads the head, and the part of the body that arrives soon.
 async fn deliver(
     prepared: reqwest::RequestBuilder,
     sent: Sent,
@@ -395,8 +395,8 @@ async fn deliver(
             }
         }
     };
-    // Success may be answered before the request has been read: then the rest must have gone out too. The
-    // body is read meanwhile, since a server may write it first.
+    // A server may answer with success before it has read the whole request. Then the rest must have been sent, too.
+    // The body is read at the same time, because a server may write it first.
     let complete = async {
         match status {
             200..=299 => tokio::time::timeout_at(deadline, sent.all()).await.unwrap_or(false),
@@ -412,7 +412,7 @@ async fn deliver(
     Ok(ResponseHead { status, location, retry_after, said })
 }
 
-/// A `Location` for messages: without user, password, query and fragment, which may be secrets.
+/// Shortens a `Location` for messages: without user, password, query and fragment, which may be secret.
 fn shown_location(text: &str) -> String {
     let end = text.find(['?', '#']).unwrap_or(text.len());
     let plain = &text[..end];
@@ -425,7 +425,7 @@ fn shown_location(text: &str) -> String {
     plain.chars().take(LOCATION_CHARS).collect()
 }
 
-/// Sends, and reads up to `limit` bytes of body.
+/// Sends the request, and reads up to `limit` bytes of the body.
 async fn read(
     prepared: reqwest::RequestBuilder,
     limit: usize,
@@ -447,7 +447,7 @@ async fn read(
     Ok(HttpResponse { status, headers, body })
 }
 
-/// What the client says, without the URL: the plugin knows it, and logs need not.
+/// Converts an error of the client, without the URL: the plugin knows it, and logs do not need it.
 fn failure(error: reqwest::Error) -> HttpFailure {
     let mut cause: Option<&(dyn std::error::Error + 'static)> = error.source();
     while let Some(deeper) = cause {
@@ -472,7 +472,7 @@ fn described(error: reqwest::Error) -> String {
     sanitized(text)
 }
 
-/// A plugin's text for an error: its first characters.
+/// Shortens a text of a plugin for an error.
 fn shortened(text: &str) -> String {
     text.chars().take(64).collect()
 }

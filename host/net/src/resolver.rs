@@ -1,7 +1,7 @@
-//! Names to addresses, with those left out that a request may not go to.
+//! Resolves names to addresses, without those that a request may not go to.
 //!
-//! The client connects to what this hands out and asks nobody else: a name that resolves to a good
-//! address for a check and to a bad one for the connection (rebinding) has no second answer to give.
+//! The client connects to the addresses that this resolver returns, and resolves nothing itself. So a name cannot
+//! resolve to an allowed address for the check and to another one for the connection (DNS rebinding).
 
 use std::net::SocketAddr;
 
@@ -9,12 +9,12 @@ use reqwest::dns::{Addrs, Name, Resolve, Resolving};
 
 use super::address::is_allowed;
 
-/// Resolves by the system, as `private` allows.
+/// Resolver that uses the system and applies the rule of `private`.
 pub(super) struct GuardedResolver {
     pub(super) private: bool,
 }
 
-/// A name has only addresses that a request may not go to.
+/// Error: all addresses of a name are refused.
 #[derive(Debug, thiserror::Error)]
 #[error("{name} has the address {address}, {}", why(*.private))]
 pub(super) struct RefusedAddress {
@@ -27,7 +27,7 @@ fn why(private: bool) -> &'static str {
     match private {
         true => "which no grant can allow (link-local, metadata, multicast or reserved)",
         false => {
-            "which is not public: if that is meant, set `private = true` for the host in \
+            "which is not public: if this is intended, set `private = true` for the host in \
              [stage.grant]"
         }
     }
@@ -38,7 +38,7 @@ impl Resolve for GuardedResolver {
         let private = self.private;
         let name = name.as_str().to_owned();
         Box::pin(async move {
-            // The client puts the port in.
+            // The client sets the port.
             let found: Vec<SocketAddr> =
                 tokio::net::lookup_host((name.as_str(), 0)).await?.collect();
             let (good, bad): (Vec<_>, Vec<_>) =

@@ -1,16 +1,16 @@
-//! `Retry-After`: how long a server asks to be left alone.
+//! `Retry-After`: the pause that a server asks for.
 
 use std::time::{Duration, SystemTime};
 
-/// A longer pause is cut: a server that errs must not stop a shard for a day.
+/// Longest pause. A server error must not stop a shard for a day.
 const PAUSE_MAX: Duration = Duration::from_secs(600);
 
-/// The pause that a `Retry-After` asks for: seconds, or a date. A date counts from the answer's own
-/// `Date`, so that neither clock needs to be right; without one, from this machine's.
+/// Parses a `Retry-After`: seconds, or a date. A date counts from the `Date` of the same answer, so that neither clock
+/// must be right; without a `Date`, from the clock of this machine.
 pub(super) fn pause(retry_after: &str, date: Option<&str>) -> Option<Duration> {
     let text = retry_after.trim();
     if !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit()) {
-        // More digits than a number has are longer than the longest pause, too.
+        // A number with too many digits is longer than the longest pause, too.
         let seconds = text.parse().map_or(PAUSE_MAX, Duration::from_secs);
         return Some(seconds.min(PAUSE_MAX));
     }

@@ -1,4 +1,4 @@
-//! The body of a request that says when it has gone out.
+//! A request body that reports when it was sent completely.
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -8,22 +8,22 @@ use bytes::Bytes;
 use http_body::{Body, Frame, SizeHint};
 use tokio::sync::oneshot;
 
-/// What the connection is given at once: it takes the next piece when it has written enough of those
-/// before, so that the end is seen late and not when the body is queued.
+/// Size of a piece for the connection. It takes the next piece only after it has written most of the previous ones, so
+/// the end is reported when it is sent and not when the body is queued.
 const PIECE_BYTES: usize = 16 << 10;
 
-/// A body that the connection takes piece by piece.
+/// Body that the connection takes piece by piece.
 pub(super) struct WatchedBody {
     rest: Bytes,
-    /// Taken when nothing is left; dropped before, the body was given up.
+    /// Sent when nothing is left. If it is dropped before, the body was abandoned.
     done: Option<oneshot::Sender<()>>,
 }
 
-/// Says whether a body was taken to its end.
+/// Reports whether a body was taken to its end.
 pub(super) struct Sent(oneshot::Receiver<()>);
 
 impl Sent {
-    /// Waits until the whole body was taken; false: it never will be.
+    /// Waits until the whole body was taken; false if that can no longer happen.
     pub(super) async fn all(self) -> bool {
         self.0.await.is_ok()
     }
@@ -41,7 +41,7 @@ impl WatchedBody {
         if self.rest.is_empty()
             && let Some(done) = self.done.take()
         {
-            // Nobody may be waiting.
+            // It does not matter whether somebody waits.
             let _ = done.send(());
         }
     }

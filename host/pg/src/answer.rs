@@ -1,7 +1,11 @@
-//! How long an answer of a server may be: the client keeps a message until it is whole, and the rows of most
-//! queries until all are there, so that a server could fill the memory of the host. And how many statements the
-//! client prepares for one call: to learn of a type that it does not know it prepares one more, and for a type in
-//! the answer to that one the next, each of which lies deeper on the stack.
+//! Limits on the answers of a server, which could otherwise exhaust the memory of the host.
+//!
+//! - The client keeps a message until it is complete, and the rows of most queries until all have arrived. So the bytes
+//!   of an answer are limited.
+//! - To learn about an unknown type, the client prepares one more statement; for an unknown type in the answer to that
+//!   one it prepares another, each deeper on the stack. So the number of prepared statements per call is limited.
+//! - The client keeps every setting that the server reports for the life of the connection. So the bytes of the
+//!   settings are limited.
 
 use std::collections::HashMap;
 use std::io;
@@ -10,37 +14,38 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use bytesize::ByteSize;
 
-/// Bytes of one answer, up to the server's ReadyForQuery. A lookup takes 64 MiB of rows, which has the widest
-/// answers; this is room for what surrounds them.
+/// Limit of one answer, up to the server's ReadyForQuery, in bytes. The largest answers are those of lookups, with at
+/// most 64 MiB of rows; the rest is room for what surrounds them.
 const ANSWER_BYTES_MAX: u64 = 128 << 20;
-/// Memory that the client needs for each message beside its bytes, at least: many small messages need many times
-/// their bytes.
+/// Lower limit of the memory that the client needs for each message besides its bytes. Many small messages need many
+/// times their bytes.
 const MESSAGE_BYTES: u64 = 64;
-/// The same of a setting that the server reports, which is kept by its name. A server reports some fifteen.
+/// The same for a setting that the server reports, which is kept by its name. A server reports about fifteen.
 const SETTING_BYTES: u64 = 256;
-/// Most bytes that the client may hold of all settings that the server has reported: it does so for as long as the
-/// connection lives. Theirs are hundreds of bytes.
+/// Limit of all settings that the server reports, in bytes. The client keeps them while the connection lives. Usual
+/// servers need some hundred bytes.
 const SETTINGS_BYTES_MAX: u64 = 1 << 20;
-/// Statements that the client may prepare in one call: its own, one for each kind of type, and for each type that it
-/// does not know, with those that a type is made of.
+/// Limit of the statements that the client may prepare in one call: its own one, one for each kind of type, and those
+/// for each unknown type and the types that it consists of.
 const PREPARED_MAX: u32 = 64;
-/// A message's type and its length, which counts itself. Source: PostgreSQL, "Message Formats".
+/// Bytes of a message's type and length; the length counts itself. Source: PostgreSQL, "Message Formats".
 const HEAD_BYTES: usize = 5;
 /// ReadyForQuery: the end of an answer.
 const READY: u8 = b'Z';
-/// NoticeResponse: it comes at any time, as often as triggers please, and is not kept but while the client connects.
+/// NoticeResponse: it can come at any time and any number of times (triggers send them). The client keeps it only while
+/// it connects.
 const NOTICE: u8 = b'N';
 /// ParameterStatus.
 const SETTING: u8 = b'S';
 /// ParseComplete: a statement was prepared.
 const PREPARED: u8 = b'1';
 
-/// Statements that were prepared since the call began; its clones share the number.
+/// Number of statements that were prepared since the call began. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Prepared(Arc<AtomicU32>);
 
 impl Prepared {
-    /// Begins a call.
+    /// Starts a call.
     pub(super) fn begin(&self) {
         self.0.store(0, Ordering::Relaxed);
     }
@@ -50,31 +55,31 @@ impl Prepared {
     }
 }
 
-/// Adds up the messages of a server.
+/// Counts the messages of a server.
 #[derive(Debug, Default)]
 pub(super) struct AnswerLength {
-    /// The bytes of the current message's head that were read.
+    /// Bytes of the current message's head that were read.
     head: [u8; HEAD_BYTES],
     head_bytes: usize,
-    /// Bytes of the message that have not been read.
+    /// Bytes of the message that were not read yet.
     rest: u64,
     answer_bytes: u64,
-    /// The client has connected: notices are not kept any more.
+    /// Whether the client has connected. From then on it drops notices.
     is_ready: bool,
     prepared: Prepared,
     settings: Settings,
 }
 
 impl AnswerLength {
-    /// Of a connection whose calls begin at `prepared`.
+    /// Makes the counter of a connection; `prepared` is reset when a call begins.
     pub(super) fn new(prepared: Prepared) -> Self {
         Self { prepared, ..Self::default() }
     }
 
-    /// Adds bytes that were read.
+    /// Counts bytes that were read.
     ///
     /// # Errors
-    /// That the answer is longer than it may be, by the length that a message says it has: none of it needs to
+    /// The answer exceeds the limit. The length in the head of a message is enough to know; none of its bytes needs to
     /// have arrived.
     pub(super) fn add(&mut self, mut bytes: &[u8]) -> io::Result<()> {
         while !bytes.is_empty() {
@@ -96,12 +101,12 @@ impl AnswerLength {
         Ok(())
     }
 
-    /// Begins a message whose head is there.
+    /// Starts a message whose head is complete.
     fn begin(&mut self) -> io::Result<()> {
         self.head_bytes = 0;
         let [kind, length @ ..] = self.head;
         let length = u64::from(u32::from_be_bytes(length));
-        // A length that does not count itself is the client's to refuse.
+        // A length that is too small to count itself is invalid: the client refuses it.
         self.rest = length.saturating_sub(4);
         let is_kept = kind != NOTICE || !self.is_ready;
         let before = if is_kept { self.answer_bytes } else { 0 };
@@ -122,7 +127,7 @@ impl AnswerLength {
             READY => (self.answer_bytes, self.is_ready) = (0, true),
             PREPARED if self.prepared.add() > PREPARED_MAX => {
                 return Err(io::Error::other(format!(
-                    "expected types that are made of fewer than {PREPARED_MAX} others, found a server that names \
+                    "expected types that depend on fewer than {PREPARED_MAX} others, found a server that names \
                      one unknown type after the other"
                 )));
             }
@@ -132,37 +137,37 @@ impl AnswerLength {
     }
 }
 
-/// Bytes that the client holds of the settings that a server has reported since the connection began. A setting may be
-/// reported again and again, each time that a transaction changes it: the last report counts.
+/// Memory of the client for the settings that a server has reported since the connection began. A setting may be
+/// reported many times, whenever a transaction changes it; only the last report counts.
 #[derive(Debug, Default)]
 struct Settings {
-    /// Bytes held of each, by its name.
+    /// Bytes of each setting, by its name.
     occupied: HashMap<Vec<u8>, u64>,
     occupied_bytes: u64,
-    /// The report that is being read.
+    /// Report that is being read.
     current: Option<Report>,
 }
 
-/// The report of a setting: its name, a zero, its value, a zero.
+/// Report of a setting: its name, a zero, its value, a zero.
 #[derive(Debug)]
 struct Report {
-    /// As much of the name as was read.
+    /// Part of the name that was read.
     name: Vec<u8>,
     is_name_whole: bool,
-    /// Of name and value.
+    /// Bytes of name and value.
     bytes: u64,
 }
 
 impl Settings {
-    /// Begins a report of this length.
+    /// Starts a report of this length.
     fn begin_message(&mut self, bytes: u64) -> io::Result<()> {
         Self::check(SETTING_BYTES + bytes)?;
         self.current = Some(Report { name: Vec::new(), is_name_whole: false, bytes });
-        // One without a name is the client's to refuse.
+        // A report without a name is invalid: the client refuses it.
         if bytes == 0 { self.end_message() } else { Ok(()) }
     }
 
-    /// Reads a part of the current message, which is a report or none.
+    /// Reads a part of the current message, if it is a report.
     fn read(&mut self, part: &[u8]) {
         let Some(report) = self.current.as_mut().filter(|report| !report.is_name_whole) else {
             return;
@@ -202,7 +207,7 @@ mod tests {
         [&[kind][..], &length.to_be_bytes(), body].concat()
     }
 
-    /// A message of `bytes` with its head.
+    /// Makes a message of `bytes` with its head.
     fn whole(kind: u8, bytes: usize) -> Vec<u8> {
         message(kind, bytes as u32 - 1, &vec![0; bytes - HEAD_BYTES])
     }

@@ -10,11 +10,11 @@ use shardmill_core::fuzzing::{Choices, FuzzTarget};
 
 /// Hosts that a string may name.
 const HOSTS: [&str; 3] = ["localhost", "127.0.0.1", "db-1.example"];
-/// What may lie between two parameters.
+/// White space between two parameters.
 const GAPS: [&str; 3] = [" ", "  ", "\n"];
 
-/// Checks that [`read`] returns the values that were written, whatever they contain, and that no error and no
-/// name of a place contains the password.
+/// Checks that [`read`] returns the values that were written, whatever they contain, and that neither errors nor the
+/// names of places contain the password.
 pub const CONNECTION: FuzzTarget = FuzzTarget {
     name: "connection",
     run,

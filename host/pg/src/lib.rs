@@ -1,11 +1,10 @@
-//! A PostgreSQL server, as sinks and lookups reach it: the connection string, TLS, and what errors say.
+//! Client of PostgreSQL servers for sinks and lookups: connection strings, TLS, calls with deadlines, a pool.
 //!
-//! No secret leaves this file: errors name host and database, never the URL. [`link`] is a connection
-//! whose every call has a deadline; [`pool`] is what the sinks of one server share.
+//! Errors name host and database but never the URL, so no secret leaves this crate. [`link`] is a connection on which
+//! every call has a deadline; [`pool`] is shared by the sinks of one server.
 //!
-//! A URL goes in; connections come out that end by an answer or by a deadline. What is written to a table is the
-//! business of the sinks, and what is looked up that of `plugin`. It uses `core` and `tls`; its heavy dependency is
-//! tokio-postgres.
+//! This crate does not know what is written to tables (sinks) or looked up (`plugin`). It uses `core` and `tls`; its
+//! only heavy dependency is tokio-postgres.
 
 mod answer;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -36,69 +35,71 @@ use shardmill_core::boxed;
 use shardmill_core::escape::QUOTED_BYTES_MAX;
 use shardmill_core::masking::{sanitized, sanitized_within};
 
-/// A server that does not answer the first packet in this time is tried again by the delivery.
+/// Time for the first connection to a host. After it, the delivery tries again.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// How long the network may keep sent bytes unacknowledged: a dead peer must not hold a shard for
-/// the quarter of an hour that a kernel waits by default.
+/// How long sent bytes may stay unacknowledged. Without it a kernel waits for a quarter of an hour, and a dead peer
+/// would block a shard for that time.
 const TCP_USER_TIMEOUT: Duration = Duration::from_secs(30);
 
-/// After this silence the kernel asks whether the peer still lives.
+/// Silence after which the kernel checks whether the peer is alive.
 const KEEPALIVE_IDLE: Duration = Duration::from_secs(30);
 const KEEPALIVE_INTERVAL: Duration = Duration::from_secs(10);
 const KEEPALIVE_RETRIES: u32 = 3;
 
-/// Longest time for names, the network and the server's greeting together. A server that is stopped
-/// still accepts connections: its kernel does.
+/// Longest time for name resolution, connecting and the greeting together. A server process that is stopped still
+/// accepts connections, because its kernel does.
 const GREETING_MAX: Duration = Duration::from_secs(30);
 
-/// Time in which a connection that nobody needs any more may say goodbye.
+/// Time for the orderly end of a connection that is no longer needed.
 const FAREWELL_MAX: Duration = Duration::from_secs(1);
 
-/// Bytes of an SQLSTATE that are shown: it has five, unless the server is none.
+/// Bytes of an SQLSTATE that are shown. It has five, if the peer is a PostgreSQL server.
 const CODE_BYTES_MAX: usize = 16;
 
-/// Where a server is and how it is spoken to; nothing is connected.
+/// Address and settings of a server; not connected.
 #[derive(Clone)]
 pub struct PostgresServer {
     config: Config,
     encryption: Encryption,
 }
 
-/// Whether a connection is encrypted.
+/// Whether connections are encrypted.
 #[derive(Clone)]
 enum Encryption {
-    /// By TLS with a server whose certificate is valid, or there is no connection.
+    /// TLS with a valid certificate, or no connection.
     Required {
         tls: Tls,
-        /// The file of `sslrootcert`, for errors.
+        /// File of `sslrootcert`, for errors.
         roots: Option<String>,
     },
-    /// By TLS where the server has it, whoever the server is; else in plain text.
+    /// TLS without verification if the server has it, else plain text.
     Preferred(Tls),
     /// Never.
     Off,
 }
 
 impl PostgresServer {
-    /// Reads a connection string, `postgres://…` or `host=… dbname=…`, and fills in the timeouts that
-    /// it leaves open.
+    /// Parses a connection string, `postgres://…` or `host=… dbname=…`, and sets the timeouts that it does not contain.
     ///
     /// | `sslmode` | connection |
     /// |---|---|
     /// | `require`, `verify-ca`, `verify-full` | TLS, and the server's certificate and name are verified |
     /// | none, `prefer`, `allow`, with `sslrootcert` | the same |
-    /// | none, `prefer`, `allow`, without it | TLS if the server has it, else plain text, with a warning where that leaves this machine. Nothing is verified: it protects from those who listen only |
+    /// | none, `prefer`, `allow`, without it | TLS if the server has it, else plain text; nothing is verified |
     /// | `disable` | plain text |
     ///
-    /// `sslrootcert` names a PEM file of the certificates to trust, in place of the system's. Whoever names it expects
-    /// that the server is verified: a connection in plain text, as libpq makes with `prefer`, would be weaker than
-    /// one without the file.
+    /// A connection in plain text to another machine is reported by a warning. TLS without verification protects only
+    /// against passive listeners.
+    ///
+    /// `sslrootcert` names a PEM file of the certificates to trust instead of the system's. Here it always means that
+    /// the server is verified. libpq falls back to plain text with `prefer`, although a user who names this file
+    /// expects verification.
     ///
     /// Source: PostgreSQL, "Connection Strings" and "SSL Support".
     ///
     /// # Errors
-    /// What cannot be read, without its values.
+    /// The part that is invalid, without its value.
     pub fn parse(url: &str) -> Result<Self, String> {
         let (mut config, roots) = read(url)?;
         let encryption = match (config.get_ssl_mode(), roots) {
@@ -108,7 +109,7 @@ impl PostgresServer {
             }
             (_, Some(roots)) => {
                 let tls = Tls::verified(Some(&roots))?;
-                // Otherwise the client goes on in plain text where the server has no TLS.
+                // Otherwise the client would continue in plain text if the server has no TLS.
                 config.ssl_mode(SslMode::Require);
                 Encryption::Required { tls, roots: Some(roots) }
             }
@@ -117,12 +118,10 @@ impl PostgresServer {
         let sockets =
             config.get_hosts().iter().filter(|host| matches!(host, Host::Unix(_))).count();
         if sockets != 0 && sockets != config.get_hosts().len() {
-            return Err(
-                "expected hosts that are all names, or all folders of sockets, found both".into()
-            );
+            return Err("expected either host names or folders of sockets, found both".into());
         }
         if config.get_hosts().is_empty() {
-            // TLS asks for a name to greet the server by, even where nothing is verified.
+            // TLS needs a server name, even if nothing is verified.
             for address in config.get_hostaddrs().to_vec() {
                 config.host(address.to_string());
             }
@@ -144,11 +143,10 @@ impl PostgresServer {
         Ok(Self { config, encryption })
     }
 
-    /// Connects. Each call on the connection, and connecting itself, fails after `silence_max` without
-    /// an answer.
+    /// Connects. Connecting, and each later call on the connection, fails after `silence_max` without an answer.
     ///
     /// # Errors
-    /// The server's or the network's, or its silence.
+    /// Error of the server or the network, or no answer in time.
     #[boxed]
     pub async fn connect(&self, silence_max: Duration) -> Result<Link, ServerError> {
         let greeting_max = silence_max.min(GREETING_MAX);
@@ -196,7 +194,7 @@ impl PostgresServer {
         }
     }
 
-    /// Says once for each server that what is sent and read can be seen on the network.
+    /// Warns once per server that the network can read what is sent.
     fn warn_of_plain_text(&self, cause: &str) {
         let leaves = self.config.get_hosts().iter().any(|host| match host {
             Host::Tcp(host) => !is_loopback(host),
@@ -210,31 +208,31 @@ impl PostgresServer {
         if leaves && plain::is_first(self.servers()) {
             tracing::warn!(
                 "{}: the connection is not encrypted, because {cause}: passwords and rows can be read on the \
-                 network; add sslmode=verify-full to the connection string, or sslmode=disable if that is \
+                 network; add sslmode=verify-full to the connection string, or sslmode=disable if this is \
                  intended",
                 self.place()
             );
         }
     }
 
-    /// Host and database, for errors.
+    /// Returns host and database, for errors.
     pub fn place(&self) -> String {
         place(&self.config)
     }
 
-    /// Hosts, ports and database, as a text that is the same for everybody who reaches them.
+    /// Returns hosts, ports and database, as a text that does not depend on who connects.
     pub fn destination(&self) -> String {
         let database = self.config.get_dbname().or(self.config.get_user()).unwrap_or_default();
         format!("{} database {database}", self.servers())
     }
 
-    /// The schema of a table that names none, where the connection string says so (`options`). A role's or a
-    /// database's own search path is not known here.
+    /// Returns the schema of tables without one, if `options` in the connection string sets it. The search path of a
+    /// role or a database is not known here.
     pub fn first_schema(&self) -> Option<String> {
         first_schema(self.config.get_options()?)
     }
 
-    /// Hosts and ports.
+    /// Returns hosts and ports.
     fn servers(&self) -> String {
         let ports = self.config.get_ports();
         let port = |at: usize| ports.get(at).or(ports.first()).copied().unwrap_or(5432);
@@ -253,8 +251,8 @@ impl PostgresServer {
     }
 }
 
-/// Connects, and lets the connection's bytes move. Sockets of this machine know no TLS, and their server is run
-/// here: its answers have no bound.
+/// Connects, and starts the task that moves the connection's bytes. Unix sockets have no TLS, and their server runs on
+/// this machine, so its answers are not limited.
 async fn connect(
     config: &Config,
     mode: Mode,
@@ -278,15 +276,15 @@ async fn connect(
     Ok(Connected { client, end_cause, prepared })
 }
 
-/// Whether a connection that TLS was preferred for may succeed without: the handshake failed, or the server
-/// lets this user in without TLS alone (`hostnossl` in pg_hba.conf).
+/// Whether a plain connection may succeed after preferred TLS failed: the handshake failed, or the server accepts this
+/// user only without TLS (`hostnossl` in pg_hba.conf).
 fn plain_may_do(error: &tokio_postgres::Error, handshake: &Handshake) -> bool {
     let is_refused = error.code() == Some(&SqlState::INVALID_AUTHORIZATION_SPECIFICATION);
     handshake.has_failed() || (handshake.is_done() && is_refused)
 }
 
-/// The first schema of the search path that options of a server set, the last setting of it counting. `$user` stands for a
-/// schema that may not exist, so what follows it counts. Source: PostgreSQL, "postgres", `-c`, and "search_path".
+/// Returns the first schema of the search path that server options set; the last setting counts. `$user` is skipped,
+/// because that schema may not exist. Source: PostgreSQL, "postgres", `-c`, and "search_path".
 fn first_schema(options: &str) -> Option<String> {
     let mut words = option_words(options).into_iter().peekable();
     let mut path = None;
@@ -311,7 +309,7 @@ fn first_schema(options: &str) -> Option<String> {
     )
 }
 
-/// The words of options: a backslash takes the next character as it is.
+/// Splits options into words. A backslash escapes the next character.
 fn option_words(options: &str) -> Vec<String> {
     let (mut words, mut word, mut characters) = (Vec::new(), String::new(), options.chars());
     while let Some(c) = characters.next() {
@@ -326,28 +324,28 @@ fn option_words(options: &str) -> Vec<String> {
     words
 }
 
-/// Whether a host is this machine, as far as its name says.
+/// Whether a host is this machine, according to its name or address.
 fn is_loopback(host: &str) -> bool {
     host.eq_ignore_ascii_case("localhost")
         || host.parse::<IpAddr>().is_ok_and(|address| address.is_loopback())
 }
 
-/// Reads a connection string as the client library does, and besides the file of certificates to trust.
+/// Parses a connection string like the client library, and also the file of certificates to trust.
 fn read(url: &str) -> Result<(Config, Option<String>), String> {
     refuse_bare_at(url)?;
     let (mut text, mut roots) = (url.to_owned(), None);
-    // From the end, so that places before stay; of two values the last one counts.
+    // From the end, so that earlier places stay valid. Of two values the last one counts.
     for parameter in parameters(url).into_iter().rev() {
         match parameter.name.as_str() {
             "sslrootcert" => {
                 text.replace_range(parameter.whole, "");
                 roots.get_or_insert(parameter.value);
             }
-            // What the library does not know.
+            // The library does not know these values.
             "sslmode" if ["verify-ca", "verify-full"].contains(&parameter.value.as_str()) => {
                 text.replace_range(parameter.place, "require");
             }
-            // `allow` begins in plain text in libpq; TLS first is no less.
+            // In libpq, `allow` begins in plain text. TLS first is not weaker.
             "sslmode" if parameter.value == "allow" => {
                 text.replace_range(parameter.place, "prefer");
             }
@@ -355,16 +353,15 @@ fn read(url: &str) -> Result<(Config, Option<String>), String> {
         }
     }
     let config = text.parse().map_err(|error: tokio_postgres::Error| {
-        // The cause names the faulty part without its value, which may be the password.
+        // The cause names the invalid part without its value, which may be the password.
         let cause = std::error::Error::source(&error).map(ToString::to_string);
-        format!("this is no PostgreSQL connection: {}", cause.unwrap_or(error.to_string()))
+        format!("invalid PostgreSQL connection string: {}", cause.unwrap_or(error.to_string()))
     })?;
     Ok((config, roots))
 }
 
-/// Refuses a URL with an `@` that is not the one before the host. The parser ends the password at the first one,
-/// wherever that is: the rest of the password, or what was a parameter, would be taken for the host, and
-/// shown as such.
+/// Refuses a URL with an `@` anywhere but before the host. The parser ends the password at the first `@`, so the rest
+/// of the password, or a part of a parameter, would become the host, and be shown in errors.
 fn refuse_bare_at(url: &str) -> Result<(), String> {
     let Some(after) = without_scheme(url) else { return Ok(()) };
     let before = after.find('@').map_or("", |at| &after[..at]);
@@ -384,13 +381,13 @@ fn refuse_bare_at(url: &str) -> Result<(), String> {
     }
 }
 
-/// The text after the scheme of a connection URL.
+/// Returns the text after the scheme of a connection URL.
 fn without_scheme(url: &str) -> Option<&str> {
     url.strip_prefix("postgres://").or_else(|| url.strip_prefix("postgresql://"))
 }
 
-/// Moves bytes for a client until the connection ends. Without a client it ends by itself, unless the
-/// server owes it an answer: then it is closed after [`FAREWELL_MAX`].
+/// Moves bytes for a client until the connection ends. When the client is dropped, the connection ends, unless an
+/// answer of the server is outstanding: then it is closed after [`FAREWELL_MAX`].
 async fn drive(
     connection: impl Future<Output = Result<(), tokio_postgres::Error>>,
     end_cause: EndCause,
@@ -410,19 +407,19 @@ async fn drive(
     }
 }
 
-/// A parameter of a connection string.
+/// Parameter of a connection string.
 #[derive(Debug)]
 struct Parameter {
     name: String,
     value: String,
-    /// Where the value stands, with its quotes.
+    /// Place of the value, with its quotes.
     place: Range<usize>,
-    /// Where all of it stands, with what parts it from the next.
+    /// Place of the parameter, with the separator after it.
     whole: Range<usize>,
 }
 
-/// Finds the parameters of a connection string of either form, where the client library finds them: a value
-/// may contain what looks like another parameter.
+/// Finds the parameters of a connection string of either form exactly where the client library finds them. A value may
+/// contain text that looks like another parameter.
 fn parameters(text: &str) -> Vec<Parameter> {
     match without_scheme(text) {
         Some(after) => url_parameters(text, text.len() - after.len()),
@@ -430,7 +427,7 @@ fn parameters(text: &str) -> Vec<Parameter> {
     }
 }
 
-/// The parameters of a URL whose scheme ends at `start`.
+/// Finds the parameters of a URL whose scheme ends at `start`.
 fn url_parameters(text: &str, start: usize) -> Vec<Parameter> {
     let host = text[start..].find('@').map_or(start, |at| start + at + 1);
     let Some(query) = text[host..].find('?') else { return Vec::new() };
@@ -446,14 +443,14 @@ fn url_parameters(text: &str, start: usize) -> Vec<Parameter> {
     found
 }
 
-/// A part of a URL's query without percent-encoding. A plus is one, in contrast to a form.
+/// Decodes a part of a URL's query. Unlike in a form, a plus stays a plus.
 fn decoded(part: &str) -> String {
     let pair = format!("v={}", part.replace('+', "%2B"));
     let value = form_urlencoded::parse(pair.as_bytes()).next().map(|(_, value)| value);
     value.unwrap_or_default().into_owned()
 }
 
-/// The parameters of the form `name = value`, up to the first thing that is none.
+/// Finds the parameters of the form `name = value`, up to the first text that is not one.
 fn keyword_parameters(text: &str) -> Vec<Parameter> {
     let mut found = Vec::new();
     let mut rest = text.trim_start();
@@ -474,7 +471,7 @@ fn keyword_parameters(text: &str) -> Vec<Parameter> {
     found
 }
 
-/// A value, quoted or not, in which a backslash takes the next character as it is; and what follows it.
+/// Splits off a value, with or without quotes, in which a backslash escapes the next character.
 fn keyword_value(written: &str) -> Option<(String, &str)> {
     let (quoted, text) = match written.strip_prefix('\'') {
         Some(text) => (true, text),
@@ -488,13 +485,13 @@ fn keyword_value(written: &str) -> Option<(String, &str)> {
             Some('\\') => value.extend(characters.next()),
             Some(c) if !quoted && c.is_whitespace() => return Some((value, before)),
             Some(c) => value.push(c),
-            // Without its second quote it is none.
+            // A value without its closing quote is invalid.
             None => return (!quoted).then_some((value, "")),
         }
     }
 }
 
-/// Host and database, for errors.
+/// Formats host and database, for errors.
 fn place(config: &Config) -> String {
     let host = match config.get_hosts().first() {
         Some(Host::Tcp(host)) => host.clone(),
@@ -510,7 +507,7 @@ fn place(config: &Config) -> String {
     format!("PostgreSQL at {host}:{port}, database {database}")
 }
 
-/// An error with the beginning of all that the server said, or with its causes; in one line.
+/// Formats an error in one line: the beginning of the server's message, or the error with its causes.
 pub fn describe(error: &tokio_postgres::Error) -> String {
     let Some(said) = error.as_db_error() else {
         let mut text = error.to_string();
@@ -525,7 +522,7 @@ pub fn describe(error: &tokio_postgres::Error) -> String {
     all_said(said.message(), said.code().code(), [said.detail(), said.hint()])
 }
 
-/// The parts of a server's error in one line, together hardly longer than [`QUOTED_BYTES_MAX`].
+/// Joins the parts of a server's error into one line, hardly longer than [`QUOTED_BYTES_MAX`] in all.
 fn all_said(message: &str, code: &str, more: [Option<&str>; 2]) -> String {
     let message = sanitized_within(message, QUOTED_BYTES_MAX / 2);
     let mut text = format!("{message} (SQLSTATE {})", sanitized_within(code, CODE_BYTES_MAX));
@@ -709,6 +706,6 @@ mod tests {
     #[test]
     fn an_unreadable_string_shows_no_secret() {
         let error = PostgresServer::parse("postgres://u:secret@h:port/d").err().expect("no port");
-        assert!(error.contains("no PostgreSQL connection") && !error.contains("secret"), "{error}");
+        assert!(error.contains("invalid PostgreSQL") && !error.contains("secret"), "{error}");
     }
 }

@@ -1,11 +1,14 @@
-//! A connection whose every call has a deadline.
+//! A connection on which every call has a deadline.
 //!
-//! A server that was stopped, or a network that swallows packets, answers nothing for ever: the kernel
-//! notices neither while the peer's kernel acknowledges. So silence ends a call here.
+//! A server process that was stopped, or a network that drops packets, never answers. The kernel does not notice while
+//! the kernel of the peer still acknowledges packets. So a call ends here after a time of silence.
 //!
-//! Nothing here prepares a statement that outlives its transaction: a pooler in transaction mode may
-//! lend the server session to others after it. Queries are typed and unnamed; the one named statement,
-//! which COPY needs, is prepared and closed by its caller.
+//! Two more invariants:
+//! - No prepared statement outlives its transaction. A pooler in transaction mode may lend the server session to others
+//!   afterwards. Queries are typed and unnamed. COPY needs a named statement, which its caller prepares and closes
+//!   within the transaction.
+//! - After an error, the connection is used again only if the next answer belongs to the next command
+//!   ([`Link::run_in_step`]). Otherwise a COMMIT could look confirmed before it is.
 
 use shardmill_core::boxed;
 use std::fmt;
@@ -24,31 +27,31 @@ use tokio_util::sync::DropGuard;
 use super::answer::Prepared;
 use super::{PostgresServer, describe};
 
-/// Tries to find a name for a prepared statement that the server session does not have.
+/// Tries to find a name of a prepared statement that does not exist in the server session.
 const NAMES_MAX: u32 = 50;
 
-/// Why a call on a connection failed.
+/// Reason why a call on a connection failed.
 #[derive(Debug)]
 pub enum ServerError {
-    /// The server or the network said so.
+    /// Error of the server or the network.
     Failed(tokio_postgres::Error),
-    /// The server has no TLS, or no valid certificate, and a file of certificates was given to verify it.
+    /// `sslrootcert` was given, but the server has no TLS or no valid certificate.
     Unverified {
-        /// Why.
+        /// Cause.
         error: tokio_postgres::Error,
-        /// The file.
+        /// File of certificates.
         roots: String,
     },
     /// The connection ended before the call, for this reason.
     Broken(String),
-    /// Nothing was heard for this long.
+    /// No answer for this long.
     Silent(Duration),
-    /// The answer belongs to another command: the connection is of no use any more.
+    /// The answer belongs to another command: the connection must not be used any more.
     OutOfStep,
 }
 
 impl ServerError {
-    /// The server's own error, if it sent one.
+    /// Returns the server's own error, if it sent one.
     pub fn as_db_error(&self) -> Option<&DbError> {
         match self {
             Self::Failed(error) => error.as_db_error(),
@@ -56,13 +59,13 @@ impl ServerError {
         }
     }
 
-    /// The SQLSTATE, if the server gave one.
+    /// Returns the SQLSTATE, if the server sent one.
     pub fn code(&self) -> Option<&SqlState> {
         self.as_db_error().map(DbError::code)
     }
 
-    /// Whether the connection, and others to the same server, are better made again: the server is
-    /// ending or starting, cannot be written to (a standby after a failover), or has broken off.
+    /// Whether this connection, and all others to the server, should be closed and opened again: the server is shutting
+    /// down or starting, cannot be written to (a standby after a failover), or the connection broke.
     pub fn condemns_server(&self) -> bool {
         let Some(code) = self.code() else { return true };
         let code = code.code();
@@ -77,8 +80,8 @@ impl fmt::Display for ServerError {
             Self::Failed(error) => f.write_str(&describe(error)),
             Self::Unverified { error, roots } => write!(
                 f,
-                "{}: with sslrootcert={roots} the server must have TLS, and a certificate for this host that is \
-                 valid by that file: correct the file or the host; or remove sslrootcert, for TLS without \
+                "{}: with sslrootcert={roots} the server must have TLS and a certificate for this host that this \
+                 file verifies: correct the file or the host; or remove sslrootcert, for TLS without \
                  verification (sslmode=prefer); or set sslmode=disable, for plain text",
                 describe(error)
             ),
@@ -97,17 +100,18 @@ impl From<tokio_postgres::Error> for ServerError {
     }
 }
 
-/// Why a connection ended, once it has; its clones share it.
+/// Reason why a connection ended, once it has. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub(super) struct EndCause(Arc<OnceLock<String>>);
 
 impl EndCause {
-    /// Notes why. To be called before calls that wait are told that the connection is closed.
+    /// Notes the reason. Must be called before waiting calls learn that the connection is closed.
     pub(super) fn note(&self, error: &tokio_postgres::Error) {
         self.0.get_or_init(|| describe(error));
     }
 
-    /// The error of a call; the client says of one on an ended connection that it is closed, and no more.
+    /// Returns the error of a call. The client only reports that an ended connection is closed; the noted reason
+    /// replaces that.
     fn of(&self, error: tokio_postgres::Error) -> ServerError {
         match self.0.get().filter(|_| error.is_closed()) {
             Some(cause) => ServerError::Broken(cause.clone()),
@@ -116,20 +120,20 @@ impl EndCause {
     }
 }
 
-/// A client, and what is known of its connection.
+/// Client with the state of its connection.
 pub(super) struct Connected {
     pub(super) client: Client,
     pub(super) end_cause: EndCause,
     pub(super) prepared: Prepared,
 }
 
-/// A connection. Dropped, it is closed, and with it what it had in hand.
+/// Connection. Dropping it closes it and cancels what it is doing.
 pub struct Link {
     client: Client,
     end_cause: EndCause,
     prepared: Prepared,
     silence_max: Duration,
-    /// Counts what [`Link::run_in_step`] ran.
+    /// Number of commands that [`Link::run_in_step`] ran.
     steps: AtomicU64,
     _ended: DropGuard,
 }
@@ -143,34 +147,36 @@ impl Link {
         Self { client, end_cause, prepared, silence_max, steps: AtomicU64::new(0), _ended: ended }
     }
 
-    /// The error of a call on [`Link::client`].
+    /// Converts the error of a call on [`Link::client`].
     pub fn failed(&self, error: tokio_postgres::Error) -> ServerError {
         self.end_cause.of(error)
     }
 
-    /// Whether it can be used no more.
+    /// Whether the connection can no longer be used.
     pub fn is_closed(&self) -> bool {
         self.client.is_closed()
     }
 
-    /// Time without an answer after which a call fails.
+    /// Returns the time without an answer after which a call fails.
     pub fn silence_max(&self) -> Duration {
         self.silence_max
     }
 
-    /// Waits for an answer, for so long as the server may be silent.
+    /// Waits for an answer, at most as long as the server may be silent.
     async fn heard<T>(
         &self,
         call: impl Future<Output = Result<T, tokio_postgres::Error>>,
     ) -> Result<T, ServerError> {
         self.prepared.begin();
+        // After a timeout the answer may still arrive, and would look like that of the next call. `Silent` condemns the
+        // connection, so there is no next call.
         match tokio::time::timeout(self.silence_max, call).await {
             Ok(outcome) => outcome.map_err(|error| self.failed(error)),
             Err(_) => Err(ServerError::Silent(self.silence_max)),
         }
     }
 
-    /// Runs statements without values, in one message: behind one that fails none is run.
+    /// Runs statements without parameters, in one message. After one that fails, no other runs.
     ///
     /// # Errors
     /// [`ServerError`].
@@ -178,7 +184,7 @@ impl Link {
         self.heard(self.client.batch_execute(sql)).await
     }
 
-    /// Runs statements in one message; their answers as text.
+    /// Runs statements in one message. Returns their answers as text.
     ///
     /// # Errors
     /// [`ServerError`].
@@ -186,7 +192,7 @@ impl Link {
         self.heard(self.client.simple_query(sql)).await
     }
 
-    /// Runs a query in one message; its rows as text.
+    /// Runs a query in one message. Returns its rows as text.
     ///
     /// # Errors
     /// [`ServerError`].
@@ -199,8 +205,8 @@ impl Link {
         Ok(rows.collect())
     }
 
-    /// Runs a query without a name. Values and columns must be of built-in types: to learn of others,
-    /// the client would prepare statements of its own.
+    /// Runs an unnamed query. Parameters and columns must have built-in types: for others the client would prepare
+    /// statements of its own.
     ///
     /// # Errors
     /// [`ServerError`].
@@ -212,7 +218,7 @@ impl Link {
         self.heard(self.client.query_typed(sql, values)).await
     }
 
-    /// The same, for exactly one row.
+    /// Runs an unnamed query that returns exactly one row.
     ///
     /// # Errors
     /// [`ServerError`].
@@ -224,7 +230,7 @@ impl Link {
         self.heard(self.client.query_typed_one(sql, values)).await
     }
 
-    /// The same, for one row or none.
+    /// Runs an unnamed query that returns at most one row.
     ///
     /// # Errors
     /// [`ServerError`].
@@ -236,7 +242,7 @@ impl Link {
         self.heard(self.client.query_typed_opt(sql, values)).await
     }
 
-    /// Runs a statement without a name; the rows that it concerned.
+    /// Runs an unnamed statement. Returns the number of affected rows.
     ///
     /// # Errors
     /// [`ServerError`].
@@ -248,12 +254,11 @@ impl Link {
         self.heard(self.client.execute_typed(sql, values)).await
     }
 
-    /// Prepares a statement under a name that the server session does not have. It must be dropped
-    /// before the transaction ends, which closes it in time: the client sends in order.
+    /// Prepares a statement under a name that does not exist in the server session. The caller must drop it before the
+    /// transaction ends; the client sends in order, so the statement is closed in time.
     ///
-    /// Behind a pooler, others may have left statements in the session, with the names that this
-    /// client would give. That aborts the transaction, so it goes back to `savepoint`, and takes the
-    /// next name.
+    /// Behind a pooler, other clients may have left statements in the session under the names that this client chooses.
+    /// The error aborts the transaction, so this function returns to `savepoint` and tries the next name.
     ///
     /// # Errors
     /// [`ServerError`].
@@ -265,6 +270,7 @@ impl Link {
                 Ok(statement) => return Ok(statement),
                 Err(error) => error,
             };
+            // The server refuses the name, not the statement: another client of the pooler has left one of that name.
             let is_taken = error.code() == Some(&SqlState::DUPLICATE_PSTATEMENT);
             if !is_taken || names_left == 0 {
                 return Err(error);
@@ -274,7 +280,7 @@ impl Link {
         }
     }
 
-    /// Begins a COPY by a prepared statement.
+    /// Starts a COPY with a prepared statement.
     ///
     /// # Errors
     /// [`ServerError`].
@@ -284,30 +290,30 @@ impl Link {
         Ok(CopyIn { sink: Box::pin(sink), end_cause, silence_max: self.silence_max })
     }
 
-    /// Runs a command after an error, and makes sure that the answer is the answer to it.
+    /// Runs a command after an error, and checks that the answer belongs to it.
     ///
-    /// When a COPY fails before the server has asked for its data (no such column), the server
-    /// answers the client's two Sync messages with one ReadyForQuery each. tokio-postgres takes the
-    /// second for the end of its next command, and from there on each command gets the answer of the
-    /// one before: a COMMIT would look done before it is (rust-postgres issue 789). A value that only
-    /// this command returns shows whether client and server are in step.
+    /// If a COPY fails before the server asks for its data (for example because of a missing column), the server
+    /// answers each of the client's two Sync messages with a ReadyForQuery. tokio-postgres takes the second for the end
+    /// of its next command. From then on, each command gets the answer of the previous one, and a COMMIT would look
+    /// done before it is (rust-postgres issue 789). So this function also selects a value that only this command
+    /// returns.
     ///
     /// # Errors
-    /// [`ServerError::OutOfStep`] when they are not.
+    /// [`ServerError::OutOfStep`] if the answer belongs to another command.
     pub async fn run_in_step(&self, command: &str) -> Result<(), ServerError> {
         self.ask_in_step(command, "true").await.map(drop)
     }
 
-    /// Runs a command after an error, then asks for the value of an expression; see
-    /// [`Link::run_in_step`].
+    /// Runs a command after an error, and returns the value of an expression; see [`Link::run_in_step`].
     ///
     /// # Errors
-    /// [`ServerError::OutOfStep`] when client and server are out of step.
+    /// [`ServerError::OutOfStep`] if the answer belongs to another command.
     pub(crate) async fn ask_in_step(
         &self,
         command: &str,
         expression: &str,
     ) -> Result<Option<String>, ServerError> {
+        // A number that no other command on this connection returns.
         let expected = self.steps.fetch_add(1, Ordering::Relaxed).to_string();
         let command = format!("{command}; SELECT {expected}, {expression}");
         let rows = self.simple_rows(&command).await?;
@@ -315,10 +321,11 @@ impl Link {
         row.map(|row| row.get(1).map(ToOwned::to_owned)).ok_or(ServerError::OutOfStep)
     }
 
-    /// Commits. Whatever is no plain confirmation is an error, and says nothing of what was done.
+    /// Commits. Any answer except a plain confirmation is an error, after which the outcome is unknown: the transaction
+    /// may be committed or not.
     ///
     /// # Errors
-    /// Why it is not known whether the transaction was committed.
+    /// The reason why the outcome is unknown.
     pub async fn commit(&self) -> Result<(), String> {
         match self.simple_query("COMMIT").await.as_deref() {
             Ok([SimpleQueryMessage::CommandComplete(_)]) => Ok(()),
@@ -327,11 +334,11 @@ impl Link {
         }
     }
 
-    /// Waits for a call that may take long, for as long as the server is alive: after each silence it is
-    /// asked by another connection whether it still answers.
+    /// Waits for a call that may take long, as long as the server is alive. After each time of silence, another
+    /// connection checks whether the server still answers.
     ///
     /// # Errors
-    /// [`ServerError::Silent`] when it does not.
+    /// [`ServerError::Silent`] if it does not.
     pub async fn unbounded<T>(
         &self,
         server: &PostgresServer,
@@ -342,6 +349,7 @@ impl Link {
             if let Ok(outcome) = tokio::time::timeout(self.silence_max, &mut call).await {
                 return outcome.map_err(|error| self.failed(error));
             }
+            // The call itself is silent. Another connection tells a slow statement from a dead server.
             let other = server.connect(self.silence_max).await;
             let answers = match &other {
                 Ok(other) => other.batch_execute("SELECT 1").await.is_ok(),
@@ -353,14 +361,14 @@ impl Link {
         }
     }
 
-    /// The connection below, for what this type does not offer. Such calls have no deadline of their own.
+    /// Returns the underlying client, for calls that this type does not have. They have no deadline.
     pub fn client(&self) -> &Client {
         self.prepared.begin();
         &self.client
     }
 }
 
-/// A COPY under way. Dropped before its end, it fails on the server.
+/// COPY in progress. If it is dropped before its end, the server aborts it.
 pub struct CopyIn {
     sink: Pin<Box<CopyInSink<Bytes>>>,
     end_cause: EndCause,
@@ -368,7 +376,7 @@ pub struct CopyIn {
 }
 
 impl CopyIn {
-    /// Sends bytes. Only a server that takes none for too long is silent here: it answers at the end.
+    /// Sends bytes. Fails if the server accepts none for too long; it answers only at the end.
     ///
     /// # Errors
     /// [`ServerError`].
@@ -379,7 +387,7 @@ impl CopyIn {
         }
     }
 
-    /// Ends the COPY and waits for the server's word.
+    /// Ends the COPY and waits for the answer of the server.
     ///
     /// # Errors
     /// [`ServerError`].

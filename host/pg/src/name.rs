@@ -1,21 +1,22 @@
-//! Names in SQL: always quoted, so that nothing in one is ever read as SQL.
+//! Names in SQL. They are always quoted, so that no part of a name is read as SQL.
 
 use std::fmt;
 
-/// The bytes that PostgreSQL keeps of a name; longer ones it cuts off, which could hit another.
+/// Longest name in PostgreSQL, in bytes. The server would cut a longer one, which could then be the name of another
+/// table.
 const NAME_BYTES_MAX: usize = 63;
 
-/// A table's name, with its schema if that is given. Taken as written: no case is folded.
+/// Name of a table, with or without a schema. It is taken as written; case does not change.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TableName {
-    /// The schema, if the name gives one.
+    /// Schema, if the name has one.
     pub schema: Option<String>,
-    /// The name within the schema.
+    /// Name within the schema.
     pub table: String,
 }
 
 impl TableName {
-    /// Reads `table` or `schema.table`; a part with a dot inside stands in double quotes.
+    /// Parses `table` or `schema.table`. A part that contains a dot must be in double quotes.
     pub fn parse(text: &str) -> Result<Self, String> {
         let mut parts = Vec::new();
         let mut rest = text;
@@ -37,12 +38,12 @@ impl TableName {
         }
     }
 
-    /// Another table in the same schema.
+    /// Returns the name of another table in the same schema.
     pub fn sibling(&self, table: &str) -> Self {
         Self { schema: self.schema.clone(), table: table.into() }
     }
 
-    /// The name as SQL has it.
+    /// Returns the quoted name for SQL.
     pub fn quoted(&self) -> String {
         match &self.schema {
             Some(schema) => format!("{}.{}", quoted(schema), quoted(&self.table)),
@@ -60,8 +61,8 @@ impl fmt::Display for TableName {
     }
 }
 
-/// The one spelling of a table's name: without quotes that it does not need, and without `public`, where a table
-/// without a schema is. A text that is no name stays as it is.
+/// Normalizes the name of a table: removes quotes that are not needed, and the schema `public`, which is the default. A
+/// text that is not a valid name is returned unchanged.
 pub fn one_spelling(text: &str) -> String {
     let Ok(name) = TableName::parse(text) else { return text.to_owned() };
     let part = |part: &str| match part.contains(['.', '"']) {
@@ -74,7 +75,7 @@ pub fn one_spelling(text: &str) -> String {
     }
 }
 
-/// The table's name in a schema, where it names none.
+/// Adds a schema to a table name that has none.
 pub fn in_schema(schema: &str, text: &str) -> String {
     match TableName::parse(text) {
         Ok(TableName { schema: None, table }) => format!("{}.{}", quoted(schema), quoted(&table)),
@@ -84,12 +85,12 @@ pub fn in_schema(schema: &str, text: &str) -> String {
 
 fn not_a_name(text: &str) -> String {
     format!(
-        "{text:?} is no table's name: \"table\" or \"schema.table\" is due, \
+        "not a valid table name: {text:?}; expected \"table\" or \"schema.table\", \
          each of 1 to {NAME_BYTES_MAX} bytes"
     )
 }
 
-/// One part of a dotted name, and what follows it.
+/// Splits off the first part of a dotted name.
 fn take_part(text: &str) -> Option<(String, &str)> {
     let Some(mut rest) = text.strip_prefix('"') else {
         let end = text.find('.').unwrap_or(text.len());
@@ -111,12 +112,12 @@ fn take_part(text: &str) -> Option<(String, &str)> {
     }
 }
 
-/// A name as SQL has it: in double quotes.
+/// Quotes a name for SQL.
 pub fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }
 
-/// A text as SQL has it. In this form a backslash escapes whatever the server's settings say.
+/// Quotes a text for SQL. In this form a backslash is an escape, whatever the settings of the server are.
 pub fn literal(text: &str) -> String {
     format!("E'{}'", text.replace('\\', r"\\").replace('\'', "''"))
 }

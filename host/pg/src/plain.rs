@@ -1,17 +1,16 @@
-//! Which servers this process has said of that they are spoken to in plain text.
+//! Remembers which servers were already warned about, because their connection is not encrypted.
 //!
-//! Tables, lookups and reloads read their connection strings each for themselves: one server is said once
-//! for all of them.
+//! Tables, lookups and reloads parse their connection strings separately. There is still only one warning per server.
 
 use std::collections::VecDeque;
 use std::sync::{Mutex, PoisonError};
 
-/// Servers that are remembered at most: beyond, the one that was said first may be said again.
+/// Number of servers that are remembered. If there are more, the warning for the oldest one may be repeated.
 const SERVERS_MAX: usize = 256;
 
 static SAID: Mutex<Said> = Mutex::new(Said(VecDeque::new()));
 
-/// Servers in the order in which they were said.
+/// Servers in the order of their warnings.
 struct Said(VecDeque<String>);
 
 impl Said {
@@ -27,7 +26,7 @@ impl Said {
     }
 }
 
-/// Whether these hosts and ports have not been said in this process; from now on they have.
+/// Whether there was no warning for these hosts and ports in this process yet; remembers them.
 pub(super) fn is_first(servers: String) -> bool {
     SAID.lock().unwrap_or_else(PoisonError::into_inner).is_first(servers)
 }

@@ -1,9 +1,23 @@
 //! The connections that all sinks of one server share.
 //!
-//! A shard has none of its own: there may be more shards than a server takes connections. Half of the
-//! pool is reserved in equal parts for the sinks, half is common, so that one whose table is locked
-//! does not stop the others. A connection is dirty from the moment it is lent: it comes back after
-//! success, or after a ROLLBACK that was answered in step, and is closed otherwise.
+//! A shard has no connection of its own, because there may be more shards than connections that a server accepts. Half
+//! of the pool is reserved in equal parts for the sinks, half is common. So a sink whose table is locked cannot stop
+//! the others.
+//!
+//! The invariant: an idle connection is clean, that is outside of any transaction and with no answer outstanding. A
+//! connection counts as dirty from the moment it is lent:
+//!
+//! | outcome of its use | connection |
+//! |---|---|
+//! | success | back to the pool |
+//! | error, and a ROLLBACK is answered in step by a server that is not in recovery | back to the pool |
+//! | error, and the ROLLBACK takes longer than [`ROLLBACK_MAX`] | closed |
+//! | error, and the ROLLBACK fails, or the server is in recovery (a standby) | closed, with all idle ones |
+//! | an error that condemns the server ([`ServerError::condemns_server`]) | closed, with all idle ones |
+//! | dropped without an outcome, such as by a cancelled task | closed |
+//!
+//! To close all connections, the pool increases its generation. A connection of an earlier generation that comes back
+//! later is closed, too: so after a failover no lane continues on a connection to the old primary.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -12,32 +26,31 @@ use tokio::sync::{Semaphore, SemaphorePermit};
 
 use super::{Link, PostgresServer, ServerError};
 
-/// Connections that are being opened at the same time: a server that comes back is not to be met by
-/// all lanes at once.
+/// Connections that may be opened at the same time, so that a server that comes back does not meet all lanes at once.
 const OPENING_MAX: usize = 4;
 
-/// After a connection could not be opened, the next is tried after this, doubled up to the most.
+/// Pause after the first failure to connect; doubled for each further one up to `PAUSE_MAX`.
 const PAUSE: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
-/// Longest time for a rollback: a connection that needs more is closed, which does the same.
+/// Longest time of a rollback. After it the connection is closed, which has the same effect.
 const ROLLBACK_MAX: Duration = Duration::from_secs(5);
 
-/// Ends a transaction, and asks whether the server can be written to.
+/// Expression that tells whether the server is a standby, which cannot be written to.
 const IN_RECOVERY: &str = "pg_catalog.pg_is_in_recovery()";
 
 /// Sizes and deadlines of a pool.
 #[derive(Clone, Copy, Debug)]
 pub struct PoolSpec {
-    /// Connections at most.
+    /// Highest number of connections.
     pub connections_max: usize,
-    /// Sinks that share them.
+    /// Number of sinks that share them.
     pub sinks: usize,
-    /// Time without an answer after which a connection is lost.
+    /// Time without an answer after which a connection counts as lost.
     pub silence_max: Duration,
 }
 
-/// The connections to one server.
+/// Connections to one server.
 pub struct ServerPool {
     server: PostgresServer,
     silence_max: Duration,
@@ -51,29 +64,29 @@ pub struct ServerPool {
 #[derive(Default)]
 struct Idle {
     links: Vec<Link>,
-    /// Grows when all sessions of the server are condemned: those that are lent then do not come back.
+    /// Grows when all connections are condemned: lent ones of an earlier generation are closed when they come back.
     generation: u64,
 }
 
-/// That no connection could be opened, and until when none is tried.
+/// Last failure to connect, and the time of the next try.
 #[derive(Clone)]
 struct Refused {
     cause: String,
     until: Instant,
     pause: Duration,
-    /// Which failure it is.
+    /// Number of the failure.
     number: u64,
 }
 
-/// One sink's part in a pool.
+/// Share of one sink in a pool.
 pub struct PoolShare {
     pool: Arc<ServerPool>,
     reserved: Semaphore,
 }
 
-/// A connection on loan. Dropped without a word, it is closed, which ends its transaction and the locks.
+/// Connection on loan. If it is dropped, it is closed, which ends its transaction and locks.
 pub struct Lent<'p> {
-    /// `None` once it has gone back.
+    /// `None` after it went back.
     link: Option<Link>,
     pool: &'p ServerPool,
     generation: u64,
@@ -81,7 +94,7 @@ pub struct Lent<'p> {
 }
 
 impl ServerPool {
-    /// A pool that connects to nothing yet.
+    /// Makes a pool. It does not connect yet.
     pub fn new(server: PostgresServer, spec: PoolSpec) -> Self {
         let reserved_each = spec.connections_max / 2 / spec.sinks.max(1);
         let common = spec.connections_max - reserved_each * spec.sinks.max(1);
@@ -96,7 +109,7 @@ impl ServerPool {
         }
     }
 
-    /// The part of one of its sinks.
+    /// Returns the share of one of its sinks.
     pub fn share(self: &Arc<Self>) -> PoolShare {
         PoolShare { pool: Arc::clone(self), reserved: Semaphore::new(self.reserved_each) }
     }
@@ -109,14 +122,14 @@ impl ServerPool {
         self.refused.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A connection that is idle and alive, with the generation that it belongs to.
+    /// Takes a connection that is idle and alive, if there is one, and returns the current generation.
     fn take_idle(&self) -> (Option<Link>, u64) {
         let mut idle = self.idle();
         idle.links.retain(|link| !link.is_closed());
         (idle.links.pop(), idle.generation)
     }
 
-    /// Closes all idle connections; those that are lent do not come back.
+    /// Closes all idle connections. Lent ones will be closed when they come back.
     fn condemn(&self) {
         let closed = {
             let mut idle = self.idle();
@@ -125,12 +138,12 @@ impl ServerPool {
         };
         if !closed.is_empty() {
             tracing::info!(server = %self.server.place(), connections = closed.len(),
-                "closed the idle connections: they are made again when needed");
+                "closed the idle connections; new ones are opened when needed");
         }
     }
 
-    /// Opens a connection, a few at a time. After a failure the next try waits; all that wait for it are
-    /// given its outcome, so all lanes together ask a server that is down no more often than one would.
+    /// Opens a connection, a few at a time. After a failure the next try waits, and all callers that wait for it share
+    /// its outcome. So all lanes together ask a server that is down as rarely as one lane would.
     async fn open(&self) -> Result<Link, String> {
         let number = |refused: &Option<Refused>| refused.as_ref().map(|refused| refused.number);
         let seen = number(&self.refused());
@@ -162,7 +175,7 @@ impl ServerPool {
         let cause = format!("cannot connect to {}: {error}", self.server.place());
         let pause = match &*refused {
             None => PAUSE,
-            // Another that was begun at the same time has failed: together they are one failure.
+            // Another try that ran at the same time has failed: both count as one failure.
             Some(last) if last.until > begun => last.pause,
             Some(last) => (last.pause * 2).min(PAUSE_MAX),
         };
@@ -174,21 +187,21 @@ impl ServerPool {
 }
 
 impl PoolShare {
-    /// A pool for one sink alone.
+    /// Makes a pool for one sink.
     pub fn alone(server: PostgresServer, connections_max: usize, silence_max: Duration) -> Self {
         let spec = PoolSpec { connections_max, sinks: 1, silence_max };
         Arc::new(ServerPool::new(server, spec)).share()
     }
 
-    /// Where the server is.
+    /// Returns the server.
     pub fn server(&self) -> &PostgresServer {
         &self.pool.server
     }
 
-    /// A connection, once one is free.
+    /// Takes a connection, and waits until one is free.
     ///
     /// # Errors
-    /// Why none could be opened, as a sentence.
+    /// The reason why none could be opened, as a sentence.
     pub async fn take(&self) -> Result<Lent<'_>, String> {
         let permit = tokio::select! {
             biased;
@@ -206,7 +219,7 @@ impl PoolShare {
 }
 
 impl Lent<'_> {
-    /// Gives the connection back, outside of any transaction and with nothing unanswered.
+    /// Returns the connection to the pool. It must be outside of any transaction, with no answer outstanding.
     pub fn give_back(mut self) {
         let Some(link) = self.link.take() else { return };
         let mut idle = self.pool.idle();
@@ -215,10 +228,10 @@ impl Lent<'_> {
         }
     }
 
-    /// Passes on the outcome of what was done with the connection, which goes back or is closed.
+    /// Returns or closes the connection according to an outcome, and passes the outcome on.
     ///
     /// # Errors
-    /// Those of `outcome`.
+    /// The error in `outcome`.
     pub async fn end<T>(self, outcome: Result<T, ServerError>) -> Result<T, ServerError> {
         match &outcome {
             Ok(_) => self.give_back(),
@@ -227,9 +240,9 @@ impl Lent<'_> {
         outcome
     }
 
-    /// After an error: rolls back, and gives the connection back if that was answered in step and the
-    /// server is no standby. Otherwise the connection is closed, with all idle ones where the error
-    /// says that they are no better.
+    /// Rolls back after an error. The connection returns to the pool if the rollback was answered in step and the
+    /// server is not a standby; otherwise it is closed. If the error condemns the server, all idle connections are
+    /// closed, too.
     pub async fn fail(self, error: &ServerError) {
         if error.condemns_server() {
             self.pool.condemn();
@@ -238,12 +251,12 @@ impl Lent<'_> {
         self.roll_back().await;
     }
 
-    /// After an error that is not the server's: as [`Lent::fail`].
+    /// Rolls back after an error that did not come from the server; see [`Lent::fail`].
     pub async fn roll_back(self) {
         let asked = self.ask_in_step("ROLLBACK", IN_RECOVERY);
         match tokio::time::timeout(ROLLBACK_MAX, asked).await {
             Ok(Ok(Some(in_recovery))) if in_recovery == "f" => self.give_back(),
-            // One rollback that took long says nothing of the other connections.
+            // A slow rollback says nothing about other connections.
             Err(_) => {}
             Ok(_) => self.pool.condemn(),
         }

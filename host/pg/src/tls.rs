@@ -1,4 +1,13 @@
-//! The bytes between a client and a PostgreSQL server: whether they are encrypted, and how long an answer may be.
+//! The byte stream between a client and a PostgreSQL server: its encryption, and the limit of answers.
+//!
+//! The state of the handshake tells afterwards why a connection failed, and whether plain text may be tried:
+//!
+//! | state | meaning |
+//! |---|---|
+//! | 0 | nothing is known: no host was reached, or TLS is off |
+//! | [`REFUSED`] | the server has answered that it has no TLS |
+//! | [`BEGUN`] | the handshake has started; if the connection failed, TLS has failed |
+//! | [`DONE`] | the connection is encrypted |
 
 use std::io;
 use std::path::Path;
@@ -21,28 +30,28 @@ use tokio_util::either::Either;
 
 use super::answer::{AnswerLength, Prepared};
 
-/// The message by which a client asks for TLS: its length, and a code in the place of a version. Source:
-/// PostgreSQL, "Message Formats", SSLRequest.
+/// Message with which a client asks for TLS: its length, and a code instead of a version. Source: PostgreSQL, "Message
+/// Formats", SSLRequest.
 const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 0x04, 0xd2, 0x16, 0x2f];
 
 type RustlsConnect = <MakeRustlsConnect as MakeTlsConnect<Socket>>::TlsConnect;
 type RustlsStream = <MakeRustlsConnect as MakeTlsConnect<Socket>>::Stream;
 
-/// How TLS is spoken to a server.
+/// TLS settings for a server.
 #[derive(Clone)]
 pub(super) struct Tls(MakeRustlsConnect);
 
 impl Tls {
-    /// Trusts the certificates of a PEM file, or those of the system, for the server's own name.
+    /// Verifies the server's name with the certificates of a PEM file, or with those of the system.
     ///
     /// # Errors
-    /// Why there are none.
+    /// The reason why there are no certificates.
     pub fn verified(roots_file: Option<&str>) -> Result<Self, String> {
         let mut roots = RootCertStore::empty();
         match roots_file {
             Some(file) => {
                 let unreadable = |cause: &dyn std::fmt::Display| {
-                    format!("the certificates of sslrootcert={file} cannot be read: {cause}")
+                    format!("failed to read the certificates of sslrootcert={file}: {cause}")
                 };
                 let certificates = CertificateDer::pem_file_iter(Path::new(file))
                     .map_err(|cause| unreadable(&cause))?;
@@ -51,15 +60,15 @@ impl Tls {
                     roots.add(certificate).map_err(|cause| unreadable(&cause))?;
                 }
                 if roots.is_empty() {
-                    return Err(unreadable(&"the file holds none"));
+                    return Err(unreadable(&"the file contains none"));
                 }
             }
             None => {
                 let found = rustls_native_certs::load_native_certs();
                 roots.add_parsable_certificates(found.certs);
                 if roots.is_empty() {
-                    return Err("this system trusts no certificate: name those to trust by \
-                                sslrootcert=FILE in the connection string"
+                    return Err("no trusted certificates found on this system: add sslrootcert=FILE to the \
+                                connection string"
                         .into());
                 }
             }
@@ -69,7 +78,7 @@ impl Tls {
         Ok(Self(MakeRustlsConnect::new(config)))
     }
 
-    /// Speaks to any server, whoever it is.
+    /// Accepts any certificate.
     pub(crate) fn unverified() -> Self {
         shardmill_tls::install();
         let config = ClientConfig::builder().dangerous();
@@ -78,7 +87,7 @@ impl Tls {
     }
 }
 
-/// The state of the TLS handshake of a connection; its clones share it.
+/// State of the TLS handshake of a connection. Clones share it.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Handshake(Arc<AtomicU8>);
 
@@ -92,12 +101,12 @@ impl Handshake {
         self.0.load(Ordering::Acquire) == DONE
     }
 
-    /// Whether the server has TLS and it did not succeed.
+    /// Whether the server has TLS but the handshake failed.
     pub(crate) fn has_failed(&self) -> bool {
         self.0.load(Ordering::Acquire) == BEGUN
     }
 
-    /// Whether the server said that it has no TLS.
+    /// Whether the server has no TLS.
     pub(crate) fn was_refused(&self) -> bool {
         self.0.load(Ordering::Acquire) == REFUSED
     }
@@ -107,32 +116,33 @@ impl Handshake {
     }
 }
 
-/// Whether a connection is encrypted.
+/// Encryption of a connection.
 #[derive(Clone)]
 pub(super) enum Mode {
-    /// Or there is no connection.
+    /// TLS, or no connection.
     Required(Tls),
-    /// Where the server has TLS.
+    /// TLS if the server has it.
     Preferred(Tls),
     /// Never.
     Off,
 }
 
-/// Makes of a socket what the client speaks over: with TLS or without, and with a bound on answers.
+/// Wraps a socket for the client: with or without TLS, and with a limit on answers.
 ///
-/// The client is told to begin TLS at once, and what it takes for TLS is this. So the question for TLS is asked
-/// here, and a connection in plain text is bounded as well: the client would keep its socket to itself.
+/// The client is configured to start TLS at once, and this type takes the place of TLS. So the question whether the
+/// server has TLS is asked here, and plain connections are limited as well. Otherwise the client would use the plain
+/// socket directly.
 #[derive(Clone)]
 pub(super) struct Connector {
     mode: Mode,
-    /// Whether TLS begins without a question (`sslnegotiation=direct`).
+    /// Whether TLS starts without asking (`sslnegotiation=direct`).
     is_direct: bool,
     handshake: Handshake,
     prepared: Prepared,
 }
 
 impl Connector {
-    /// A connector in a mode, and the configuration with which the client lets it do its work.
+    /// Makes a connector, and the configuration that makes the client use it.
     pub fn new(
         config: &Config,
         mode: Mode,
@@ -153,6 +163,7 @@ impl MakeTlsConnect<Socket> for Connector {
     type Error = std::convert::Infallible;
 
     fn make_tls_connect(&mut self, domain: &str) -> Result<Self::TlsConnect, Self::Error> {
+        // The client tries the hosts in turn and calls this for each.
         // Of several hosts, the last one that was reached counts.
         self.handshake.note(0);
         let (tls, is_required) = match &mut self.mode {
@@ -171,7 +182,7 @@ impl MakeTlsConnect<Socket> for Connector {
     }
 }
 
-/// One connection that is being made.
+/// Connection in progress.
 pub(super) struct Connecting {
     tls: Option<RustlsConnect>,
     is_required: bool,
@@ -204,14 +215,14 @@ impl TlsConnect<Socket> for Connecting {
     }
 }
 
-/// Asks a server whether it has TLS. Source: PostgreSQL, "Message Flow", "SSL Session Encryption".
+/// Asks whether the server has TLS. Source: PostgreSQL, "Message Flow", "SSL Session Encryption".
 async fn has_tls(socket: &mut Socket) -> io::Result<bool> {
     socket.write_all(&SSL_REQUEST).await?;
-    // No byte more: what follows in plain text could be of somebody in the path (CVE-2021-23222).
+    // Read one byte only: plain bytes after it could come from an attacker on the network (CVE-2021-23222).
     Ok(socket.read_u8().await? == b'S')
 }
 
-/// The bytes between a client and a server.
+/// Byte stream between client and server.
 pub(super) struct Transport {
     stream: Either<Socket, Box<RustlsStream>>,
     answer: AnswerLength,
@@ -272,8 +283,8 @@ impl AsyncWrite for Transport {
     }
 }
 
-/// Takes every certificate. It keeps out who only listens: whoever can answer in the server's place could
-/// as well say that it has no TLS, so that checking anything here would protect from nobody.
+/// Accepts every certificate. This protects only against passive listeners. An active attacker could also claim that
+/// the server has no TLS, so checks here would not help.
 #[derive(Debug)]
 struct Anybody;
 

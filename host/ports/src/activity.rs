@@ -1,4 +1,14 @@
-//! Activity of a connection: its request in hand, or since when it waits for its peer.
+//! Activity of a connection: whether we work for its peer, or what it waits for from its peer, and since when.
+//!
+//! | the peer must | deadline |
+//! |---|---|
+//! | send a first byte, or the next request | `idle_max` |
+//! | send the rest of a head | `head_max`, from its first byte |
+//! | send more of a body | that of the body ([`RequestBody`](super::body::RequestBody)), which answers 408 |
+//! | read more of an answer | `body_max`, at the lowest pace |
+//!
+//! The race: between the accept and the first read, a whole request may already be in the system's buffer. So a
+//! connection counts as waiting only after one read found nothing, and a health check is not closed before it is read.
 
 use std::io;
 use std::pin::Pin;
@@ -12,47 +22,47 @@ use tokio::net::TcpStream;
 use super::pace::Pace;
 use shardmill_config::HttpDeadlines;
 
-/// How many times slower than a request an answer may be taken: lanes take those of the embedded stream as fast
-/// as their sinks go.
+/// How many times slower than a request an answer may be read. Lanes read those of the embedded stream only as fast as
+/// their sinks take the rows.
 const ANSWER_SHARE: usize = 8;
 
-/// Activity of one connection; its clones share it.
+/// Activity of one connection. Clones share it.
 #[derive(Clone)]
 pub(super) struct Activity(Arc<Mutex<State>>);
 
 #[derive(Clone, Debug)]
 struct State {
-    /// Whether it was looked at what the peer has sent. Before, a whole request may be there.
+    /// Whether the connection was read once. Before that, a whole request may already have arrived.
     is_looked_at: bool,
-    /// Requests whose answers are not handed to the system in full.
+    /// Requests whose answers are not completely written to the system.
     requests: usize,
-    /// Whether a whole request head has come.
+    /// Whether a complete request head has arrived.
     has_asked: bool,
-    /// Since when there is no request.
+    /// Since when there has been no request.
     idle_since: Instant,
-    /// When the first byte came of a head that is not complete yet.
+    /// Arrival of the first byte of a head that is not complete yet.
     head_since: Option<Instant>,
-    /// Since when a body is waited for of which nothing comes, or less than the slowest pace.
+    /// Since when the connection waits for a body that does not arrive, or arrives below the lowest pace.
     body_since: Option<Instant>,
-    /// The pace at which the peer takes an answer of which it did not take all at once.
+    /// Pace at which the peer reads an answer that it did not read at once.
     unread: Option<Pace>,
 }
 
-/// Thing that a connection waits for. The order is that in which connections make room for others: who has
-/// not asked for anything goes first, whose work would be lost goes last.
+/// What a connection waits for. Connections make room for others in this order: first those that have not asked for
+/// anything, last those whose work would be lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Wait {
-    /// For a first byte.
+    /// First byte.
     FirstByte,
-    /// For the rest of a request's head, which comes in one piece from who means well.
+    /// Rest of a request's head. Honest clients send a head in one piece.
     Head,
-    /// For another request.
+    /// Next request.
     NextRequest,
-    /// For more of a body, or for the peer to take more of an answer.
+    /// More of a body, or the peer to read more of an answer.
     Body,
 }
 
-/// A request whose answer is not handed to the system in full.
+/// Request whose answer is not completely written to the system.
 pub(super) struct InHand(Activity);
 
 impl Activity {
@@ -81,7 +91,7 @@ impl Activity {
         self.lock().is_looked_at = true;
     }
 
-    /// Notes that bytes came.
+    /// Notes that bytes arrived.
     pub fn came(&self) {
         let mut state = self.lock();
         state.is_looked_at = true;
@@ -90,12 +100,12 @@ impl Activity {
         }
     }
 
-    /// Notes since when a body is waited for; `None`: more of it came, or nothing more is wanted.
+    /// Notes since when a body is awaited; `None`: more of it arrived, or no more is needed.
     pub(crate) fn body_waits(&self, since: Option<Instant>) {
         self.lock().body_since = since;
     }
 
-    /// Notes that the peer took some of what is written, or nothing.
+    /// Notes how much of the written bytes the peer has read.
     fn took(&self, bytes: usize) {
         let now = Instant::now();
         let mut state = self.lock();
@@ -103,23 +113,24 @@ impl Activity {
         pace.came(bytes.saturating_mul(ANSWER_SHARE), now);
     }
 
-    /// Notes that the peer took all that is written.
+    /// Notes that the peer has read all that was written.
     fn took_all(&self) {
         self.lock().unread = None;
     }
 
-    /// Whether a request is in hand, or an answer not written yet.
+    /// Whether a request is in progress, or an answer is not completely written.
     pub fn is_at_work(&self) -> bool {
         let state = self.lock();
         state.requests > 0 || state.unread.is_some()
     }
 
-    /// Gives the thing that the peer has to send or take next, and since when; `None`: the peer waits for us.
+    /// Returns what the peer must send or read next, and since when; `None`: the peer waits for us.
     pub fn wait(&self) -> Option<(Wait, Instant)> {
         self.lock().wait()
     }
 
-    /// Whether a deadline has passed. That of a body is the body's own, which is answered.
+    /// Whether a deadline has passed. The deadline of a body is not checked here: the body checks it, and the request
+    /// is answered.
     pub fn is_late(&self, deadlines: &HttpDeadlines, now: Instant) -> bool {
         self.lock().is_late(deadlines, now)
     }
@@ -130,7 +141,7 @@ impl Activity {
 }
 
 impl State {
-    /// Since when the peer takes nothing of an answer, or less than the slowest pace.
+    /// Since when the peer reads nothing of an answer, or less than the lowest pace.
     fn unread_since(&self) -> Option<Instant> {
         self.unread.map(|pace| pace.lagging_since())
     }
@@ -171,7 +182,7 @@ impl Drop for InHand {
     }
 }
 
-/// A connection's stream that notes when bytes come, and when nobody takes those that go.
+/// Stream of a connection that notes when bytes arrive, and when the peer does not read.
 pub(super) struct Watched {
     stream: TcpStream,
     activity: Activity,
@@ -184,14 +195,14 @@ impl Watched {
         Self { stream, activity, is_looked_at: false, is_unread: false }
     }
 
-    /// Notes the outcome of a write of `bytes`.
+    /// Notes the result of a write of `bytes`.
     fn wrote(&mut self, bytes: usize, written: Poll<io::Result<usize>>) -> Poll<io::Result<usize>> {
         match &written {
             Poll::Pending => {
                 self.is_unread = true;
                 self.activity.took(0);
             }
-            // Each write would take the lock otherwise.
+            // Only then, because each write would take the lock otherwise.
             Poll::Ready(Ok(taken)) if self.is_unread => match *taken < bytes {
                 true => self.activity.took(*taken),
                 false => {
@@ -213,7 +224,7 @@ impl AsyncRead for Watched {
     ) -> Poll<io::Result<()>> {
         let before = buffer.filled().len();
         let read = Pin::new(&mut self.stream).poll_read(context, buffer);
-        // Each read would take the lock otherwise.
+        // Only once, because each read would take the lock otherwise.
         if read.is_pending() && !self.is_looked_at {
             self.is_looked_at = true;
             self.activity.nothing_came();
@@ -288,14 +299,14 @@ mod tests {
         let unread = State { unread: Some(pace), ..at_work.clone() };
         pace.came(1, begun + second);
         let dripped = State { unread: Some(pace), ..at_work.clone() };
-        // The connection, what it waits for, and the second after which it is closed for that.
+        // The state of a connection, what it waits for, and the second after which it is closed.
         for (state, wait, late_after) in [
             (&new, None, None),
             (&idle, Some(Wait::FirstByte), Some(4)),
             (&asked, Some(Wait::NextRequest), Some(4)),
             (&head, Some(Wait::Head), Some(2)),
             (&at_work, None, None),
-            // Answered 408 by its own deadline.
+            // The deadline of the body answers with 408.
             (&body, Some(Wait::Body), None),
             (&unread, Some(Wait::Body), Some(3)),
             (&dripped, Some(Wait::Body), Some(3)),

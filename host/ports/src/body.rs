@@ -1,4 +1,4 @@
-//! Bodies of requests with a deadline, and of answers that keep their request in hand.
+//! Request bodies with a deadline, and answer bodies that keep their request in progress.
 
 use std::pin::Pin;
 use std::task::{Context, Poll};
@@ -15,12 +15,12 @@ use super::pace::{BYTES_PER_SECOND_MIN, Pace};
 
 type BoxError = Box<dyn std::error::Error + Send + Sync>;
 
-/// A body that did not arrive in time.
+/// Error of a body that did not arrive in time.
 #[derive(Debug, thiserror::Error)]
 #[error("the body did not arrive within {} s", .0.as_secs_f64())]
 pub struct BodyLate(Duration);
 
-/// The body of a request, which has to arrive within a time that grows with its bytes.
+/// Request body that must arrive within a time that grows with its bytes.
 pub(super) struct RequestBody {
     body: Incoming,
     activity: Activity,
@@ -37,7 +37,7 @@ impl RequestBody {
         Self { body, activity, wait_max, pace, received: 0, begun: None, deadline: None }
     }
 
-    /// When the rest has to have come.
+    /// Returns the deadline for the rest.
     fn end(&mut self) -> Instant {
         let begun = *self.begun.get_or_insert_with(Instant::now);
         begun + self.wait_max + Duration::from_secs(self.received / BYTES_PER_SECOND_MIN)
@@ -92,12 +92,12 @@ impl HttpBody for RequestBody {
 
 impl Drop for RequestBody {
     fn drop(&mut self) {
-        // Whoever has it no longer wants the rest.
+        // The owner no longer wants the rest.
         self.activity.body_waits(None);
     }
 }
 
-/// The body of an answer: its request is in hand until all of it is written.
+/// Answer body. Its request is in progress until the body is completely written.
 pub(super) struct AnswerBody {
     body: Body,
     in_hand: Option<InHand>,
@@ -133,16 +133,16 @@ impl HttpBody for AnswerBody {
     }
 }
 
-/// Gives the next bytes of a body as they arrive; `None` at its end.
+/// Returns the next bytes of a body as they arrive; `None` at its end.
 ///
 /// # Errors
-/// When it is cut off, or [`BodyLate`] within.
+/// The body is cut off, or [`BodyLate`] as the cause.
 pub async fn read(body: &mut Body) -> Option<Result<Bytes, axum::Error>> {
     loop {
         let frame = std::future::poll_fn(|context| Pin::new(&mut *body).poll_frame(context)).await;
         match frame? {
             Ok(frame) => {
-                // Trailers say nothing here.
+                // Trailers are ignored.
                 if let Ok(data) = frame.into_data() {
                     return Some(Ok(data));
                 }

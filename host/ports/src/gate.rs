@@ -1,4 +1,23 @@
-//! Which connections a port keeps.
+//! Decides which connections a port keeps.
+//!
+//! The invariants:
+//! - A port keeps `connections_max` connections, and `health_max` more for `/health`, so that it does not use up the
+//!   file descriptors that lanes need. A new connection that replaces another waits until that one is closed
+//!   ([`Pass::room`]).
+//! - `/health` is answered also while the port is full: some connections are reserved for it.
+//! - Only a connection that waits for its client is closed to make room, never one whose request is being answered.
+//!
+//! | state of the port | new connection |
+//! |---|---|
+//! | the peer has its maximum of connections | replaces the one of this peer that has waited longest, or is refused |
+//! | a place is free | kept |
+//! | full, and a connection waits for its client | replaces the one that has waited longest |
+//! | full, and all are busy or new | kept for `/health` only, if a health place is free or can be freed |
+//! | as before, but no health place can be freed | tries again for [`ROOM_MAX`], then it is closed |
+//!
+//! A race shapes the last two rows: between the accept and the first read nobody knows whether a connection is a health
+//! check whose request has already arrived. So a health connection that was not read yet is not replaced: under a flood
+//! of connections each health check would otherwise be replaced before it is read.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -13,31 +32,31 @@ use shardmill_core::metric;
 use shardmill_core::system;
 use shardmill_core::system::PortFiles;
 
-/// Time for which a connection may wait for a request or an answer before it makes room for another: these need
-/// a moment to arrive. Between two requests there is no such time: who asks again and again would keep everybody
-/// else out.
+/// How long a connection may wait for a request or an answer before it makes room for another, because these need time
+/// to arrive. A connection between two requests may be replaced at once; otherwise a client that sends requests all the
+/// time would keep all others out.
 const WAIT_MIN: Duration = Duration::from_secs(1);
 
-/// Time for which a connection that makes room is waited for.
+/// How long a new connection waits for one that makes room.
 const ROOM_MAX: Duration = Duration::from_millis(100);
 
-/// Pause before it is looked again whether there is room for a health check.
+/// Pause before the next check whether there is room for a health check.
 const LATER_PAUSE: Duration = Duration::from_millis(1);
 
 type ConnectionId = u64;
 
-/// Whose connections are counted together.
+/// Unit in which connections are counted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Peer {
-    /// An address of IPv4.
+    /// IPv4 address.
     Address(IpAddr),
-    /// A network of IPv6: one host has all of its addresses.
+    /// IPv6 network: one host has all of its addresses.
     Network([u16; 4]),
 }
 
 impl Peer {
-    /// The peer that an address belongs to; `None`: loopback, whose connections come from all who use this
-    /// machine, by proxies too.
+    /// Returns the peer of an address; `None` for loopback, because all users of this machine, and proxies, connect
+    /// from there.
     fn of(address: IpAddr) -> Option<Self> {
         match address.to_canonical() {
             address if address.is_loopback() => None,
@@ -50,7 +69,7 @@ impl Peer {
     }
 }
 
-/// The bounds of a port.
+/// Limits of a port.
 #[derive(Clone, Copy, Debug)]
 struct Bounds {
     connections_max: usize,
@@ -58,27 +77,27 @@ struct Bounds {
     health_max: usize,
 }
 
-/// Outcome for a connection that comes.
+/// Decision about a new connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Admission {
-    /// It is kept, in place of that one if one is named.
+    /// Keep it, and close the given one.
     Kept { instead_of: Option<ConnectionId> },
-    /// It is kept for a request of `/health` alone.
+    /// Keep it for a request of `/health` only.
     ForHealth { instead_of: Option<ConnectionId> },
-    /// All that are kept for health are answered, or were not looked at yet: it waits for one of them.
+    /// Try again soon: all health connections are being answered, or were not read yet.
     Later,
-    /// It is closed.
+    /// Close it.
     Refused,
 }
 
-/// Answer to a connection that comes.
+/// Answer to a new connection.
 enum Entry {
     Pass(Pass),
     Later,
     Refused,
 }
 
-/// A connection that is kept.
+/// Connection that is kept.
 struct Kept {
     peer: Option<Peer>,
     is_for_health: bool,
@@ -87,7 +106,7 @@ struct Kept {
     gone: CancellationToken,
 }
 
-/// The connections of a port; its clones share them.
+/// Connections of a port. Clones share them.
 #[derive(Clone)]
 pub(super) struct Gate {
     name: &'static str,
@@ -102,7 +121,7 @@ struct State {
     next_id: ConnectionId,
 }
 
-/// The right of one connection to be there; given back when dropped.
+/// Permission of one connection. Dropping it removes the connection from the gate.
 pub(super) struct Pass {
     gate: Gate,
     id: ConnectionId,
@@ -110,20 +129,20 @@ pub(super) struct Pass {
     activity: Activity,
     end: CancellationToken,
     gone: CancellationToken,
-    /// Cancelled once the connection is gone that made room for this one.
+    /// Cancelled when the connection that makes room for this one is closed.
     room: Option<CancellationToken>,
 }
 
 impl Gate {
-    /// Opens a gate, and keeps the file descriptors that its connections may need.
+    /// Opens a gate, and reserves the file descriptors for its connections.
     pub fn open(rules: &PortRules, health_max: usize) -> Self {
         let connections_max =
             system::port_connections_max(rules.connections_max, rules.keeps_files);
         if connections_max < rules.connections_max {
             tracing::info!(
                 port = rules.name,
-                "{connections_max} connections are kept at once, not {}: the limit of open files (ulimit -n) \
-                 leaves no more",
+                "at most {connections_max} connections are kept, not {}, because of the limit of open files \
+                 (ulimit -n)",
                 rules.connections_max
             );
         }
@@ -133,8 +152,8 @@ impl Gate {
         Self { name: rules.name, bounds, state: Arc::default(), files }
     }
 
-    /// Lets a connection in, or not; one that makes room for it is asked to end. Others wait in the queue of the
-    /// system meanwhile.
+    /// Lets a connection in, or refuses it. A connection that makes room for it is asked to end. Later connections wait
+    /// in the system's queue meanwhile.
     pub async fn admit(&self, address: IpAddr) -> Option<Pass> {
         let begun = Instant::now();
         loop {
@@ -185,7 +204,7 @@ impl Gate {
         Entry::Pass(Pass { gate: self.clone(), id, is_for_health, activity, end, gone, room })
     }
 
-    /// Ends the connection that has waited longest for its peer; whether one waits.
+    /// Closes the connection that has waited longest for its client. Returns whether there was one.
     pub(crate) fn make_room(&self, now: Instant) -> bool {
         let mut state = self.lock();
         let longest = longest_wait(&state.kept, |_| true, Duration::ZERO, now);
@@ -233,15 +252,15 @@ impl Pass {
         &self.activity
     }
 
-    /// Waits until the connection is closed that made room for this one: else a burst would open files
-    /// beyond the bound. It ends at once, or soon.
+    /// Waits until the connection that makes room for this one is closed. Otherwise a burst would open more files than
+    /// allowed. The wait is short.
     pub async fn room(&self) {
         if let Some(room) = &self.room {
             let _ = tokio::time::timeout(ROOM_MAX, room.cancelled()).await;
         }
     }
 
-    /// Ends when the connection is to make room for another.
+    /// Completes when the connection must make room for another.
     pub fn ended(&self) -> WaitForCancellationFuture<'_> {
         self.end.cancelled()
     }
@@ -254,10 +273,10 @@ impl Drop for Pass {
     }
 }
 
-/// Decides about a connection that comes. While the port is full, the connection that has waited longest for
-/// its peer makes room, or one between two requests; where there is none, the new one may ask for health alone, and of those
-/// one that was looked at makes room at once: a health check has sent its request when it is accepted, an idle
-/// connection never sends one.
+/// Decides about a new connection; see the table of the module.
+///
+/// A health connection that was read once, and still has no complete request, is replaced at once: a real health check
+/// has sent its request when it is accepted.
 fn admission(
     bounds: &Bounds,
     peer: Option<Peer>,
@@ -269,7 +288,7 @@ fn admission(
         if kept.values().filter(|one| is_of_peer(one)).count() >= max {
             let id = longest_wait(kept, is_of_peer, WAIT_MIN, now);
             return match id {
-                // Of its own peer: the others are as many as before.
+                // It is of the same peer, so the number of its connections does not grow.
                 Some(_) => Admission::Kept { instead_of: id },
                 None => Admission::Refused,
             };
@@ -291,9 +310,8 @@ fn admission(
     }
 }
 
-/// The connection for health that makes room. One that has sent a part of a head goes first: a health check sends
-/// its head in one piece. One that was not looked at yet stays: it may be a health check, which would be gone
-/// before it is read while a flood of others comes.
+/// Returns the health connection that makes room. One that has sent a part of a head goes first: a real health check
+/// sends its head in one piece. One that was not read yet stays, because it may be a health check.
 fn first_for_health(kept: &HashMap<ConnectionId, Kept>) -> Option<ConnectionId> {
     let waits = kept.iter().filter(|(_, one)| one.is_for_health).filter_map(|(id, one)| {
         let (wait, since): (Wait, Instant) = one.activity.wait()?;
@@ -302,7 +320,7 @@ fn first_for_health(kept: &HashMap<ConnectionId, Kept>) -> Option<ConnectionId> 
     waits.min().map(|(_, _, _, id)| id)
 }
 
-/// The connection that makes room: by what it waits for, then by how long.
+/// Returns the connection that makes room: by what it waits for, then by how long it has waited.
 fn longest_wait(
     kept: &HashMap<ConnectionId, Kept>,
     may_go: impl Fn(&Kept) -> bool,
@@ -344,7 +362,7 @@ mod tests {
         }
         assert_eq!(of("192.0.2.7"), of("::ffff:192.0.2.7"));
         assert_ne!(of("192.0.2.7"), of("192.0.2.8"));
-        // A host picks any address of its network.
+        // A host can use any address of its network.
         assert_eq!(of("2001:db8::1"), of("2001:db8::ffff:1"));
         assert_ne!(of("2001:db8::1"), of("2001:db8:0:1::1"));
     }
@@ -374,14 +392,14 @@ mod tests {
             admit("127.0.0.1", vec![busy(), local(false, ago(2))]),
             Admission::Kept { instead_of: Some(1) }
         );
-        // One that asks all the time is between two requests.
+        // A connection that sends requests all the time is between two requests.
         let asked = local(false, ago(9));
         drop(asked.activity.begin_request());
         assert_eq!(
             admit("127.0.0.1", vec![busy(), asked]),
             Admission::Kept { instead_of: Some(1) }
         );
-        // All are at work, or have just come.
+        // All are busy, or new.
         let full = || vec![busy(), local(false, now)];
         assert_eq!(admit("127.0.0.1", full()), Admission::ForHealth { instead_of: None });
         let mut full_of_health = full();
@@ -390,7 +408,7 @@ mod tests {
             admit("127.0.0.1", full_of_health),
             Admission::ForHealth { instead_of: Some(2) }
         );
-        // One peer has one connection, and its own makes room for another.
+        // A peer may have one connection; that one makes room for the next.
         assert_eq!(admit("192.0.2.7", vec![kept("192.0.2.7", false, now)]), Admission::Refused);
         assert_eq!(
             admit("192.0.2.7", vec![kept("192.0.2.7", false, ago(9))]),

@@ -1,13 +1,14 @@
-//! HTTP ports: connections that are counted and that end. axum's own loop has no bound and no deadlines,
-//! so a client that sends half a request head would keep its connection for ever, and idle ones would use
-//! up the file descriptors of the process.
+//! HTTP ports with a limited number of connections, and with deadlines for each.
 //!
-//! A port keeps a bounded number of connections ([`gate`] decides which). When all are taken, the one that
-//! has waited longest for its peer makes room, and 8 more are kept for health checks alone, so that a port
-//! under attack still says how the process is.
+//! axum's own loop has neither: a client that sends half of a request head would keep its connection forever, and idle
+//! connections would use up the file descriptors of the process.
 //!
-//! A router of axum and the rules of a port go in; nothing comes out but answers. What is served is not known here. It
-//! uses `config` and `core`; its heavy dependencies are axum and hyper.
+//! [`gate`] decides which connections a port keeps. When all places are taken, the connection that has waited longest
+//! for its client makes room. 8 more places are reserved for health checks, so that a port under attack still reports
+//! the state of the process.
+//!
+//! Input is an axum router and the rules of a port. This crate does not know what is served. It uses `config` and
+//! `core`; its heavy dependencies are axum and hyper.
 
 mod activity;
 mod body;
@@ -40,41 +41,39 @@ pub use self::pace::Pace;
 use shardmill_config::HttpDeadlines;
 use shardmill_core::log_throttle::LogThrottle;
 
-/// Longest pause between two looks at a connection's deadlines, and the pause after a failure to accept
-/// one.
+/// Longest pause between two checks of a connection's deadlines, and the pause after a failure to accept a connection.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
-/// Shortest pause between two looks at a connection's deadlines.
+/// Shortest pause between two checks of a connection's deadlines.
 const LOOK_INTERVAL_MIN: Duration = Duration::from_millis(10);
-/// Connections that each port keeps for requests of `/health`, beyond its bound.
+/// Connections that each port reserves for requests of `/health`, beyond its limit.
 const HEALTH_CONNECTIONS: usize = 8;
-/// Time that a connection that is kept for health may take in all.
+/// Time limit of a connection that is kept for `/health`.
 const HEALTH_CONNECTION_MAX: Duration = Duration::from_secs(5);
-/// Seconds after which a request that found the port full is to be sent again.
+/// `Retry-After` of a request that found the port full, in seconds.
 const FULL_RETRY_S: &str = "1";
 
-/// Rules of a port: how many connections, until when, of whom.
+/// Rules of a port: number of connections, deadlines, accepted peers.
 #[derive(Clone, Debug)]
 pub struct PortRules {
-    /// The port's name in metrics and logs.
+    /// Name of the port in metrics and logs.
     pub name: &'static str,
-    /// Connections that it keeps at once, those for health aside.
+    /// Highest number of connections, without those for `/health`.
     pub connections_max: usize,
-    /// Of these, connections of one peer; loopback has no such bound.
+    /// Highest number of connections of one peer; not for loopback.
     pub per_peer_max: Option<usize>,
-    /// When they are closed.
+    /// Deadlines.
     pub deadlines: HttpDeadlines,
-    /// Bytes that a connection may buffer while it reads; `None`: hyper's own bound, for large bodies.
+    /// Bytes that a connection may buffer while it reads; `None`: hyper's own limit, for large bodies.
     pub buffer_bytes_max: Option<usize>,
     /// Whether processes of other users of this machine are refused.
     pub is_for_own_user: bool,
-    /// Whether open files are kept for its connections beside those of lanes. Not for the embedded stream:
-    /// its clients are lanes.
+    /// Whether file descriptors are reserved for its connections, in addition to those of lanes. Not for the embedded
+    /// stream, whose clients are lanes.
     pub keeps_files: bool,
 }
 
-/// Serves `routes` on connections of `listener` until `stop`; requests that have begun are answered
-/// then. [`PortRules`] says how many connections there may be, and when each is closed. The open files that
-/// they may need are kept from the call on.
+/// Serves `routes` on connections of `listener` until `stop`; requests that have begun are still answered.
+/// [`PortRules`] limits the connections and their time. The file descriptors are reserved from this call on.
 pub fn serve(
     listener: TcpListener,
     routes: Router,
@@ -113,9 +112,9 @@ async fn accept(
                     connections.spawn(served.run(stop.clone()));
                 }
             }
-            // The peer went away before it was accepted.
+            // The peer disconnected before it was accepted.
             Err(error) if is_of_one_connection(&error) => {}
-            // No descriptors are free, say: others may close theirs, and one of ours makes room.
+            // For example, no descriptor is free: other parts may close theirs, and one of our connections makes room.
             Err(error) => {
                 if let Some(left_out) = failures.line(Instant::now()) {
                     tracing::warn!(%error, port = rules.name, left_out,
@@ -139,7 +138,7 @@ fn is_of_one_connection(error: &io::Error) -> bool {
     matches!(error.kind(), ConnectionAborted | ConnectionRefused | ConnectionReset)
 }
 
-/// A connection that was let in.
+/// Connection that was let in.
 struct Connection {
     stream: TcpStream,
     peer: SocketAddr,
@@ -182,7 +181,7 @@ impl Connection {
             }
         });
         let mut builder = hyper::server::conn::http1::Builder::new();
-        // Its own deadline of heads would count the time between two requests as well.
+        // hyper's own deadline of heads would also count the time between two requests.
         builder.header_read_timeout(None::<Duration>).keep_alive(!is_for_health);
         if let Some(bytes_max) = rules.buffer_bytes_max {
             builder.max_buf_size(bytes_max);
@@ -195,7 +194,7 @@ impl Connection {
         let mut is_stopping = false;
         loop {
             tokio::select! {
-                // Why a connection broke is its client's business.
+                // The reason why a connection broke does not matter here.
                 _ = &mut connection => return,
                 () = pass.ended() => return,
                 () = stop.cancelled(), if !is_stopping => {
@@ -214,7 +213,7 @@ impl Connection {
     }
 }
 
-/// The pause between two looks, so that a short deadline is met about in time.
+/// Returns the pause between two checks, short enough for a short deadline.
 fn look_interval(deadlines: &HttpDeadlines) -> Duration {
     let HttpDeadlines { head_max, body_max, idle_max } = *deadlines;
     let shortest = head_max.min(body_max).min(idle_max);
@@ -225,13 +224,14 @@ fn is_health(path: &str) -> bool {
     path == "/health" || path.starts_with("/health/")
 }
 
-/// The answer to a request that found every connection of the port taken.
+/// Makes the answer for a port whose connections are all taken.
 fn full() -> Response {
-    let body = "too many connections are open: send it again later\n";
+    let body = "too many open connections: try again later\n";
     (StatusCode::SERVICE_UNAVAILABLE, [(header::RETRY_AFTER, FULL_RETRY_S)], body).into_response()
 }
 
-/// The answer to a process of another user, in the words of the Kinesis API: only the embedded stream asks.
+/// Makes the answer to a process of another user, in the form of the Kinesis API, because only the embedded stream
+/// checks this.
 fn refused_stranger(cause: &str) -> Response {
     let body = serde_json::json!({ "__type": "AccessDeniedException", "message": cause });
     let media = [(header::CONTENT_TYPE, "application/x-amz-json-1.1")];

@@ -1,15 +1,15 @@
-//! Who a request was sent to, and for which page: what a browser cannot hide.
+//! Checks the `Host` and `Origin` of requests, which a web page cannot forge.
 //!
-//! A page in a browser may name a host that resolves to this machine (DNS rebinding), and then reads what
-//! this machine's ports answer as if it were its own. Its requests carry that name as their `Host`. An
-//! address or `localhost` cannot be rebound.
+//! A web page may use a name that resolves to this machine (DNS rebinding). The browser then lets the page read what
+//! the ports of this machine answer, as if it came from the page's own server. But the `Host` of such a request is that
+//! name. An IP address or `localhost` cannot be rebound.
 
 use std::net::{IpAddr, Ipv6Addr};
 
 use axum::http::{HeaderMap, Request, Version, header};
 
-/// Whether a request was sent to an address, to `localhost`, or to one of these names. HTTP/1.0 needs no
-/// `Host`, and no browser speaks it.
+/// Whether the `Host` of a request is an IP address, `localhost`, or one of these names. An HTTP/1.0 request needs no
+/// `Host`, and no browser sends one.
 pub fn is_direct<B>(request: &Request<B>, names: &[String]) -> bool {
     let is_without = request.version() <= Version::HTTP_10
         && request.uri().authority().is_none()
@@ -17,10 +17,10 @@ pub fn is_direct<B>(request: &Request<B>, names: &[String]) -> bool {
     is_without || host_of(request).is_some_and(|host| is_known(&host, names))
 }
 
-/// The host that a request names, without its port, in lower case; `None`: none, several, or one with anything
-/// but a port after it.
+/// Returns the host of a request in lower case, without its port. `None`: there is none, there are several, or the text
+/// after the host is not a port.
 pub fn host_of<B>(request: &Request<B>) -> Option<String> {
-    // RFC 9112, section 3.2.2: the target's own host goes before the header.
+    // RFC 9112, section 3.2.2: a host in the request target wins over the header.
     let host = match request.uri().authority() {
         Some(authority) => authority.as_str(),
         None => {
@@ -45,7 +45,7 @@ pub fn host_of<B>(request: &Request<B>) -> Option<String> {
     (!name.is_empty() && is_port_or_none(port)).then(|| name.to_ascii_lowercase())
 }
 
-/// Whether this is nothing, or a colon and the number of a port.
+/// Whether a text is empty, or a colon and a port number.
 fn is_port_or_none(text: &str) -> bool {
     let is_number =
         |port: &str| port.bytes().all(|byte| byte.is_ascii_digit()) && port.parse::<u16>().is_ok();
@@ -58,7 +58,7 @@ fn is_known(host: &str, names: &[String]) -> bool {
         || names.iter().any(|name| name.eq_ignore_ascii_case(host))
 }
 
-/// Whether a page in a browser sent it: such a request says so by an `Origin`.
+/// Whether a web page sent the request: browsers then add an `Origin`.
 pub fn is_of_page(headers: &HeaderMap) -> bool {
     headers.contains_key(header::ORIGIN)
 }
@@ -109,7 +109,7 @@ mod tests {
             (&[""], "/status", false),
             (&[], "/status", false),
             (&["localhost", "evil.example"], "/status", false),
-            // The target's host counts.
+            // The host in the request target counts.
             (&["localhost"], "http://evil.example/status", false),
             (&["evil.example"], "http://localhost/status", true),
         ] {

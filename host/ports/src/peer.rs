@@ -1,7 +1,6 @@
-//! Whose process is at the other end of a connection on loopback.
+//! Finds the user whose process is at the other end of a loopback connection.
 //!
-//! The system shows each socket with its owner in `/proc/net/tcp`. It is asked before the first byte of a
-//! request is read.
+//! The system lists each socket with its owner in `/proc/net/tcp`. The list is read before the first byte of a request.
 
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -11,39 +10,39 @@ use tokio::sync::Mutex;
 
 use shardmill_core::private::uid;
 
-/// The tables of the system's sockets.
+/// Tables of the system's sockets.
 const TABLES: [&str; 2] = ["/proc/net/tcp", "/proc/net/tcp6"];
-/// The user who may do everything.
+/// Administrator.
 const ROOT: u32 = 0;
 
-/// Whose a socket is.
+/// Owner of a socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Owner {
-    /// A user's.
+    /// User.
     User(u32),
-    /// Nobody's any more: its process has closed it.
+    /// None any more: the process has closed the socket.
     Gone,
 }
 
 /// Both ends of a connection.
 type Ends = ((IpAddr, u16), (IpAddr, u16));
-/// All sockets of this system by their own end and the other one; `None` where the system does not show them.
+/// All sockets of this system, by their own end and the other end; `None` if the system does not list them.
 type Sockets = Option<HashMap<Ends, Owner>>;
 
-/// The newest look at the tables, and when it began.
+/// Last contents of the tables, and the time at which reading them began.
 static LOOK: Mutex<Option<(Instant, Sockets)>> = Mutex::const_new(None);
 
-/// Why a peer is refused; `None`: it is a process of this process's user, or of root.
+/// Returns why a peer is refused; `None`: it is a process of this user or of root.
 ///
-/// Reading the tables takes time in proportion to the sockets of the system. So one look serves all who came before
-/// it began: a thousand lanes that connect at once, or who opens many connections to keep others out, cost a few
-/// looks, one at a time.
+/// Reading the tables takes time in proportion to the sockets of the system. So one read serves all connections that
+/// arrived before it began. A thousand lanes that connect at once, or an attacker who opens many connections, cost a
+/// few reads, one at a time.
 pub(super) async fn refusal(peer: SocketAddr, local: SocketAddr) -> Option<String> {
     let came = Instant::now();
     let mut look = LOOK.lock().await;
     if look.as_ref().is_none_or(|(begun, _)| *begun < came) {
         let begun = Instant::now();
-        // A thread that fails shows nothing: nobody is let in by it.
+        // A reading thread that fails finds no sockets, so that nobody is let in by mistake.
         let sockets = tokio::task::spawn_blocking(sockets).await.unwrap_or(Some(HashMap::new()));
         *look = Some((begun, sockets));
     }
@@ -55,17 +54,17 @@ fn decide(owner: Option<Owner>, own: u32) -> Option<String> {
     match owner {
         Some(Owner::User(user)) if user == own || user == ROOT => None,
         Some(Owner::User(user)) => Some(format!(
-            "expected a process of user {own}, whose stream this is, found one of user {user}; start it \
-             with --any-user to let all users of this machine in"
+            "expected a process of user {own}, who owns this stream, found one of user {user}; start the stream \
+             with --any-user to let in all users of this machine"
         )),
-        Some(Owner::Gone) => Some("the process that sent this has closed its connection".into()),
-        // No such table: this system does not say. Its users are let in, as the book says.
+        Some(Owner::Gone) => Some("the client process has closed its connection".into()),
+        // There is no such table on this system. All its users are let in, as the book says.
         None => None,
     }
 }
 
-/// The owner of the socket whose own address is `peer` and whose other end is `local`; `None` where the
-/// system has no table to read.
+/// Finds the owner of the socket whose own address is `peer` and whose other end is `local`; `None` if the system has
+/// no table.
 fn find(sockets: &Sockets, peer: SocketAddr, local: SocketAddr) -> Option<Owner> {
     let found = sockets.as_ref()?.get(&(plain(peer), plain(local)));
     Some(found.copied().unwrap_or(Owner::Gone))
@@ -87,7 +86,7 @@ fn sockets_in(table: &str) -> impl Iterator<Item = (Ends, Owner)> {
         // State, queues, timer and retransmissions come between.
         let user = fields.nth(4)?.parse().ok()?;
         let inode: u64 = fields.nth(1)?.parse().ok()?;
-        // A socket without a process shows as root's.
+        // The system shows a socket without a process as one of root.
         Some((ends, if inode == 0 { Owner::Gone } else { Owner::User(user) }))
     })
 }
@@ -96,7 +95,7 @@ fn plain(address: SocketAddr) -> (IpAddr, u16) {
     (address.ip().to_canonical(), address.port())
 }
 
-/// Reads an address as the table has it: words of 32 bits in the order of this machine, in hexadecimal.
+/// Parses an address of the table: hexadecimal 32-bit words in the byte order of this machine.
 fn address(text: &str) -> Option<(IpAddr, u16)> {
     let (ip, port) = text.split_once(':')?;
     let port = u16::from_str_radix(port, 16).ok()?;
@@ -135,7 +134,7 @@ mod tests {
         let sockets = Some(sockets_in(table).collect());
         let owner = |port: u16| find(&sockets, ([127, 0, 0, 1], port).into(), server);
         assert_eq!(owner(0x9C40), Some(Owner::User(1001)));
-        // A socket without a process looks like root's.
+        // A socket without a process looks like one of root.
         assert_eq!(owner(0x9C41), Some(Owner::Gone));
         assert_eq!(owner(0x9C42), Some(Owner::User(1002)));
         assert_eq!(owner(0x9C43), Some(Owner::Gone));

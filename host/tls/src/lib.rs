@@ -1,10 +1,10 @@
-//! TLS for the whole process: rustls with ring.
+//! Installs the TLS implementation of the process: rustls with ring.
 //!
-//! Every crate that speaks TLS calls [`install`] first. It knows no certificate and no server, and uses no other crate of
-//! the host.
+//! Every crate that uses TLS calls [`install`] first. This crate knows no certificates and no servers, and uses no
+//! other crate of the host.
 
-/// Makes ring the process's provider of cryptography; once is enough, more does no harm.
+/// Makes ring the cryptography provider of the process. More than one call does no harm.
 pub fn install() {
-    // An error says that a provider is installed already: then there is nothing to do.
+    // An error means that a provider is already installed.
     let _ = rustls::crypto::ring::default_provider().install_default();
 }

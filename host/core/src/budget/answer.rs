@@ -1,23 +1,23 @@
-//! The memory that an answer with records of a stream holds while it is read, and the largest answer that is taken.
+//! Memory that an answer with records occupies while it is read, and the largest answer that is accepted.
 
-/// Bytes of an answer with records, as it is sent.
+/// Highest number of bytes of an answer with records, as sent.
 ///
 /// Source: API reference, GetRecords: 10 MiB of data, which are 13.4 MiB of base64. Ten thousand records with their
-/// sequence numbers, times and usual keys bring some 4.5 MiB more. Fewer records are asked for where this is too
-/// little, since keys may be much longer.
+/// sequence numbers, times and usual keys add about 4.5 MiB. Keys may be much longer; if an answer would be too large,
+/// fewer records are requested.
 pub const ANSWER_BYTES_MAX: u64 = 20 << 20;
-/// Values of the JSON of an answer: ten thousand records have six each, and ten thousand shards ten.
+/// Highest number of JSON values in an answer: ten thousand records have six each, and ten thousand shards ten.
 pub const ANSWER_VALUES_MAX: u64 = 120_000;
-/// Bytes that a value becomes, beside its text: a sixth of a record without its bytes.
+/// Bytes that a JSON value takes, besides its text: a sixth of a record without its bytes.
 const VALUE_BYTES: u64 = 24;
 
-/// The most bytes of memory that an answer with records holds while it is read.
+/// Highest number of bytes of memory that an answer with records occupies while it is read.
 pub const READ_BYTES_MAX: usize = occupied_while_read(ANSWER_BYTES_MAX, ANSWER_VALUES_MAX);
 
-/// Returns the bytes of memory that an answer of `bytes` and `values` holds while it is read: its text, which the SDK
-/// keeps until all of it is decoded, and what its base64 becomes.
+/// Returns the bytes of memory that an answer of `bytes` and `values` occupies while it is read: its text, which the
+/// SDK keeps until all of it is decoded, and the decoded base64.
 pub const fn occupied_while_read(bytes: u64, values: u64) -> usize {
-    // Three bytes of four are left by base64.
+    // Base64 decodes four bytes to three.
     (bytes + bytes.div_ceil(4) * 3 + values * VALUE_BYTES) as usize
 }
 
@@ -44,7 +44,7 @@ mod tests {
 
     #[test]
     fn wall_02_what_one_call_of_aws_may_give_is_taken() {
-        // A record beside its data: names, a sequence number of 56 digits, a time, a kind of encryption, a usual key.
+        // A record besides its data: names, a sequence number of 56 digits, a time, an encryption type, a usual key.
         const RECORD_BYTES: u64 = 450;
         for records in [1, 10, 1_000, 10_000] {
             let bytes = (10_u64 << 20).div_ceil(3) * 4 + records * RECORD_BYTES;

@@ -1,45 +1,53 @@
-//! The decisions of a budget, without a clock and without waiting: who gets bytes now, who waits, whose
-//! buffer is to be committed so that others go on.
+//! Decisions of a budget, without a clock and without waiting: who gets bytes now, who waits, and whose buffer must
+//! commit so that others go on.
 //!
-//! Half of the bytes is reserved, an equal part for each account (a lane); the other half is common. What
-//! an account holds beyond its part comes out of the common half.
+//! Half of the bytes is reserved in equal parts for the accounts (lanes); the other half is common. What an account
+//! holds beyond its part counts against the common half.
+//!
+//! The invariants:
+//! - An account that holds less than its part gets an ordinary request at once. So a blocked lane cannot stop another.
+//! - All requests up to [`LARGE_BYTES`] together stay within [`bytes_bound`]. Larger ones may go beyond it, one account
+//!   at a time. Bytes that already exist (`BudgetLedger::force`) are counted without a limit.
+//! - Waiters of the common half are served in the order of arrival, small and large ones in queues of their own: a
+//!   large request that waits does not hold up small ones.
 //!
 //! | request of an account that | is granted |
 //! |---|---|
 //! | stays within its part | at once |
-//! | holds less than its part, up to [`LARGE_BYTES`] | at once: nobody who blocks can stop it |
+//! | holds less than its part, up to [`LARGE_BYTES`] | at once |
 //! | holds its part or more, up to [`LARGE_BYTES`] | when the common half has room, in order of arrival |
-//! | goes beyond its part by more than [`LARGE_BYTES`] | the same, or, one at a time, beyond the bound |
+//! | goes beyond its part by more than [`LARGE_BYTES`] | the same, or, one at a time, beyond the limit |
 //!
-//! Who went beyond the bound keeps that turn until the common half is no longer overdrawn, or until it
-//! holds no more than its part, or until it has released nothing for [`Limits::turn_max`]: then it is
-//! blocked, and the turn passes on.
+//! An account that went beyond the limit has the *turn*. The turn ends when the common half is no longer overdrawn,
+//! when the account holds no more than its part, or when it has released nothing for [`Limits::turn_max`]. In the last
+//! case it counts as blocked, and another account may go beyond the limit, too: otherwise one blocked lane with a large
+//! record would stop all large records.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-/// The smallest part of an account: about a batch.
+/// Smallest part of an account: about one batch.
 pub(super) const PART_BYTES_MIN: usize = 256 << 10;
-/// Requests above this are few, and may go beyond the bound one at a time.
+/// Requests above this size are rare, and may go beyond the limit one at a time.
 pub(super) const LARGE_BYTES: usize = 1 << 20;
-/// How much of the common half one request that takes what there is may take.
+/// Share of the common half that a request for "as much as is free" may take, as a divisor.
 const GREED: usize = 4;
-/// Commits that a lane may have of one sink at once: one that grows, one that waits for its place, one in it,
-/// and one under way.
+/// Commits of one sink that a lane may have at once: one that grows, one that waits for a place in the queue, one in
+/// the queue, and one in progress.
 const COMMITS_AT_ONCE: usize = 4;
-/// Bytes that an account may hold beyond its part while its rows are encoded: room for a compressor (3.5 MiB) or
-/// a usual batch, so that neither ends a commit early.
+/// Bytes that an account may hold beyond its part while its rows are encoded: room for a compressor (3.5 MiB) or a
+/// usual batch, so that neither ends a commit early.
 const ENCODED_BEYOND_BYTES: usize = 4 << 20;
-/// For how long a buffer that was asked to commit counts as bytes that come back soon. One that is
-/// blocked does not count longer, and others are asked.
+/// How long a buffer that was asked to commit counts as bytes that come back soon. A blocked buffer stops counting
+/// after that, and others are asked.
 const ASKED_FOR: Duration = Duration::from_secs(2);
 
-/// Bound of a budget.
+/// Limits of a budget.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Limits {
     pub(super) bytes_max: usize,
-    /// After so long without a release, who went beyond the bound counts as blocked.
+    /// Time without a release after which an account that went beyond the limit counts as blocked.
     pub(super) turn_max: Duration,
 }
 
@@ -53,35 +61,35 @@ impl Limits {
     }
 }
 
-/// Bound of all accounts together, large requests beyond it left out.
+/// Returns the limit of all accounts together, without large requests beyond it.
 pub fn bytes_bound(bytes_max: usize, accounts: usize) -> usize {
     let reserved = (bytes_max / 2).max(accounts.saturating_mul(PART_BYTES_MIN));
-    // An account below its part takes one more request.
+    // Each account below its part may take one more request.
     let crossing = accounts.saturating_mul(LARGE_BYTES);
     (bytes_max / 2).saturating_add(reserved).saturating_add(crossing)
 }
 
-/// Bound of what the rows of one sink may become beyond [`bytes_bound`], in all accounts together.
+/// Returns the limit of what the encoded rows of one sink may take beyond [`bytes_bound`], in all accounts together.
 pub fn encoded_bound(bytes_max: usize, accounts: usize) -> usize {
     // One commit has all that is free, and the others have their share of the account's part.
     let reserved = (bytes_max / 2).max(accounts.saturating_mul(PART_BYTES_MIN));
     accounts.saturating_mul(ENCODED_BEYOND_BYTES).saturating_add(reserved)
 }
 
-/// Names an account.
+/// Id of an account.
 pub(super) type AccountId = u64;
-/// Names a request that waits, in order of arrival.
+/// Id of a waiting request, in order of arrival.
 pub(super) type Ticket = u64;
-/// Names a buffer that could commit.
+/// Id of a buffer that can commit.
 pub(super) type BufferId = u64;
 
-/// A request that waits.
+/// Waiting request.
 #[derive(Debug)]
 struct Waiter {
     account: AccountId,
     bytes: usize,
     since: Instant,
-    /// It has its bytes, and has not heard so yet.
+    /// Its bytes are counted, but the waiter has not been woken yet.
     granted: bool,
 }
 
@@ -89,13 +97,13 @@ struct Waiter {
 struct AccountState {
     name: Arc<str>,
     occupied: usize,
-    /// When it last gave bytes back.
+    /// Time of the last release.
     released_at: Instant,
-    /// Its requests that wait.
+    /// Number of its waiting requests.
     waiting: usize,
 }
 
-/// A buffer that holds bytes and could commit.
+/// Buffer that holds bytes and can commit.
 #[derive(Debug)]
 struct Buffer {
     account: AccountId,
@@ -103,7 +111,7 @@ struct Buffer {
     is_asked: bool,
 }
 
-/// A commit that was asked for and has not given its bytes back.
+/// Commit that was asked for and has not released its bytes yet.
 #[derive(Debug)]
 struct Asked {
     account: AccountId,
@@ -111,14 +119,14 @@ struct Asked {
     at: Instant,
 }
 
-/// Who went beyond the bound last.
+/// Account that went beyond the limit last.
 #[derive(Clone, Copy, Debug)]
 struct Turn {
     account: AccountId,
     granted_at: Instant,
 }
 
-/// By what right a request is granted.
+/// Reason why a request is granted.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Grant {
     Part,
@@ -126,25 +134,25 @@ enum Grant {
     Turn,
 }
 
-/// A request that waits for long, as shown.
+/// Long wait, as users see it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LongWait {
-    /// The account that waits.
+    /// Account that waits.
     pub account: Arc<str>,
     /// What it waits for, and who holds it.
     pub cause: String,
 }
 
-/// Who holds what, and who waits.
+/// State of a budget: who holds what, and who waits.
 #[derive(Debug)]
 pub(super) struct BudgetLedger {
     limits: Limits,
     accounts: BTreeMap<AccountId, AccountState>,
-    /// Bytes of all accounts, and of those who take without one.
+    /// Bytes of all accounts, and of permits without an account.
     occupied: usize,
     /// Bytes of accounts beyond their parts.
     common: usize,
-    /// Those that wait for the common half, in order of arrival: up to [`LARGE_BYTES`], and above.
+    /// Requests that wait for the common half, in order of arrival: up to [`LARGE_BYTES`], and above.
     small: VecDeque<Ticket>,
     large: VecDeque<Ticket>,
     waiters: BTreeMap<Ticket, Waiter>,
@@ -179,7 +187,7 @@ impl BudgetLedger {
         !self.waiters.is_empty()
     }
 
-    /// Opens an account: all parts become smaller.
+    /// Opens an account. The parts of all others become smaller.
     pub(super) fn open(&mut self, name: Arc<str>, now: Instant) -> AccountId {
         let id = self.new_id();
         self.accounts.insert(id, AccountState { name, occupied: 0, released_at: now, waiting: 0 });
@@ -187,16 +195,16 @@ impl BudgetLedger {
         id
     }
 
-    /// Closes an account. What it holds still is counted until it is released.
+    /// Closes an account. What it still holds is counted until it is released.
     pub(super) fn close(&mut self, account: AccountId) {
         self.accounts.remove(&account);
         self.recount();
     }
 
-    /// Asks for bytes, at least `bytes_min`, at most `bytes_max`, depending on what is free.
+    /// Requests bytes: at least `bytes_min`, at most `bytes_max`, depending on what is free.
     ///
     /// # Errors
-    /// The ticket under which at least `bytes_min` are waited for.
+    /// Gives a ticket if the request must wait for `bytes_min`.
     pub(super) fn request(
         &mut self,
         account: AccountId,
@@ -204,6 +212,7 @@ impl BudgetLedger {
         bytes_max: usize,
         now: Instant,
     ) -> Result<usize, Ticket> {
+        // The request gets as much as is free now. If it must wait, it waits only for the minimum.
         let bytes = self.free_to(account).clamp(bytes_min, bytes_max.max(bytes_min));
         let is_large = bytes > LARGE_BYTES;
         let has_earlier = if is_large { !self.large.is_empty() } else { !self.small.is_empty() };
@@ -222,7 +231,7 @@ impl BudgetLedger {
         Err(ticket)
     }
 
-    /// Whether a ticket has its bytes; it is gone then.
+    /// Whether a ticket is granted. If so, the ticket is removed.
     pub(super) fn collect(&mut self, ticket: Ticket) -> bool {
         let is_granted = self.waiters.get(&ticket).is_some_and(|waiter| waiter.granted);
         if is_granted {
@@ -231,7 +240,7 @@ impl BudgetLedger {
         is_granted
     }
 
-    /// Takes back a request that waits, or its bytes.
+    /// Withdraws a waiting request, or releases the bytes of a granted one.
     pub(super) fn withdraw(&mut self, ticket: Ticket, now: Instant) {
         let Some(waiter) = self.waiters.remove(&ticket) else { return };
         if waiter.granted {
@@ -244,7 +253,7 @@ impl BudgetLedger {
         }
     }
 
-    /// Counts bytes that are there already.
+    /// Counts bytes that already exist.
     pub(super) fn force(&mut self, account: Option<AccountId>, bytes: usize) {
         self.occupied = self.occupied.saturating_add(bytes);
         let Some(state) = account.and_then(|id| self.accounts.get_mut(&id)) else { return };
@@ -254,7 +263,7 @@ impl BudgetLedger {
         self.common += self.excess(after) - self.excess(before);
     }
 
-    /// Takes bytes for nobody's account, if the whole budget has them.
+    /// Takes bytes without an account, if the whole budget has them.
     pub(super) fn take_free(&mut self, bytes: usize) -> bool {
         let fits = self.occupied.saturating_add(bytes) <= self.limits.bytes_max;
         if fits {
@@ -263,7 +272,7 @@ impl BudgetLedger {
         fits
     }
 
-    /// Counts bytes of an account as given back.
+    /// Releases bytes of an account.
     pub(super) fn release(&mut self, account: AccountId, bytes: usize, now: Instant) {
         self.release_free(bytes);
         let Some(state) = self.accounts.get_mut(&account) else { return };
@@ -272,6 +281,7 @@ impl BudgetLedger {
         state.released_at = now;
         let after = state.occupied;
         self.common = self.common.saturating_sub(self.excess(before) - self.excess(after));
+        // Released bytes count for the commits that were asked of this account, the oldest first.
         let mut left = bytes;
         for asked in self.asked.iter_mut().filter(|asked| asked.account == account) {
             let back = asked.bytes.min(left);
@@ -281,20 +291,23 @@ impl BudgetLedger {
         self.asked.retain(|asked| asked.bytes > 0);
     }
 
-    /// Counts bytes of nobody's account as given back.
+    /// Releases bytes of no account.
     pub(super) fn release_free(&mut self, bytes: usize) {
         self.occupied = self.occupied.saturating_sub(bytes);
     }
 
-    /// Grants what can be granted now; gives the tickets that have their bytes.
+    /// Grants what can be granted now. Returns the granted tickets.
     pub(super) fn admit(&mut self, now: Instant) -> Vec<Ticket> {
         let mut admitted = Vec::new();
+        // Small requests first: a large one that waits does not hold them up.
         for is_large in [false, true] {
             let queue = std::mem::take(if is_large { &mut self.large } else { &mut self.small });
             let mut left = VecDeque::with_capacity(queue.len());
             for ticket in queue {
                 let Some(waiter) = self.waiters.get(&ticket) else { continue };
                 let (account, bytes) = (waiter.account, waiter.bytes);
+                // `left` contains earlier requests of this queue. Only a request within its account's part may overtake
+                // them.
                 match self.decide(account, bytes, !left.is_empty(), now) {
                     Some(grant) => {
                         self.grant(account, bytes, grant, now);
@@ -314,40 +327,42 @@ impl BudgetLedger {
         admitted
     }
 
-    /// A buffer begins to hold bytes.
+    /// Registers a buffer.
     pub(super) fn open_buffer(&mut self, account: AccountId) -> BufferId {
         let id = self.new_id();
         self.buffers.insert(id, Buffer { account, bytes: 0, is_asked: false });
         id
     }
 
-    /// A buffer holds this many bytes.
+    /// Sets the number of bytes of a buffer.
     pub(super) fn resize_buffer(&mut self, buffer: BufferId, bytes: usize) {
         if let Some(buffer) = self.buffers.get_mut(&buffer) {
             buffer.bytes = bytes;
         }
     }
 
-    /// A buffer is empty, or commits already.
+    /// Removes a buffer that is empty or already commits.
     pub(super) fn close_buffer(&mut self, buffer: BufferId) {
         self.buffers.remove(&buffer);
     }
 
-    /// The buffers to commit now, so that those who wait get their bytes: the largest of those that help,
-    /// and no more than are needed. To ask more often would cut the others' commits small.
+    /// Chooses the buffers to commit now so that waiters get their bytes: the largest that help, and no more than
+    /// needed. To ask for more would make the commits of others too small.
     pub(super) fn ask(&mut self, now: Instant) -> Vec<BufferId> {
         let wanted: usize =
             self.small.iter().chain(&self.large).map(|it| self.waiters[it].bytes).sum();
         self.asked.retain(|asked| now.duration_since(asked.at) < ASKED_FOR);
         let mut coming: usize = self.asked.iter().map(|asked| asked.bytes).sum();
         let mut chosen = Vec::new();
+        // Bytes of commits that were asked for recently count as coming back, so they are not asked for twice.
         while coming < wanted {
             let helpful = self.buffers.iter().filter(|(_, buffer)| {
                 let Some(state) = self.accounts.get(&buffer.account) else { return false };
+                // A commit helps if its bytes return to the common half, or if its own account waits.
                 let frees = self.excess(state.occupied) > 0 || state.waiting > 0;
                 frees && !buffer.is_asked && buffer.bytes > 0
             });
-            // The lower id is the older one.
+            // A lower id is older.
             let largest =
                 helpful.max_by_key(|(id, buffer)| (buffer.bytes, std::cmp::Reverse(**id)));
             let Some(id) = largest.map(|(id, _)| *id) else { break };
@@ -361,7 +376,7 @@ impl BudgetLedger {
         chosen
     }
 
-    /// The accounts that have waited for `after` or longer.
+    /// Returns the accounts that have waited for `after` or longer.
     pub(super) fn long_waits(&self, after: Duration, now: Instant) -> Vec<LongWait> {
         let mut waits: Vec<LongWait> = Vec::new();
         let waiting = self.waiters.values().filter(|waiter| !waiter.granted);
@@ -378,7 +393,7 @@ impl BudgetLedger {
         waits
     }
 
-    /// Who holds most, in words.
+    /// Says in words which accounts hold most.
     fn occupants(&self) -> String {
         let mut occupants: Vec<_> =
             self.accounts.values().filter(|state| state.occupied > 0).collect();
@@ -391,10 +406,10 @@ impl BudgetLedger {
             others => format!(" and the rest by {others} others"),
         };
         let (occupied, max) = (text(self.occupied), text(self.limits.bytes_max));
-        format!("{occupied} of {max} are held, {}{others}", most.join(", "))
+        format!("{occupied} of {max} are in use, {}{others}", most.join(", "))
     }
 
-    /// Bytes that an account could have now without waiting, its part always included.
+    /// Returns the bytes that an account could have now without waiting; its part is always included.
     fn free_to(&self, account: AccountId) -> usize {
         let occupied = self.accounts.get(&account).map_or(0, |state| state.occupied);
         let own = self.part().saturating_sub(occupied);
@@ -402,10 +417,12 @@ impl BudgetLedger {
         own + if self.waiters.is_empty() { common / GREED } else { 0 }
     }
 
-    /// Most bytes that rows may have once they are encoded, where `occupied` bytes are counted for them: what is
-    /// counted, the rest of the account's part ([`ENCODED_BEYOND_BYTES`] more), and an equal share of what the
-    /// common half has, since others may be at the same point. At least what fits into the part as often as
-    /// there may be commits: those before it may have all the rest.
+    /// Returns the highest number of bytes that rows may have once they are encoded. `occupied` bytes are already counted
+    /// for them.
+    ///
+    /// The limit is the sum of `occupied`, the rest of the account's part and [`ENCODED_BEYOND_BYTES`], and an equal share
+    /// of what is free in the common half, since other lanes may be at the same point. It is at least the part divided
+    /// by [`COMMITS_AT_ONCE`], because earlier commits may have taken all the rest.
     pub(super) fn encoded_bytes_max(&self, account: AccountId, occupied: usize) -> usize {
         let part = self.part();
         let of_account = self.accounts.get(&account).map_or(0, |state| state.occupied);
@@ -415,8 +432,8 @@ impl BudgetLedger {
         occupied.saturating_add(free).max(part / COMMITS_AT_ONCE)
     }
 
-    /// Whether a request can be granted now, and by what right. `has_earlier`: another of its size waits
-    /// for longer.
+    /// Decides whether a request can be granted now, and for which reason. `has_earlier`: another request of the same
+    /// queue has waited longer.
     fn decide(
         &self,
         account: AccountId,
@@ -427,6 +444,8 @@ impl BudgetLedger {
         let occupied = self.accounts.get(&account).map_or(0, |state| state.occupied);
         let part = self.part();
         let is_large = bytes > LARGE_BYTES;
+        // This right does not depend on others. An account below its part may exceed it by one ordinary request, or a
+        // batch that is larger than the rest of the part would have to wait for blocked lanes.
         if occupied.saturating_add(bytes) <= part || (occupied < part && !is_large) {
             return Some(Grant::Part);
         }
@@ -437,7 +456,7 @@ impl BudgetLedger {
         (is_large && !has_earlier && self.is_turn_free(now)).then_some(Grant::Turn)
     }
 
-    /// Whether nobody is beyond the bound who still moves.
+    /// Whether the turn is free: no account is beyond the limit that still releases bytes.
     fn is_turn_free(&self, now: Instant) -> bool {
         let Some(turn) = self.turn else { return true };
         let Some(occupant) = self.accounts.get(&turn.account) else { return true };
@@ -454,7 +473,7 @@ impl BudgetLedger {
         self.force(Some(account), bytes);
     }
 
-    /// Part that each account has to itself, in bytes.
+    /// Returns the part of each account, in bytes.
     pub(super) fn part(&self) -> usize {
         self.limits.part(self.accounts.len())
     }
@@ -463,7 +482,7 @@ impl BudgetLedger {
         occupied.saturating_sub(self.part())
     }
 
-    /// Counts the common half again, after the parts have changed.
+    /// Recomputes the use of the common half after the parts have changed.
     fn recount(&mut self) {
         self.common = self.accounts.values().map(|state| self.excess(state.occupied)).sum();
     }
@@ -475,7 +494,7 @@ impl BudgetLedger {
     }
 }
 
-/// Bytes for people.
+/// Formats a number of bytes for people.
 pub fn text(bytes: usize) -> String {
     match bytes {
         0..0x2800 => format!("{bytes} bytes"),

@@ -15,14 +15,14 @@ fn open(ledger: &mut BudgetLedger, count: usize, now: Instant) -> Vec<AccountId>
     (0..count).map(|index| ledger.open(format!("lane-{index}").into(), now)).collect()
 }
 
-/// Requests by what the account holds already, and what the others hold of the common half.
+/// Requests, by what the account already holds, and what the others hold of the common half.
 #[test]
 fn fault_02_a_request_is_granted_by_part_then_by_the_common_half_then_by_turn() {
     // Two accounts: 16 MiB each, 32 MiB in common.
     for (own, common_by_other, bytes, expected) in [
         (0, 32 * MIB, 16 * MIB, Some(Grant::Part)),
         (0, 32 * MIB, MIB, Some(Grant::Part)),
-        // Below its part, it goes beyond it once, as long as the request is an ordinary one.
+        // An account below its part may go beyond it once, with an ordinary request.
         (16 * MIB - 1, 32 * MIB, MIB, Some(Grant::Part)),
         (16 * MIB, 32 * MIB, 1, None),
         (16 * MIB, 31 * MIB, MIB, Some(Grant::Common)),
@@ -43,8 +43,8 @@ fn fault_02_a_request_is_granted_by_part_then_by_the_common_half_then_by_turn() 
     }
 }
 
-/// Most bytes that encoded rows may have, by the bytes that the account holds, that the others hold of the common
-/// half, and that are counted for the rows.
+/// Limit of encoded rows, by the bytes that the account holds, that the others hold of the common half, and that are
+/// counted for the rows.
 #[test]
 fn wall_02_what_rows_become_is_bounded_by_what_is_free() {
     // Two accounts: 16 MiB each, 32 MiB in common.
@@ -53,10 +53,10 @@ fn wall_02_what_rows_become_is_bounded_by_what_is_free() {
         (0, 0, 0, 36),
         (2, 0, 2, 36),
         (20, 0, 20, 34),
-        // Nothing is left in common.
+        // The common half is used up.
         (16, 32, 16, 20),
         (40, 8, 40, 40),
-        // Commits before it hold everything: a quarter of its part.
+        // Earlier commits hold everything: a quarter of its part.
         (40, 8, 0, 4),
         (40, 8, 2, 4),
     ] {
@@ -81,11 +81,11 @@ fn fault_02_the_turn_passes_on_once_its_lane_stands_still() {
     let third = ledger.request(lanes[2], large, large, begun).expect_err("waits");
     let at = |seconds| begun + Duration::from_secs(seconds);
     assert_eq!(ledger.admit(at(9)), [0u64; 0]);
-    // The first moves: it keeps its turn.
+    // The first releases bytes: it keeps its turn.
     ledger.release(lanes[0], MIB, at(9));
     assert_eq!(ledger.admit(at(18)), [0u64; 0]);
     assert_eq!(ledger.admit(at(19)), [second]);
-    // The second is done; the first stands still: the third is next.
+    // The second has finished, the first releases nothing: the third is next.
     ledger.release(lanes[1], large, at(20));
     assert_eq!(ledger.admit(at(20)), [third]);
 }
@@ -108,7 +108,7 @@ fn fault_02_no_more_buffers_are_asked_than_are_needed() {
     ledger.request(lanes[0], MIB, MIB, now).expect_err("waits");
     assert_eq!(ledger.ask(now), [buffers[1]], "the largest");
     assert_eq!(ledger.ask(now + Duration::from_millis(200)), [0u64; 0], "it is on its way");
-    // It is blocked: another helps.
+    // It is blocked, so another buffer is asked.
     assert_eq!(ledger.ask(now + ASKED_FOR), [buffers[2]]);
 }
 
@@ -126,7 +126,7 @@ fn fault_02_a_request_that_takes_what_there_is_leaves_some_to_others() {
     assert!(ledger.common <= 32 * MIB);
 }
 
-/// A world of lanes that take, release and stand still by seed.
+/// Simulated lanes that take, release and stop by seed.
 struct World {
     ledger: BudgetLedger,
     lanes: Vec<Lane>,
@@ -194,7 +194,7 @@ impl World {
         }
     }
 
-    /// What the ledger says is what there is, and only large requests go beyond the bound.
+    /// The ledger counts what is really held, and only large requests go beyond the limit.
     fn check(&self, seed: u64) {
         let each = |lane: &Lane| lane.occupied.iter().sum::<usize>();
         let occupied: usize = self.lanes.iter().map(each).sum();
@@ -229,8 +229,7 @@ fn fault_02_every_request_is_granted_while_others_stand_still() {
             world.admit();
             world.check(seed);
         }
-        // The blocked ones stay as they are; the others release what they have, and each of them gets what
-        // it waits for.
+        // The blocked lanes keep what they have. The others release theirs, and each of them gets what it waits for.
         for _ in 0..1_000 {
             world.now += Duration::from_secs(1);
             for lane in 0..world.lanes.len() {
@@ -266,7 +265,7 @@ fn fault_02_one_lane_goes_beyond_the_bound_at_a_time_while_it_moves() {
                 beyond.clear();
             }
             world.admit();
-            // Whoever is beyond the bound has released something in the last ten seconds, or is alone.
+            // An account beyond the limit has released something in the last ten seconds, or is the only one.
             let is_over = world.ledger.common > world.ledger.limits.common_max();
             let Some(turn) = world.ledger.turn.filter(|_| is_over) else {
                 beyond.clear();

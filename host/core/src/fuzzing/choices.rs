@@ -1,6 +1,6 @@
-//! Reads an input as a list of choices: every input is valid, so that mutations reach deep code.
+//! Reads an input as a list of choices. Every input is valid, so mutations reach deep code.
 
-/// Choices that are left of an input. After its end, each choice is the first option.
+/// Unread choices of an input. After its end, each choice is the first option.
 pub struct Choices<'d> {
     rest: &'d [u8],
 }
@@ -32,14 +32,14 @@ impl<'d> Choices<'d> {
         u32::from_le_bytes([self.byte(), self.byte(), self.byte(), self.byte()])
     }
 
-    /// Takes bytes, fewer if the input ends before.
+    /// Takes bytes; fewer if the input ends.
     pub fn bytes(&mut self, length: usize) -> &'d [u8] {
         let (taken, rest) = self.rest.split_at(length.min(self.rest.len()));
         self.rest = rest;
         taken
     }
 
-    /// Takes all that is left.
+    /// Takes the rest.
     pub fn rest(&mut self) -> &'d [u8] {
         std::mem::take(&mut self.rest)
     }

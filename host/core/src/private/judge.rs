@@ -1,57 +1,57 @@
-//! Whether other users can reach a folder: a decision about its owner, its mode, and those of the folders
-//! above it. Nothing is looked up here.
+//! Decides whether other users can reach a folder, from its owner and mode and those of the folders above it. Nothing
+//! is looked up here.
 
 use std::collections::BTreeSet;
 use std::fmt;
 use std::path::PathBuf;
 
-/// The administrator: trusted everywhere, because nothing is kept from that user.
+/// The administrator: trusted everywhere, because nothing can be hidden from root.
 const ROOT: u32 = 0;
 /// Everybody may write.
 const OTHERS_WRITE: u32 = 0o002;
 /// The group may write.
 const GROUP_WRITES: u32 = 0o020;
-/// Entries may be renamed and removed by their owners alone.
+/// Only their owners may rename and remove entries (sticky bit).
 const STICKY: u32 = 0o1000;
-/// All rights of everybody who is neither the owner nor in the group.
+/// All rights of users who are neither the owner nor in the group.
 const EVERYBODY: u32 = 0o007;
-/// All rights of everybody but the owner.
+/// All rights of everybody except the owner.
 pub(super) const BEYOND_OWNER: u32 = 0o077;
 
-/// The user that this process acts for.
+/// User of this process.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Me {
     pub uid: u32,
     pub gids: BTreeSet<u32>,
-    /// Owner that the kernel shows for users whom this user namespace does not map, if it leaves some out.
+    /// Owner that the kernel shows for users that this user namespace does not map, if there are any.
     pub unmapped: Option<u32>,
     /// Who else may change what lies there.
     pub trusted: Trusted,
 }
 
-/// Other users whose rights are no reach, beside root's.
+/// Other users, besides root, whose rights are accepted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Trusted {
     /// Nobody else.
     #[default]
     Nobody,
-    /// The owner of what this process was told to work on.
+    /// The owner of what this process was asked to work on.
     User(u32),
-    /// Whoever owns a place, and its group: this user has named the place.
+    /// The owner of each place, and its group: this user has named the place.
     Owners,
 }
 
-/// One file system's way with rights, as a file that was made there shows it.
+/// How one file system keeps rights, as a probe file shows.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct FileSystem {
     pub device: u64,
-    /// The owner that a new file of this process gets.
+    /// Owner of a new file of this process.
     pub new_owner: u32,
-    /// Whether a new file has the mode that it was made with.
+    /// Whether a new file has the requested mode.
     pub keeps_modes: bool,
 }
 
-/// One folder or link on the way from `/` to a folder.
+/// Folder or link on the way from `/` to a folder.
 #[derive(Clone, Debug)]
 pub(super) struct PathStep {
     pub path: PathBuf,
@@ -65,11 +65,11 @@ pub(super) struct PathStep {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum StepKind {
     Folder,
-    /// A folder at which a file system is mounted: whoever mounted it decided who may use it.
+    /// Folder at which a file system is mounted. Whoever mounted it decided who may use it.
     Mount,
-    /// A symbolic link, followed by the steps from `/` to its target.
+    /// Symbolic link, followed by the steps from `/` to its target.
     Link,
-    /// The folder that a `..` leaves, followed by the steps from `/` to the folder above it.
+    /// Folder that a `..` leaves, followed by the steps from `/` to the folder above it.
     Up,
 }
 
@@ -78,25 +78,25 @@ pub(super) enum StepKind {
 pub enum Reach {
     /// By owning it.
     Owner {
-        /// The place.
+        /// Place.
         path: PathBuf,
-        /// Its owner.
+        /// Owner.
         uid: u32,
     },
-    /// By the right to write that everybody has.
+    /// By the write permission of everybody.
     Everybody {
-        /// The place.
+        /// Place.
         path: PathBuf,
-        /// Its mode.
+        /// Mode.
         mode: u32,
     },
-    /// By the right to write of a group that this process is not in.
+    /// By the write permission of a group that this process is not in.
     Group {
-        /// The place.
+        /// Place.
         path: PathBuf,
-        /// Its group.
+        /// Group.
         gid: u32,
-        /// Its mode.
+        /// Mode.
         mode: u32,
     },
 }
@@ -121,7 +121,7 @@ impl fmt::Display for Reach {
 }
 
 impl Reach {
-    /// A sentence's part that says how to end it.
+    /// Returns a part of a sentence that says how to remove the reach.
     pub(super) fn way_out(&self) -> String {
         match self {
             Self::Owner { path, .. } => format!(
@@ -138,16 +138,17 @@ impl Reach {
     }
 }
 
-/// Rules by which a folder's steps are judged.
+/// Rules by which the steps to a folder are judged.
 #[derive(Clone, Debug)]
 pub(super) struct Judge {
     pub me: Me,
-    /// A file system that keeps no owners or no modes, if the folder lies on one.
+    /// File system without owners or modes, if the folder lies on one.
     pub loose: Option<FileSystem>,
 }
 
 impl Judge {
-    /// Whether an owner can do no more than this process could anyway.
+    /// Whether an owner is trusted: this user, root, a user that was named as trusted, or the owner that the kernel or the
+    /// file system shows in place of one that it does not keep.
     pub fn trusts(&self, uid: u32, device: u64) -> bool {
         let shown_as = self.loose.filter(|it| it.device == device).map(|it| it.new_owner);
         let is_trusted = match self.me.trusted {
@@ -162,21 +163,21 @@ impl Judge {
             || shown_as == Some(uid)
     }
 
-    /// Whether nobody else can have written a file of this owner and mode. Root looks after everybody's
-    /// pipelines, and reads what their owners wrote.
+    /// Whether nobody else can have written a file of this owner and mode. Root manages the pipelines of all users, and
+    /// reads what their owners wrote.
     pub fn is_ours(&self, uid: u32, mode: u32, device: u64) -> bool {
         let is_trusted = self.trusts(uid, device) || self.me.uid == ROOT;
         is_trusted && (!self.keeps_modes(device) || mode & (OTHERS_WRITE | GROUP_WRITES) == 0)
     }
 
-    /// Whether others than the groups of this process, or root's, have rights in a file.
+    /// Whether others have rights in a file, apart from the groups of this process and root's.
     pub fn is_open_to_others(&self, gid: u32, mode: u32) -> bool {
         let beyond = if self.is_own_group(gid) { EVERYBODY } else { BEYOND_OWNER };
         mode & beyond != 0
     }
 
-    /// Kubernetes gives volumes to a group that the process is in (fsGroup), OpenShift gives images to root's
-    /// group, and many systems give each user a group and let it write.
+    /// Kubernetes gives volumes to a group of the process (fsGroup), OpenShift gives images to root's group, and many
+    /// systems give each user a group that may write.
     fn is_own_group(&self, gid: u32) -> bool {
         gid == 0 || self.me.gids.contains(&gid)
     }
@@ -185,13 +186,13 @@ impl Judge {
         self.loose.is_none_or(|it| it.device != device || it.keeps_modes)
     }
 
-    /// How another user can change what lies at a step.
+    /// Returns how another user can change what lies at a step.
     pub fn reach(&self, step: &PathStep) -> Option<Reach> {
         let path = step.path.clone();
         if !self.trusts(step.uid, step.device) {
             return Some(Reach::Owner { path, uid: step.uid });
         }
-        // A link's mode means nothing, and in a sticky folder each user reaches own entries alone.
+        // The mode of a link means nothing, and in a sticky folder users can change only their own entries.
         if step.kind == StepKind::Link || step.mode & STICKY != 0 || !self.keeps_modes(step.device)
         {
             return None;
@@ -205,11 +206,11 @@ impl Judge {
         is_reached.then_some(Reach::Group { path, gid: step.gid, mode })
     }
 
-    /// How another user can replace what lies below these steps, from `/` on.
+    /// Returns how another user can replace what lies below these steps, from `/` on.
     ///
-    /// A mount, and what is above it, is the business of whoever mounted it: volumes of containers are
-    /// commonly open to everybody. A link or a `..` leads away from there, so what was found before it stays
-    /// found.
+    /// A mount and the folders above it are not judged: whoever mounted it is responsible, and volumes of containers
+    /// are commonly open to everybody. A link or a `..` leads away from that place, so a reach that was found before a
+    /// link stays found.
     pub(crate) fn reach_above(&self, steps: &[PathStep]) -> Option<Reach> {
         let (mut before, mut found) = (None, None);
         for step in steps {
@@ -226,15 +227,15 @@ impl Judge {
         before.or(found)
     }
 
-    /// What becomes of the folder at the end of these steps, from `/` on.
+    /// Decides about the folder at the end of these steps, from `/` on.
     pub(crate) fn own_at(&self, steps: &[PathStep]) -> Own {
         let Some((last, above)) = steps.split_last() else { return Own::Fits };
-        // A folder that is a mount itself is reached by no folder above it, but by the links that lead to it.
+        // The folders above a mount do not reach it, but links that lead to it do.
         let way = if last.kind == StepKind::Mount { steps } else { above };
         self.reach_above(way).map_or_else(|| self.own(last), Own::Refused)
     }
 
-    /// What becomes of the folder itself.
+    /// Decides about the folder itself.
     pub fn own(&self, step: &PathStep) -> Own {
         if step.kind == StepKind::Mount {
             return Own::Fits;
@@ -248,11 +249,11 @@ impl Judge {
     }
 }
 
-/// What becomes of a folder that is to be this user's alone.
+/// Verdict about a folder that must belong to this user alone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum Own {
     Fits,
-    /// It is ours, and others have rights that they lose.
+    /// It belongs to this user, and others have rights that must be removed.
     Wide,
     Refused(Reach),
 }
@@ -516,7 +517,7 @@ mod tests {
             let judge = Judge { loose, ..judge() };
             assert_eq!(judge.reach(&step).is_some(), is_reached, "{loose:?} {step:?}");
         }
-        // In a user namespace that maps this user alone, `/` belongs to nobody who is known.
+        // In a user namespace that maps only this user, `/` belongs to an unmapped user.
         let me = Me { unmapped: Some(nobody), ..judge().me };
         let namespaced = Judge { me, loose: None };
         assert_eq!(namespaced.reach(&folder("/", nobody, 0o755)), None);
@@ -551,7 +552,7 @@ mod tests {
             (ME, None, (1001, 0o600), false),
             (ROOT, None, (1001, 0o600), true),
             (ROOT, None, (1001, 0o606), false),
-            // Where a pipeline runs with a warning, its commands reach it.
+            // A pipeline runs there with a warning, so its commands must reach it.
             (ME, Some(fat), (ME, 0o777), true),
             (ME, Some(fat), (1001, 0o777), false),
             (ME, Some(squashed), (nobody, 0o600), true),

@@ -1,4 +1,4 @@
-//! Records on their way: as a stream has them, in batches, and as rows for sinks.
+//! Records of a stream, batches of them, and rows for sinks.
 
 use std::fmt;
 use std::sync::Arc;
@@ -10,66 +10,65 @@ use super::{Position, PositionRange, RouteName, ShardKey, SinkName, StageName};
 /// One record of a shard, as it was put.
 #[derive(Clone, Debug)]
 pub struct Record {
-    /// Its place in the shard.
+    /// Place in the shard.
     pub position: Position,
-    /// The partition key, 1 to 256 characters.
+    /// Partition key, 1 to 256 characters.
     pub partition_key: Bytes,
-    /// The data, 0 to 10 MiB.
+    /// Data, 0 to 10 MiB.
     pub payload: Bytes,
-    /// When the stream accepted it, in milliseconds since 1970.
+    /// Time at which the stream accepted the record, in milliseconds since 1970.
     pub arrived_ms: u64,
 }
 
 impl Record {
-    /// What it costs beside its bytes: itself, its sequence number, and what the allocator adds to each of
-    /// its pieces.
+    /// Memory besides the bytes: the struct, its sequence number, and what the allocator adds to each piece.
     pub(super) const OVERHEAD_BYTES: usize = size_of::<Self>() + 160;
 
-    /// The memory that it holds, in bytes.
+    /// Returns the memory that the record occupies, in bytes.
     pub fn occupied_bytes(&self) -> usize {
         self.payload.len() + self.partition_key.len() + Self::OVERHEAD_BYTES
     }
 }
 
-/// Consecutive records of one shard, in order, with the span that they cover.
+/// Consecutive records of one shard, in order, with the position range that they cover.
 #[derive(Clone, Debug)]
 pub struct Batch {
-    /// The shard that they come from.
+    /// Shard of the records.
     pub shard: ShardKey,
-    /// The records, by ascending position.
+    /// Records, by ascending position.
     pub records: Vec<Record>,
-    /// What is settled once every record here has its outcome.
+    /// Range that is finished once every record here has its outcome.
     pub range: PositionRange,
-    /// Where they enter the path.
+    /// Place where the records enter the pipeline.
     pub entry: Entry,
 }
 
-/// Where records enter the path.
+/// Place where records enter the pipeline.
 #[derive(Clone, Debug, Default)]
 pub enum Entry {
-    /// At its beginning, as the stream has them.
+    /// At the first stage, as read from the stream.
     #[default]
     Source,
-    /// Where they failed before: their payloads and keys are what entered there.
+    /// Where they failed before. Their payloads and keys are what entered that stage or sink then.
     Redrive(Box<Redrive>),
 }
 
-/// Records that enter the path where they failed before.
+/// Records of a redrive: they enter the pipeline where they failed before.
 #[derive(Clone, Debug)]
 pub struct Redrive {
-    /// The stage or the sink.
+    /// Stage or sink where they failed.
     pub place: DeadLetterPlace,
-    /// The route by which they came there; empty: not known.
+    /// Route by which they came there; empty if unknown.
     pub route: RouteName,
-    /// Where the records are in their own shards, in the order of the batch: what plugins see.
+    /// Positions of the records in their original shards, in the order of the batch. Plugins see these.
     pub origins: Vec<Position>,
-    /// Sinks that have the rows of all these records already, by a replay.
+    /// Sinks that already have the rows of all these records, from a replay.
     pub delivered_to: Vec<SinkName>,
-    /// Dead letters of these records keep what entered a place whole: it could not be made again.
+    /// Whether new dead letters of these records store the whole payload that entered: it cannot be made again.
     pub keeps_whole: bool,
 }
 
-/// Where a record failed.
+/// Place where a record failed.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub enum DeadLetterPlace {
     /// On entering this stage.
@@ -79,7 +78,7 @@ pub enum DeadLetterPlace {
 }
 
 impl fmt::Display for DeadLetterPlace {
-    /// As `stage:NAME` or `sink:NAME`.
+    /// Writes `stage:NAME` or `sink:NAME`.
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Stage(name) => write!(f, "stage:{name}"),
@@ -89,7 +88,7 @@ impl fmt::Display for DeadLetterPlace {
 }
 
 impl DeadLetterPlace {
-    /// Reads `stage:NAME` or `sink:NAME`.
+    /// Parses `stage:NAME` or `sink:NAME`.
     pub fn parse(text: &str) -> Option<Self> {
         match text.split_once(':')? {
             ("stage", name) => Some(Self::Stage(name.into())),
@@ -100,20 +99,20 @@ impl DeadLetterPlace {
 }
 
 impl Batch {
-    /// What it costs beside its records: itself, its span, the names of its rows' routes.
+    /// Memory besides the records: the struct, its range, the names of its rows' routes.
     pub(super) const OVERHEAD_BYTES: usize = 512;
 
-    /// The bytes of its payloads and keys.
+    /// Returns the number of bytes of its payloads and keys.
     pub fn bytes(&self) -> usize {
         self.records.iter().map(|record| record.payload.len() + record.partition_key.len()).sum()
     }
 
-    /// The memory that it holds, in bytes.
+    /// Returns the memory that the batch occupies, in bytes.
     pub fn occupied_bytes(&self) -> usize {
         Self::OVERHEAD_BYTES + self.records.iter().map(Record::occupied_bytes).sum::<usize>()
     }
 
-    /// Where a record is in its own shard, by its index.
+    /// Returns the position of a record (by index) in its original shard.
     pub fn origin(&self, record: u32) -> &Position {
         let index = record as usize;
         match &self.entry {
@@ -122,7 +121,7 @@ impl Batch {
         }
     }
 
-    /// Whether a sink has the rows of its records already.
+    /// Whether a sink already has the rows of these records.
     pub fn is_delivered_to(&self, sink: &SinkName) -> bool {
         match &self.entry {
             Entry::Redrive(redrive) => redrive.delivered_to.contains(sink),
@@ -130,7 +129,7 @@ impl Batch {
         }
     }
 
-    /// Parts it after so many records.
+    /// Splits the batch after a number of records.
     pub fn cut_at(self, records: usize) -> (Self, Option<Self>) {
         let last = records.checked_sub(1).and_then(|last| self.records.get(last));
         match last.map(|record| record.position.clone()) {
@@ -139,8 +138,8 @@ impl Batch {
         }
     }
 
-    /// Parts it after a position, so that neither part has records on both sides of it. The parts' spans
-    /// join without a gap and cover what the batch's did.
+    /// Splits the batch after a position: records up to it stay in the first part. The two ranges join without a gap
+    /// and together cover the range of the batch. Nothing is split unless both parts get a record.
     pub fn cut_after(mut self, position: &Position) -> (Self, Option<Self>) {
         let cut = self.records.partition_point(|record| record.position <= *position);
         if cut == 0 || cut == self.records.len() {
@@ -161,61 +160,61 @@ impl Batch {
     }
 }
 
-/// The route that a row took, and which component put it there; cheap to clone.
+/// Route that a row took, and the component that put it there; cheap to clone.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct RowRoute(Arc<(RouteName, Arc<str>)>);
 
 impl RowRoute {
-    /// By the component with this digest; empty: by none, as it came.
+    /// Combines a route and the digest of the component. The digest is empty if no component made the row.
     pub fn new(name: RouteName, digest: Arc<str>) -> Self {
         Self(Arc::new((name, digest)))
     }
 
-    /// The route's name.
+    /// Returns the name of the route.
     pub fn name(&self) -> &RouteName {
         &self.0.0
     }
 
-    /// The digest of the component that made the row; empty: no component did.
+    /// Returns the digest of the component that made the row; empty if none did.
     pub fn digest(&self) -> &str {
         &self.0.1
     }
 }
 
 impl From<&str> for RowRoute {
-    /// A route by which rows go as they came.
+    /// Makes a route for rows that no component made.
     fn from(name: &str) -> Self {
         Self::new(name.into(), "".into())
     }
 }
 
-/// One output of the last stage that ran for it, on its way to a sink.
+/// One output of the last stage that ran for a record, on its way to a sink.
 ///
-/// Cheap to clone: it shares its batch, so that a sink that refuses it can still write a dead
-/// letter with the original record.
+/// Cheap to clone: it shares its batch. So a sink that refuses the row can still write a dead letter with the original
+/// record.
 #[derive(Clone, Debug)]
 pub struct Row {
-    /// The batch that it comes from.
+    /// Batch of the record that it came from.
     pub batch: Arc<Batch>,
-    /// Index of its source record in `batch.records`.
+    /// Index of that record in `batch.records`.
     pub record: u32,
-    /// Its place among the outputs of that record, from 0: with the position, the row's identity.
+    /// Index among the outputs of that record, from 0. Position and ordinal together identify the row.
     pub ordinal: u32,
-    /// The route that it took.
+    /// Route that it took.
     pub route: RowRoute,
-    /// The partition key after the stages.
+    /// Partition key after the stages.
     pub key: Bytes,
-    /// The payload after the stages.
+    /// Payload after the stages.
     pub payload: Bytes,
 }
 
 impl Row {
-    /// The memory that it holds beside its batch where it shares its bytes with nobody, in bytes.
+    /// Returns the memory that the row occupies besides its batch, if its bytes are not shared, in bytes.
     pub fn occupied_bytes(&self) -> usize {
         self.payload.len() + self.key.len() + size_of::<Self>()
     }
 
-    /// A copy that shares nothing: it keeps its own record alone, not the batch around it.
+    /// Returns a copy that shares nothing: it keeps only its own record, not the whole batch.
     pub fn detached(&self) -> Self {
         let copy = |bytes: &Bytes| Bytes::copy_from_slice(bytes);
         let source = self.source();
@@ -246,12 +245,12 @@ impl Row {
         }
     }
 
-    /// The record that it came from.
+    /// Returns the record that the row came from.
     pub fn source(&self) -> &Record {
         &self.batch.records[self.record as usize]
     }
 
-    /// The position of the record that it came from.
+    /// Returns the position of that record.
     pub fn position(&self) -> &Position {
         &self.source().position
     }
@@ -285,7 +284,7 @@ mod tests {
         }
     }
 
-    /// Two swaps in one batch: what the revision between them ran once was replayed by the last.
+    /// Regression: with two swaps in one batch, records of the middle revision were replayed by the last one.
     #[test]
     fn a_batch_is_cut_at_every_swap_in_it() {
         let at =

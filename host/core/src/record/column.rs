@@ -1,27 +1,27 @@
-//! Columns that routes declare, and routes as sinks get them.
+//! Columns that routes declare, and routes as sinks receive them.
 
 use serde::{Deserialize, Serialize};
 
 use super::RouteName;
 
-/// A column that a route declares: the name and the type as the plugin's author wrote it.
+/// Column that a route declares, with the name and type that the plugin's author wrote.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Column {
-    /// The column's name, as in the table.
+    /// Name, as in the table.
     pub name: String,
-    /// A SQL type name, for example `bigint` or `timestamptz`.
+    /// SQL type name, for example `bigint` or `timestamptz`.
     pub data_type: String,
-    /// Whether null may come.
+    /// Whether the value may be null.
     pub nullable: bool,
 }
 
-/// A route that a pipeline bound to a sink: what the sink will be given.
+/// Route that a pipeline binds to a sink: describes the rows that the sink will receive.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BoundRoute {
-    /// The route's name.
+    /// Name of the route.
     pub name: RouteName,
-    /// The media type of its payloads, for example `application/json`.
+    /// Media type of the payloads, for example `application/json`.
     pub format: String,
-    /// The columns that the plugin declares; empty: not declared.
+    /// Columns that the plugin declares; empty if it declares none.
     pub columns: Vec<Column>,
 }

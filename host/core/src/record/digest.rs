@@ -1,11 +1,11 @@
-//! The SHA-256 of bytes, as a name for them.
+//! SHA-256 of bytes, used as their name.
 
 use std::fmt;
 use std::sync::Arc;
 
 use sha2::{Digest as _, Sha256};
 
-/// The SHA-256 of bytes: of a plugin, of a revision.
+/// SHA-256 of a plugin or a revision.
 #[derive(Clone, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Digest(Arc<str>);
 
@@ -15,12 +15,12 @@ impl Digest {
         Self(hex::encode(Sha256::digest(bytes)).into())
     }
 
-    /// 64 lower-case hex digits.
+    /// Returns 64 lower-case hex digits.
     pub fn as_str(&self) -> &str {
         &self.0
     }
 
-    /// The first 12 digits: enough for people.
+    /// Returns the first 12 digits, enough for people to tell plugins apart.
     pub fn short(&self) -> &str {
         &self.0[..12]
     }

@@ -1,13 +1,13 @@
-//! Texts of plugins for people, bounded: one may be as long as the plugin's memory.
+//! Shortens texts of plugins for people: a plugin can return a text as long as its memory.
 
 use crate::escape::QUOTED_BYTES_MAX;
 
-/// The text's first 8 KiB; what is no UTF-8 is replaced. A cut text ends with its whole length.
+/// Returns the first 8 KiB of the text. Invalid UTF-8 is replaced. A text that was cut ends with its whole length.
 pub fn excerpt(text: &[u8]) -> String {
     shortened(text, QUOTED_BYTES_MAX)
 }
 
-/// The same with the text's first `bytes_max` bytes.
+/// Returns the first `bytes_max` bytes of the text, in the same way.
 pub fn shortened(text: &[u8], bytes_max: usize) -> String {
     let mut kept = String::from_utf8_lossy(&text[..text.len().min(bytes_max)]).into_owned();
     if text.len() > bytes_max {

@@ -1,14 +1,16 @@
-//! The memory that rows keep alive, and how much of it they may.
+//! Memory that rows keep alive, and its limit.
 //!
-//! A row names bytes of others: of its record, which lies in a batch, and of a plugin's answer. One row of
-//! one byte would keep a batch of 256 KiB, or an answer of 60 MiB, for as long as its sink holds it. So a
-//! sink's rows of a batch keep what they share only where they are most of it; else they are copied
-//! together, before they wait for anything.
+//! A row points into memory that it shares: its record lies in a batch, its payload often in the arena of a plugin's
+//! answer. Without a limit, one row of one byte would keep a batch of 256 KiB, or an answer of 60 MiB, for as long as
+//! its sink buffers it.
 //!
-//! | shared | is kept if, beside what a copy would hold, it holds at most |
+//! The invariant: shared memory is kept only where the rows need most of it, and [`CopyPlan::occupied_bytes`] counts all
+//! that they keep. So [`CopyPlan::apply`] copies the other rows together, before they wait for anything:
+//!
+//! | shared memory | kept if it is at most |
 //! |---|---|
-//! | the batch | once more the bytes of the rows' own records, and 128 bytes per row |
-//! | an answer's arena | once more the rows' own bytes, and 128 bytes per row |
+//! | batch | twice the bytes of the rows' own records, and 128 bytes per row |
+//! | arena of an answer | twice the rows' own bytes in it, and 128 bytes per row |
 
 use std::sync::Arc;
 
@@ -16,19 +18,19 @@ use bytes::Bytes;
 
 use super::{Batch, Entry, Record, Redrive, Row};
 
-/// What a row may keep alive beside twice its own bytes.
+/// Bytes that a row may keep alive besides twice its own bytes.
 const EXTRA_BYTES: usize = 128;
 
-/// Whether bytes that are shared may be kept for so many of their users, who own `own_bytes` of them.
+/// Whether shared bytes may be kept for this number of users, who own `own_bytes` of them together.
 pub fn is_kept_whole(shared_bytes: usize, own_bytes: usize, users: usize) -> bool {
     let most = own_bytes.saturating_mul(2).saturating_add(users.saturating_mul(EXTRA_BYTES));
     shared_bytes <= most
 }
 
-/// The arenas of the answers that a batch's rows came from.
+/// Arenas of the answers that a batch's rows came from.
 #[derive(Debug, Default)]
 pub struct Arenas {
-    /// By ascending address: they are alive, so none overlaps another.
+    /// By ascending address. All are alive, so none overlaps another.
     arenas: Vec<Bytes>,
 }
 
@@ -43,12 +45,12 @@ impl Arenas {
         self.arenas.insert(place, arena);
     }
 
-    /// Lets go of the arenas that nobody else uses.
+    /// Drops the arenas that nobody else uses.
     pub fn forget_unused(&mut self) {
         self.arenas.retain(|arena| !arena.is_unique());
     }
 
-    /// The arena that the bytes lie in; `likely` is tried first, and is then that one.
+    /// Returns the index of the arena that the bytes lie in. `likely` is tried first, and is set to the index.
     fn find(&self, bytes: &Bytes, likely: &mut usize) -> Option<usize> {
         let at = bytes.as_ptr() as usize;
         let contains = |arena: &Bytes| {
@@ -65,13 +67,13 @@ impl Arenas {
     }
 }
 
-/// Whether bytes go on as they came.
+/// Whether bytes are unchanged: the same memory as those of the record.
 #[inline]
 fn is_same(bytes: &Bytes, came: &Bytes) -> bool {
     (bytes.as_ptr(), bytes.len()) == (came.as_ptr(), came.len())
 }
 
-/// The part that a sink's rows have in an arena.
+/// Share of a sink's rows in an arena.
 #[derive(Clone, Copy, Debug, Default)]
 struct Share {
     own_bytes: usize,
@@ -79,24 +81,24 @@ struct Share {
     is_kept: bool,
 }
 
-/// What a sink's rows of one batch hold, once sparse ones are copied.
+/// Memory that a sink's rows of one batch occupy, once rows from sparse memory are copied.
 #[derive(Debug, Default)]
 pub struct CopyPlan {
     occupied_bytes: usize,
     copied_bytes: usize,
     keeps_batch: bool,
-    /// Of each arena.
+    /// One for each arena.
     shares: Vec<Share>,
 }
 
 impl CopyPlan {
-    /// Looks at rows of one batch, by ascending record. `batch_bytes` is what the batch holds.
+    /// Measures rows of one batch, by ascending record. `batch_bytes` is the memory of the batch.
     pub fn of(rows: &[Row], batch_bytes: usize, arenas: &Arenas) -> Self {
         let Some(first) = rows.first() else { return Self::default() };
         let records = &first.batch.records;
         let mut shares = vec![Share::default(); arenas.arenas.len()];
         let mut likely = 0;
-        // Bytes that lie elsewhere: the row alone has them, as far as can be told.
+        // Bytes outside the record and the arenas: they count as the row's alone, because nothing else is known.
         let mut other_bytes = 0;
         let (mut own_records, mut own_record_bytes, mut last) = (0, 0, None);
         for row in rows {
@@ -147,22 +149,22 @@ impl CopyPlan {
         Self { occupied_bytes, copied_bytes, keeps_batch, shares }
     }
 
-    /// The memory that the rows hold after [`CopyPlan::apply`], in bytes.
+    /// Returns the memory that the rows occupy after [`CopyPlan::apply`], in bytes.
     pub fn occupied_bytes(&self) -> usize {
         self.occupied_bytes
     }
 
-    /// The bytes that [`CopyPlan::apply`] copies.
+    /// Returns the number of bytes that [`CopyPlan::apply`] copies.
     pub fn copied_bytes(&self) -> usize {
         self.copied_bytes
     }
 
-    /// Copies what the rows may not keep; they are the ones that were looked at.
+    /// Copies what the rows may not keep. `rows` must be the rows that were given to [`CopyPlan::of`].
     pub fn apply(&self, rows: &mut [Row], arenas: &Arenas) {
         if self.copied_bytes == 0 && self.keeps_batch {
             return;
         }
-        // Where each arena's part lies in the copy; one that is kept has none.
+        // One copy for each arena; empty for an arena that is kept.
         let mut copies: Vec<Copied> = self.shares.iter().map(Copied::of).collect();
         let mut likely = 0;
         if copies.iter().any(|copied| copied.is_copied) {
@@ -202,7 +204,7 @@ impl CopyPlan {
     }
 }
 
-/// A copy of an arena's part in the making.
+/// Copy of the rows' bytes in one arena, while it is made.
 struct Copied {
     is_copied: bool,
     bytes: Vec<u8>,
@@ -222,7 +224,7 @@ impl Copied {
     }
 }
 
-/// Gives rows of one batch, by ascending record, a batch of their own records alone.
+/// Moves rows of one batch, by ascending record, to a new batch that has only their own records.
 fn with_own_records(rows: &mut [Row]) {
     let Some(first) = rows.first() else { return };
     let batch = first.batch.clone();

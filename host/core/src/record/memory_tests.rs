@@ -1,4 +1,4 @@
-//! Tests of what rows keep in memory.
+//! Tests of the memory that rows keep alive.
 
 use super::*;
 use crate::record::{
@@ -31,7 +31,7 @@ fn row(batch: &Arc<Batch>, record: u32, key: Bytes, payload: Bytes) -> Row {
     Row { batch: batch.clone(), record, ordinal: 0, route: RowRoute::from("out"), key, payload }
 }
 
-/// Rows as they are read: what must not change by copying.
+/// Content of rows, which copying must not change.
 fn shown(rows: &[Row]) -> Vec<(Position, Bytes, Bytes, Bytes, Bytes, u64)> {
     let show = |row: &Row| {
         let copy = |bytes: &Bytes| Bytes::copy_from_slice(bytes);
@@ -48,8 +48,8 @@ fn shown(rows: &[Row]) -> Vec<(Position, Bytes, Bytes, Bytes, Bytes, u64)> {
     rows.iter().map(show).collect()
 }
 
-/// For any rows of any answers: they are the same rows afterwards, keep no more than they may, and are
-/// charged for all of it.
+/// For any rows of any answers: their content is unchanged, they keep no more memory than allowed, and all of it is
+/// counted.
 #[test]
 fn wall_02_rows_keep_no_more_than_twice_their_own_bytes() {
     let (mut kept, mut copied) = (0, 0);
@@ -69,7 +69,7 @@ fn wall_02_rows_keep_no_more_than_twice_their_own_bytes() {
             arenas.add(arena.clone());
             handles.push(arena);
         }
-        // Of all records, some, few.
+        // Every record, some, or few.
         let every = [1, 3, 50][random.usize(0..3)];
         let mut rows = Vec::new();
         for (record, index) in batch.records.iter().zip(0..).step_by(every) {
@@ -103,7 +103,7 @@ fn wall_02_rows_keep_no_more_than_twice_their_own_bytes() {
         drop(arenas);
         assert_eq!(shown(&rows), before, "seed {seed}");
 
-        // What is alive only because of the rows.
+        // Memory that is alive only because of the rows.
         let mut alive_bytes = size_of_val(&rows[..]);
         for (index, arena) in handles.iter().enumerate() {
             if !arena.is_unique() {
@@ -155,7 +155,7 @@ fn wall_02_what_all_rows_share_is_not_copied() {
     plan.apply(&mut rows, &arenas);
     assert!(rows.iter().all(|row| Arc::ptr_eq(&row.batch, &batch)));
     assert!(rows.iter().zip(0..).all(|(row, index)| row.payload.as_ptr() == part(index).as_ptr()));
-    // Once nobody uses it, it is let go of.
+    // Once nobody uses the arena, it is dropped.
     drop((rows, answer));
     arenas.forget_unused();
     assert!(arenas.arenas.is_empty());
@@ -177,7 +177,7 @@ fn wall_02_a_byte_does_not_keep_an_answer_in_memory() {
     assert_eq!(rows[0].position(), &batch.records[500].position);
 }
 
-/// A redrive's records know where they are in their own shards.
+/// Records of a redrive keep their positions in their original shards.
 #[test]
 fn wall_02_copied_rows_of_a_redrive_keep_their_origins() {
     let mut own = batch((0..100).map(|_| (Bytes::from("key"), Bytes::from(vec![0; 2_000]))));
@@ -202,6 +202,6 @@ fn wall_02_copied_rows_of_a_redrive_keep_their_origins() {
     assert!(rows[0].batch.is_delivered_to(&"other".into()));
     assert!(matches!(&rows[0].batch.entry, Entry::Redrive(redrive) if redrive.keeps_whole));
     assert_eq!(rows[2].batch.records.len(), 2);
-    // A row that goes on as it came shares its record's bytes, once.
+    // A row with an unchanged payload shares the bytes of its record, so they are stored once.
     assert_eq!(rows[1].payload.as_ptr(), rows[1].source().payload.as_ptr());
 }

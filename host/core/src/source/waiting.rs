@@ -1,4 +1,4 @@
-//! Shows a call that stays without an answer: nothing waits in silence.
+//! Shows a call that gets no answer, so that no wait is silent.
 
 use std::fmt::Display;
 use std::sync::Arc;
@@ -7,21 +7,21 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-/// The call that a reader waits for; cheap to clone. Who shows it takes a [`WaitWatch`].
+/// The call that a reader waits for; cheap to clone. A [`WaitWatch`] shows it.
 #[derive(Clone, Debug, Default)]
 pub struct Waiting(Arc<watch::Sender<Option<Wait>>>);
 
 #[derive(Clone, Debug, PartialEq)]
 struct Wait {
     call: &'static str,
-    /// Since when no call was answered well.
+    /// Time since which no call has succeeded.
     since: Instant,
-    /// Why the last try failed.
+    /// Error of the last try.
     cause: Option<String>,
 }
 
 impl Waiting {
-    /// A call begins. Tries of the same thing count from the first.
+    /// Notes that a call begins. The time of several tries counts from the first.
     pub fn begins(&self, call: &'static str) {
         self.0.send_modify(|wait| match wait {
             Some(wait) => wait.call = call,
@@ -29,7 +29,7 @@ impl Waiting {
         });
     }
 
-    /// The call failed and is tried again.
+    /// Notes that the call failed and will be tried again.
     pub fn failed(&self, cause: impl Display) {
         self.0.send_modify(|wait| {
             if let Some(wait) = wait {
@@ -38,18 +38,18 @@ impl Waiting {
         });
     }
 
-    /// The call was answered.
+    /// Notes that the call was answered.
     pub fn answered(&self) {
         self.0.send_if_modified(|wait| wait.take().is_some());
     }
 
-    /// Watches for calls that are without an answer for longer than `after`.
+    /// Watches for calls that get no answer for longer than `after`.
     pub fn watch(&self, after: Duration) -> WaitWatch {
         WaitWatch { wait: self.0.subscribe(), after, shown: None }
     }
 }
 
-/// Says when a call is to be shown as blocked, and when no longer.
+/// Decides when a call is shown as blocked, and when no longer.
 #[derive(Debug)]
 pub struct WaitWatch {
     wait: watch::Receiver<Option<Wait>>,
@@ -58,14 +58,15 @@ pub struct WaitWatch {
 }
 
 impl WaitWatch {
-    /// Completes when there is something else to show: the cause, or `None` when calls are answered
-    /// again. Dropping the future loses nothing.
+    /// Completes when the shown state changes: with a cause, or with `None` once calls are answered again. Dropping the
+    /// future loses nothing.
     pub async fn changed(&mut self) -> Option<String> {
         loop {
             let wait = self.wait.borrow_and_update().clone();
             let deadline = wait.as_ref().map(|wait| wait.since + self.after);
             let is_late = deadline.is_some_and(|deadline| deadline <= Instant::now());
             let cause = wait.filter(|_| is_late).map(|wait| self.text(&wait));
+            // Report only changes: a call that stays blocked is reported once, and again if its cause changes.
             if cause != self.shown {
                 self.shown.clone_from(&cause);
                 return cause;
@@ -78,7 +79,7 @@ impl WaitWatch {
             };
             tokio::select! {
                 changed = self.wait.changed() => if changed.is_err() {
-                    // Nobody calls any more.
+                    // Nobody makes calls any more.
                     std::future::pending::<()>().await;
                 },
                 () = until_deadline => {}
