@@ -1,5 +1,4 @@
-//! How the tables fit together: names that are unique, routes that end at sinks that exist, sinks
-//! that some route reaches.
+//! Checks across tables: names are unique, routes lead to sinks that exist, and every sink is reached by a route.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::Range;
@@ -12,10 +11,10 @@ use super::diagnostic::suggest;
 use super::raw::Text;
 use super::{SinkConfig, StageConfig};
 
-/// The names in the file as written, also of tables that are otherwise wrong: one error should
-/// not make the routes to that sink look wrong too.
+/// Names in the file as written, also those of invalid tables. So one error in a sink does not make every route to it
+/// look wrong, too.
 pub(super) struct Names {
-    /// Every name with its place, stages before sinks.
+    /// Every name with its place in the file, stages before sinks.
     all: Vec<(String, Range<usize>)>,
     sinks: BTreeSet<String>,
     lookups: BTreeSet<String>,
@@ -37,8 +36,8 @@ impl Names {
         Self { all, sinks, lookups }
     }
 
-    /// Stages and sinks share one space of names: a dead letter is keyed by the name of the stage
-    /// or sink that it comes from.
+    /// Checks that all names of stages and sinks differ. They share one namespace, because a dead letter is stored
+    /// under the name of the stage or sink that it comes from.
     pub(crate) fn check_unique(&self, check: &mut Check) {
         let mut seen: BTreeMap<&str, &Range<usize>> = BTreeMap::new();
         for (name, span) in &self.all {
@@ -47,23 +46,23 @@ impl Names {
                     "it is first used at {}; each stage and sink needs a name of its own",
                     check.place(first)
                 );
-                check.problem(span.clone(), format!("the name `{name}` is taken"), help);
+                check.problem(span.clone(), format!("the name `{name}` is used twice"), help);
             }
         }
     }
 
-    /// Whether a route may be bound to this sink; notes a problem if it does not exist.
+    /// Whether a sink exists. If not, notes a problem.
     pub(crate) fn check_sink(&self, name: &str, span: Range<usize>, check: &mut Check) -> bool {
         let exists = self.sinks.contains(name);
         if !exists {
             let sinks: Vec<&str> = self.sinks.iter().map(String::as_str).collect();
             let help = suggest(name, "the sinks", &sinks);
-            check.problem(span, format!("there is no sink `{name}`"), help);
+            check.problem(span, format!("unknown sink `{name}`"), help);
         }
         exists
     }
 
-    /// Whether a stage may be granted this lookup; notes a problem if it does not exist.
+    /// Whether a lookup exists. If not, notes a problem.
     pub(crate) fn check_lookup(&self, name: &str, span: Range<usize>, check: &mut Check) -> bool {
         let exists = self.lookups.contains(name);
         if !exists {
@@ -72,34 +71,35 @@ impl Names {
                 true => "add a [[lookup]] of that name".to_owned(),
                 false => suggest(name, "the lookups", &lookups),
             };
-            check.problem(span, format!("there is no lookup `{name}`"), help);
+            check.problem(span, format!("unknown lookup `{name}`"), help);
         }
         exists
     }
 }
 
-/// A name that a sink had before belongs to no other sink now, and to one sink only: what is kept under it
-/// can move once.
+/// Checks `renamed_from`: the old name is not the name of another sink, and only one sink claims it. The state under
+/// the old name can move only once.
 pub(super) fn check_renamed(sinks: &[SinkConfig], names: &Names, check: &mut Check) {
     let mut seen: BTreeMap<&str, &Range<usize>> = BTreeMap::new();
     for sink in sinks {
         let Some(before) = &sink.renamed_from else { continue };
         let old = before.value.as_str();
         if names.sinks.contains(old) {
-            let message = format!("`{old}` is the name of a sink of this file");
-            let help = "name the sink that is not in the file any more; to exchange the names of two \
-                        sinks, rename one of them to a third name first and start once";
+            let message =
+                format!("`renamed_from` names a sink that is still in this file: `{old}`");
+            let help = "write the former name of this sink; to exchange the names of two sinks, rename one of \
+                        them to a third name first and start once";
             check.problem(before.span.clone(), message, help);
         } else if let Some(first) = seen.insert(old, &before.span) {
             let message = format!("two sinks were renamed from `{old}`");
             let help =
-                format!("the first is at {}; only one can go on with it", check.place(first));
+                format!("the first is at {}; only one can have the old name", check.place(first));
             check.problem(before.span.clone(), message, help);
         }
     }
 }
 
-/// The sinks of dead letters must be there, and take nothing else: their rows have other columns.
+/// Checks the sinks of dead letters: they exist, and no route leads to them, because dead letters have other columns.
 pub(super) fn check_dead_letter_sinks(
     dead_letter_sinks: &[Spanned<Text>],
     names: &Names,
@@ -114,18 +114,20 @@ pub(super) fn check_dead_letter_sinks(
         let routes = stages.iter().flat_map(|stage| &stage.routes);
         let bound = routes.flat_map(|(route, bound)| bound.sinks.iter().map(move |to| (route, to)));
         if let Some((route, _)) = bound.into_iter().find(|(_, to)| to.value.as_str() == name) {
-            let message = format!("sink `{name}` takes the rows of route `{route}`");
-            let help = "dead letters are other rows: add a [[sink]] for them";
+            let message = format!(
+                "sink `{name}` is bound to route `{route}`, so it cannot take dead letters"
+            );
+            let help = "dead letters have other columns: add a [[sink]] for them";
             check.problem(sink.span(), message, help);
         }
     }
     if !dead_letter_sinks.is_empty() && dead_letter_sinks.len() == names.sinks.len() {
-        let message = "every sink is for dead letters";
+        let message = "missing sink for rows: every sink is for dead letters";
         check.problem(dead_letter_sinks[0].span(), message, "add a [[sink]] for the rows");
     }
 }
 
-/// Every sink must be reached by a route, and the last stage must bind at least one.
+/// Checks that the last stage binds a route, and that a route leads to every sink.
 pub(super) fn check_bound(stages: &[StageConfig], sinks: &[SinkConfig], check: &mut Check) {
     let Some(last) = stages.last() else { return };
     if last.routes.is_empty() {

@@ -4,24 +4,24 @@ use std::fmt;
 
 use serde::{Deserialize, Serialize};
 
-/// The version of the plugin interface, as in `wit/`.
+/// Version of the plugin interface, as in `wit/`.
 pub const WIT_VERSION: &str = "0.1.0";
 
-/// A capability, by the name of its interface.
+/// Capability, named after its interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Capability {
-    /// Lines in the host's log.
+    /// Lines in the log of the host.
     Log,
-    /// Metrics of the plugin's own.
+    /// Own metrics of the plugin.
     Metrics,
     /// Rows of reference tables.
     Lookup,
     /// The time of day.
     Clock,
-    /// Unpredictable numbers.
+    /// Random numbers.
     Random,
-    /// Requests to granted hosts.
+    /// HTTP requests to granted hosts.
     Http,
 }
 

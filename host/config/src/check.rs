@@ -1,7 +1,7 @@
-//! The readers of single values: each proves one value or notes a problem at its place.
+//! Readers of single values: each validates one value, or notes a problem at its place.
 //!
-//! A reader that returns `None` has noted a problem; the caller goes on, so that one run of the
-//! program shows all that is wrong.
+//! A reader that returns `None` has noted a problem. The caller continues with the next value, so that one run shows
+//! all problems.
 
 use std::net::SocketAddr;
 use std::ops::{Range, RangeInclusive};
@@ -17,26 +17,26 @@ use super::raw::{Count, DurationText, Maybe, Size, Text};
 use super::{ConfigError, ConfigFile, Located};
 use shardmill_core::values::Values;
 
-/// Longer names do not fit into object keys and file names beside what else they hold.
+/// Longest name: longer ones would not fit into object keys and file names together with their other parts.
 const NAME_CHARS_MAX: usize = 64;
-/// The rule of [`is_name`] in words, with [`NAME_CHARS_MAX`].
+/// Rule of [`is_name`] in words, with [`NAME_CHARS_MAX`].
 pub const NAME_RULE: &str =
     "letters, digits, `-` and `_`, starting with a letter or digit, at most 64 characters";
 
-/// Connections that a port may keep at once: fewer are used up by one browser, more by no proxy.
+/// Range of the connections of a port: fewer are used up by one browser, and no proxy opens more.
 pub(super) const CONNECTIONS_ALLOWED: RangeInclusive<u64> = 4..=65_536;
 
-/// Keys of tables that take a list, beside those that sink types name: the sinks of dead letters, the names of the
-/// admin port, the origins of the intake.
+/// Keys of the host's own tables that take a list: the sinks of dead letters, the host names of the admin port, the
+/// origins of the intake. Sink types name their own.
 const LISTS: [&str; 3] = ["sinks", "hosts", "origins"];
 
 /// Collects the problems of one file.
 pub struct Check<'a> {
     file: &'a Arc<ConfigFile>,
     problems: Vec<Problem>,
-    /// The values of variables that stand in the file.
+    /// Values of the variables in the file.
     values: Values,
-    /// The keys that take a list.
+    /// Keys that take a list.
     lists: Vec<&'static str>,
 }
 
@@ -56,12 +56,12 @@ impl<'a> Check<'a> {
         self.lists.contains(&key)
     }
 
-    /// Hides the value of a variable in all problems that follow.
+    /// Hides the value of a variable in all later problems.
     pub(crate) fn hide(&mut self, name: &str, value: &str) {
         self.values.add(name, value);
     }
 
-    /// The values of variables that stand in the file.
+    /// Returns the values of the variables in the file.
     pub(crate) fn values(&self) -> &Values {
         &self.values
     }
@@ -77,29 +77,29 @@ impl<'a> Check<'a> {
         self.problems.push(Problem::new(self.file, Some(span), message, help));
     }
 
-    /// Adds to the way out of the problem noted last.
+    /// Appends to the help text of the last problem.
     pub(crate) fn more_help(&mut self, help: &str) {
         if let Some(problem) = self.problems.last_mut() {
             problem.more_help(help);
         }
     }
 
-    /// Whether anything is wrong so far.
+    /// Whether a problem was noted.
     pub(crate) fn failed(&self) -> bool {
         !self.problems.is_empty()
     }
 
-    /// The text as written at a place.
+    /// Returns the text of the file at a place.
     pub fn text(&self, span: &Range<usize>) -> &'a str {
         self.file.text.get(span.clone()).unwrap_or_default()
     }
 
-    /// A place as `FILE:LINE:COLUMN`.
+    /// Formats a place as `FILE:LINE:COLUMN`.
     pub fn place(&self, span: &Range<usize>) -> String {
         self.file.place(span)
     }
 
-    /// The value if nothing was wrong, else all that was.
+    /// Returns the value if there were no problems, or else all problems.
     pub(crate) fn finish<T>(mut self, value: Option<T>) -> Result<T, ConfigError> {
         if value.is_none() && self.problems.is_empty() {
             self.problem(0..0, "the configuration is incomplete", "");
@@ -111,7 +111,7 @@ impl<'a> Check<'a> {
         }
     }
 
-    /// A length of time within a range.
+    /// Reads a duration within a range.
     pub fn duration(
         &mut self,
         raw: &Maybe<DurationText>,
@@ -123,7 +123,8 @@ impl<'a> Check<'a> {
         let value = match humantime::parse_duration(text) {
             Ok(value) => value,
             Err(cause) => {
-                let message = format!("{text:?} is no duration: {}", duration_error(&cause));
+                let message =
+                    format!("not a valid duration: {text:?} ({})", duration_error(&cause));
                 self.problem(raw.span(), message, "write for example \"200 ms\" or \"5 min\"");
                 return None;
             }
@@ -133,7 +134,7 @@ impl<'a> Check<'a> {
         })
     }
 
-    /// A number of bytes within a range.
+    /// Reads a number of bytes within a range.
     pub fn size(
         &mut self,
         raw: &Maybe<Size>,
@@ -144,7 +145,7 @@ impl<'a> Check<'a> {
         let text = &raw.get_ref().0;
         let Some(value) = text.parse::<ByteSize>().ok().and_then(|size| size.0.try_into().ok())
         else {
-            let message = format!("{text:?} is no size");
+            let message = format!("not a valid size: {text:?}");
             let help = "write for example \"256 KiB\", \"64 MiB\" or \"1 GiB\"";
             self.problem(raw.span(), message, help);
             return None;
@@ -152,7 +153,7 @@ impl<'a> Check<'a> {
         self.within(raw.span(), value, allowed, |value| bytes_text(*value))
     }
 
-    /// A whole number within a range.
+    /// Reads a whole number within a range.
     pub fn count<T: TryFrom<u64>>(
         &mut self,
         raw: &Maybe<Count>,
@@ -180,7 +181,7 @@ impl<'a> Check<'a> {
         None
     }
 
-    /// One of several words.
+    /// Reads one of several words.
     pub fn choice<T: Copy>(
         &mut self,
         raw: &Maybe<Text>,
@@ -195,11 +196,11 @@ impl<'a> Check<'a> {
         }
         let words: Vec<&str> = words.iter().map(|(word, _)| *word).collect();
         let help = suggest(text, "allowed", &words);
-        self.problem(raw.span(), format!("{text:?} is no {noun}"), help);
+        self.problem(raw.span(), format!("not a valid {noun}: {text:?}"), help);
         None
     }
 
-    /// The `type` of a table, which decides the keys that it may have.
+    /// Reads the `type` of a table, which decides its allowed keys.
     pub(crate) fn table_type(
         &mut self,
         table: &Spanned<DeValue<'_>>,
@@ -208,25 +209,29 @@ impl<'a> Check<'a> {
     ) -> Option<&'static str> {
         let example = format!("add type = ...; {}", suggest("", "allowed", types));
         let Some(table_value) = table.get_ref().as_table() else {
-            return types.first().copied(); // What it is instead is told by whoever reads it.
+            return types.first().copied(); // Whoever reads it reports what it is instead.
         };
         let Some(kind) = table_value.get("type") else {
             self.problem(table.span(), "the key `type` is missing", example);
             return None;
         };
         let Some(text) = kind.get_ref().as_str() else {
-            self.problem(kind.span(), format!("a {noun}'s type is text in quotes"), example);
+            self.problem(
+                kind.span(),
+                format!("invalid {noun} type: expected text in quotes"),
+                example,
+            );
             return None;
         };
         let known = types.iter().copied().find(|known| *known == text);
         if known.is_none() {
             let help = suggest(text, "allowed", types);
-            self.problem(kind.span(), format!("{text:?} is no {noun} type"), help);
+            self.problem(kind.span(), format!("unknown {noun} type: {text:?}"), help);
         }
         known
     }
 
-    /// An address with a port, on loopback only; `why` says what forbids another.
+    /// Reads a loopback address with a port. `why` explains why other addresses are refused.
     pub(crate) fn loopback(
         &mut self,
         raw: &Spanned<Text>,
@@ -244,18 +249,18 @@ impl<'a> Check<'a> {
         Some(address)
     }
 
-    /// An address with a port.
+    /// Reads an address with a port.
     pub(crate) fn address(&mut self, raw: &Spanned<Text>, example: &str) -> Option<SocketAddr> {
         let text = &raw.get_ref().0;
         let address = text.parse::<SocketAddr>();
         if address.is_err() {
-            let message = format!("{text:?} is no address with a port");
+            let message = format!("not a valid address with a port: {text:?}");
             self.problem(raw.span(), message, format!("write for example \"{example}\""));
         }
         address.ok()
     }
 
-    /// A name that is safe in object keys, file names, metrics and log lines.
+    /// Reads a name that is safe in object keys, file names, metrics and log lines.
     pub fn name<N: for<'n> From<&'n str>>(
         &mut self,
         raw: &Spanned<Text>,
@@ -265,11 +270,11 @@ impl<'a> Check<'a> {
         if is_name(text) {
             return Some(Located { value: N::from(text), span: raw.span() });
         }
-        self.problem(raw.span(), format!("{text:?} cannot name a {noun}"), NAME_RULE);
+        self.problem(raw.span(), format!("not a valid {noun} name: {text:?}"), NAME_RULE);
         None
     }
 
-    /// Text that is not empty.
+    /// Reads a text that is not empty.
     pub fn filled(&mut self, raw: &Spanned<Text>, noun: &str) -> Option<String> {
         let text = &raw.get_ref().0;
         if text.trim().is_empty() {
@@ -280,7 +285,7 @@ impl<'a> Check<'a> {
     }
 }
 
-/// Whether a text can name a pipeline, a stage or a sink: it is safe in object keys, file names, metrics and log
+/// Whether a text is a valid name of a pipeline, stage or sink: it is safe in object keys, file names, metrics and log
 /// lines.
 pub fn is_name(text: &str) -> bool {
     text.len() <= NAME_CHARS_MAX
@@ -288,7 +293,7 @@ pub fn is_name(text: &str) -> bool {
         && text.chars().all(|c| c.is_ascii_alphanumeric() || c == '-' || c == '_')
 }
 
-/// What is wrong with a duration, shortly.
+/// Describes in a few words why a duration is invalid.
 fn duration_error(cause: &humantime::DurationError) -> String {
     match cause {
         humantime::DurationError::UnknownUnit { unit, .. } if unit.is_empty() => {
@@ -300,7 +305,7 @@ fn duration_error(cause: &humantime::DurationError) -> String {
     }
 }
 
-/// Bytes as people write them: exactly, with the largest unit that divides them.
+/// Formats a number of bytes exactly, with the largest unit that divides it.
 pub(crate) fn bytes_text(bytes: usize) -> String {
     let units = [(30, "GiB"), (20, "MiB"), (10, "KiB")];
     match units.iter().find(|(shift, _)| bytes > 0 && bytes.trailing_zeros() >= *shift) {

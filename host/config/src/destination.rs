@@ -1,24 +1,24 @@
-//! Where a sink's rows end up, as a text that two sinks share exactly when their rows do: its one spelling, and what
-//! sink types make it of.
+//! Text that identifies where the rows of a sink are stored. Two sinks have the same text exactly if their rows go to
+//! the same place.
 //!
-//! It is kept in the state, so it holds no secret: no user, no password, and of an endpoint's path,
-//! which may be a secret, only a digest.
+//! The text is stored in the state, so it contains no secret: no user and no password, and only a digest of an
+//! endpoint's path, which may be a secret.
 
 use sha2::{Digest as _, Sha256};
 
 use shardmill_pg::{PostgresServer, name};
 
-/// Hex digits that stand for a path.
+/// Number of hex digits that represent a path.
 const PATH_DIGITS: usize = 16;
 
-/// The names under which a machine knows itself.
+/// Addresses of this machine that mean the same as `localhost`.
 const OWN_HOSTS: [&str; 3] = ["127.0.0.1", "[::1]", "::1"];
 
-/// The one spelling of a destination, of today's as of those that a state has kept: two that are one place are one text.
-/// A second time it changes nothing.
+/// Normalizes a destination, also one that an older version has stored, so that the same place always has the same
+/// text. The function is idempotent.
 ///
-/// It knows the types whose destinations earlier versions wrote in other spellings. A new type needs no place here: it
-/// gives one spelling from the start.
+/// It handles the types whose destinations older versions wrote in other spellings. A new type needs no case here,
+/// because its spelling is unique from the start.
 pub fn one_spelling(destination: &str) -> String {
     let at_server = |place: &str| match url::Url::parse(place) {
         // The path of an endpoint may be a secret.
@@ -49,7 +49,7 @@ pub fn one_spelling(destination: &str) -> String {
     }
 }
 
-/// A host and its port; this machine has one name.
+/// Normalizes a host and its port: all addresses of this machine become `localhost`.
 fn own_host(server: &str) -> String {
     let (host, port) = server.rsplit_once(':').unwrap_or((server, ""));
     match OWN_HOSTS.contains(&host) {
@@ -58,7 +58,7 @@ fn own_host(server: &str) -> String {
     }
 }
 
-/// A folder, by a path as a URL has it, without links: that part of it which is there.
+/// Resolves the links in a folder's path (which is encoded as in a URL), as far as the path exists.
 fn real_folder(encoded: &str) -> String {
     let Some(path) =
         url::Url::parse(&format!("file://{encoded}")).ok().and_then(|url| url.to_file_path().ok())
@@ -73,25 +73,26 @@ fn real_folder(encoded: &str) -> String {
     real.map_or_else(|| encoded.to_owned(), |url| url.path().trim_end_matches('/').to_owned())
 }
 
-/// A digest of a URL's path and query, which may hold a secret.
+/// Returns a digest of a URL's path and query, which may contain a secret.
 pub fn path_digits(url: &url::Url) -> String {
     let path = format!("{}?{}", url.path(), url.query().unwrap_or_default());
     hex::encode(Sha256::digest(path))[..PATH_DIGITS].to_owned()
 }
 
-/// An endpoint's URL without a user and a password.
+/// Returns an endpoint's URL without user and password.
 pub fn without_user(text: &str) -> String {
     let Ok(mut url) = url::Url::parse(text) else { return text.trim_end_matches('/').to_owned() };
     if url.username().is_empty() && url.password().is_none() {
         return text.trim_end_matches('/').to_owned();
     }
-    // What a URL cannot carry, it does not.
+    // Errors mean that the URL can have no user or password.
     let _ = url.set_password(None);
     let _ = url.set_username("");
     url.as_str().trim_end_matches('/').to_owned()
 }
 
-/// A table of a server that speaks PostgreSQL's protocol; the user does not matter. `kind` is the sink's type.
+/// Returns the destination of a table on a server with PostgreSQL's protocol. The user does not matter. `kind` is the
+/// type of the sink.
 pub fn database(kind: &str, url: &str, table: &str) -> Option<String> {
     let server = PostgresServer::parse(url).ok()?;
     let table = match server.first_schema() {
@@ -103,7 +104,7 @@ pub fn database(kind: &str, url: &str, table: &str) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
-    /// A destination that an older version wrote to the state equals the same destination of today.
+    /// A destination that an older version has stored equals the same destination today.
     #[test]
     fn fault_25_a_kept_destination_has_todays_spelling() {
         for (kept, today) in [

@@ -1,8 +1,8 @@
-//! What is wrong with a configuration, and where: problems that point into the file.
+//! Problems of a configuration, each with its place in the file.
 //!
-//! One problem is one place, one sentence and one way out. The underlined text is the file's own,
-//! with `${VAR}` as written; messages repeat values only where no secret belongs (names, durations,
-//! sizes, choices), never those of URLs, connections and options.
+//! A problem has one place, one sentence and one help text. The underlined text is that of the file, with `${VAR}` as
+//! written. Messages repeat values only where no secret is expected (names, durations, sizes, choices), never those of
+//! URLs, connections and options.
 
 use std::fmt;
 use std::ops::Range;
@@ -17,16 +17,16 @@ use miette::{
 use super::ConfigFile;
 use shardmill_core::escape::{printable, printable_styled};
 
-/// Everything that was found wrong with one configuration, in the order of the file.
+/// All problems of one configuration, in the order of the file.
 ///
-/// Its `Display` is one line per problem, each starting with `FILE:LINE:COLUMN`;
-/// [`ConfigError::render`] also shows the underlined text and the way out.
+/// Its `Display` is one line per problem, each starting with `FILE:LINE:COLUMN`. [`ConfigError::render`] also shows the
+/// underlined text and the help.
 #[derive(Debug)]
 pub struct ConfigError {
     problems: Vec<Problem>,
 }
 
-/// One thing that is wrong.
+/// One problem.
 #[derive(Debug, Clone)]
 pub struct Problem {
     file: Arc<ConfigFile>,
@@ -36,9 +36,8 @@ pub struct Problem {
 }
 
 impl ConfigFile {
-    /// A finding of a later check (a plugin file that is missing, a route that nobody declared),
-    /// reported at `span` of this file. `message` is a lower-case fragment; `help`, if not empty,
-    /// says what to write instead.
+    /// Makes the error for a problem that a later check finds (a missing plugin file, an undeclared route) at `span` of
+    /// this file. `message` is a lower-case fragment; `help`, if not empty, says what to write instead.
     pub fn problem(
         self: &Arc<Self>,
         span: Range<usize>,
@@ -48,8 +47,7 @@ impl ConfigFile {
         ConfigError { problems: vec![Problem::new(self, Some(span), message.into(), help.into())] }
     }
 
-    /// The place where a span begins, as `FILE:LINE:COLUMN`; both count from 1, columns in
-    /// characters.
+    /// Formats the beginning of a span as `FILE:LINE:COLUMN`. Both numbers count from 1, columns in characters.
     pub fn place(&self, span: &Range<usize>) -> String {
         let (line, column) = self.line_and_column(span.start);
         format!("{}:{line}:{column}", self.path.display())
@@ -65,18 +63,18 @@ impl ConfigFile {
 }
 
 impl ConfigError {
-    /// All findings together, in the order of the file; `None` when there are none.
+    /// Joins the problems of several errors, in the order of the file; `None` if there are none.
     pub fn join(errors: impl IntoIterator<Item = ConfigError>) -> Option<ConfigError> {
         Self::from_problems(errors.into_iter().flat_map(|error| error.problems).collect())
     }
 
-    /// The problems, in the order of the file; at least one.
+    /// Returns the problems, in the order of the file; at least one.
     pub fn problems(&self) -> &[Problem] {
         &self.problems
     }
 
-    /// The whole report: place, underlined text and way out of each problem. Without `terminal`
-    /// it is plain ASCII without colours, one line per message.
+    /// Returns the whole report: place, underlined text and help of each problem. Without `terminal` it is plain ASCII
+    /// without colours, with one line per message.
     pub fn render(&self, terminal: bool) -> String {
         let theme = if terminal { GraphicalTheme::unicode() } else { GraphicalTheme::none() };
         let handler = GraphicalReportHandler::new_themed(theme)
@@ -89,7 +87,7 @@ impl ConfigError {
                 text.push_str(&format!("{problem}\n"));
             }
         }
-        // The file's own text is shown too.
+        // The report also contains text of the file.
         match terminal {
             true => printable_styled(&text),
             false => printable(&text).into_owned(),
@@ -97,12 +95,12 @@ impl ConfigError {
     }
 
     pub(super) fn from_problems(mut problems: Vec<Problem>) -> Option<ConfigError> {
-        // Stable: problems of one place stay in the order in which they were found.
+        // The sort is stable: problems at one place stay in the order in which they were found.
         problems.sort_by_key(|problem| problem.span.as_ref().map(|span| span.start));
         (!problems.is_empty()).then_some(ConfigError { problems })
     }
 
-    /// The file itself could not be read.
+    /// Makes the error for a file that cannot be read.
     pub(super) fn unreadable(path: &Path, cause: &std::io::Error) -> ConfigError {
         let file = ConfigFile { path: path.to_owned(), text: String::new() };
         let message = format!("failed to read the configuration: {cause}");
@@ -119,7 +117,7 @@ impl Problem {
         help: String,
     ) -> Self {
         let span = span.map(|span| visible(&file.text, span));
-        // A plugin may have a say in both.
+        // Both may contain text of a plugin.
         let (message, help) = (printable(&message).into_owned(), printable(&help).into_owned());
         Self { file: Arc::clone(file), span, message, help: (!help.is_empty()).then_some(help) }
     }
@@ -128,17 +126,17 @@ impl Problem {
         self.help.get_or_insert_default().push_str(more);
     }
 
-    /// What is wrong, without the place.
+    /// Returns the message, without the place.
     pub fn message(&self) -> &str {
         &self.message
     }
 
-    /// What to write instead.
+    /// Returns the help: what to write instead.
     pub fn help(&self) -> Option<&str> {
         self.help.as_deref()
     }
 
-    /// `FILE:LINE:COLUMN`, or the file alone when no place in it is to blame.
+    /// Returns `FILE:LINE:COLUMN`, or only the file if the problem has no place in it.
     pub fn place(&self) -> String {
         match &self.span {
             Some(span) => self.file.place(span),
@@ -147,12 +145,12 @@ impl Problem {
     }
 }
 
-/// A span that can be shown: within the text, on character boundaries, on one line, and at least
-/// one character wide where the text has one there.
+/// Adjusts a span so that it can be shown: within the text, at character boundaries, on one line, and at least one
+/// character wide if the line has one there.
 fn visible(text: &str, span: Range<usize>) -> Range<usize> {
     let mut start = span.start.min(text.len());
     if start == text.len() {
-        // The end of the file: the last visible character shows where that is.
+        // At the end of the file: point at the last visible character.
         start = text.trim_end().len().saturating_sub(1);
     }
     while !text.is_char_boundary(start) {
@@ -200,7 +198,7 @@ impl SourceCode for ConfigFile {
         context_lines_after: usize,
     ) -> Result<Box<dyn SpanContents<'a> + 'a>, MietteError> {
         let contents = self.text.read_span(span, context_lines_before, context_lines_after)?;
-        // miette counts columns in bytes, everything that a user sees here counts characters.
+        // miette counts columns in bytes; all places shown to users count characters.
         let (_, column) = self.line_and_column(contents.span().offset());
         Ok(Box::new(MietteSpanContents::new_named(
             self.path.display().to_string(),
@@ -227,7 +225,7 @@ impl fmt::Display for ConfigError {
 
 impl std::error::Error for ConfigError {}
 
-/// For callers that print through miette: the first problem, with the others as related ones.
+/// For callers that print with miette: the first problem, with the others as related ones.
 impl Diagnostic for ConfigError {
     fn help<'a>(&'a self) -> Option<Box<dyn fmt::Display + 'a>> {
         self.problems.first().and_then(Diagnostic::help)
@@ -247,12 +245,12 @@ impl Diagnostic for ConfigError {
     }
 }
 
-/// The candidate that was probably meant, if one is near enough.
+/// Returns the candidate that was probably meant, if one is similar enough.
 pub(crate) fn did_you_mean<'a>(
     written: &str,
     candidates: impl IntoIterator<Item = &'a str>,
 ) -> Option<&'a str> {
-    /// Below this similarity (0 to 1) a guess misleads more often than it helps.
+    /// Below this similarity (0 to 1) a suggestion misleads more often than it helps.
     const SIMILARITY_MIN: f64 = 0.75;
     let written = written.to_lowercase();
     candidates
@@ -263,7 +261,7 @@ pub(crate) fn did_you_mean<'a>(
         .map(|(_, candidate)| candidate)
 }
 
-/// "did you mean `x`?" if something is near, then all candidates after `lead`: the usual way out.
+/// Returns the usual help: "did you mean `x`?" if a candidate is similar, then all candidates after `lead`.
 pub fn suggest(written: &str, lead: &str, candidates: &[&str]) -> String {
     let all: Vec<String> = candidates.iter().map(|name| format!("`{name}`")).collect();
     let all = if all.is_empty() { "none".to_owned() } else { all.join(", ") };
@@ -273,7 +271,7 @@ pub fn suggest(written: &str, lead: &str, candidates: &[&str]) -> String {
     }
 }
 
-/// An error in words, each cause once; of a configuration with its places.
+/// Formats an error with its causes, each once. The error of a configuration is formatted with its places.
 pub fn error_text(error: &anyhow::Error) -> String {
     if let Some(config) = error.downcast_ref::<ConfigError>() {
         return config.render(false);
@@ -281,7 +279,7 @@ pub fn error_text(error: &anyhow::Error) -> String {
     let mut text = error.to_string();
     for cause in error.chain().skip(1) {
         let cause = cause.to_string();
-        // Some errors show their cause in their own text.
+        // Some errors already contain their cause.
         if !text.contains(&cause) {
             text = format!("{text}: {cause}");
         }

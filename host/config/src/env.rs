@@ -1,11 +1,13 @@
-//! `${VAR}` in string values: found after parsing, so that every span still fits the file.
+//! `${VAR}` in string values. It is replaced after parsing, so that every span still fits the file.
 //!
-//! `${VAR}` is replaced by the variable, `${VAR:-text}` by the text when the variable is unset or
-//! empty, `$$` by one `$`. A `$` before anything else stands for itself (regular expressions end
-//! with one). Keys, comments and anything but strings are left alone.
+//! - `${VAR}` becomes the value of the variable.
+//! - `${VAR:-text}` becomes the text if the variable is unset or empty.
+//! - `$$` becomes one `$`. A `$` before any other character stays (regular expressions end with one).
 //!
-//! Variables are for secrets. So what is stored of a stage's configuration is the text as written
-//! ([`StageText`]), and messages about the file show `${VAR}` where they would show its value.
+//! Keys, comments and values that are not strings do not change.
+//!
+//! Variables are for secrets. So a stage's configuration is stored as written ([`StageText`]), and messages about the
+//! file show `${VAR}` where they would show its value.
 
 use std::collections::BTreeSet;
 use std::ops::Range;
@@ -16,40 +18,40 @@ use toml::de::{DeTable, DeValue};
 use super::check::Check;
 use shardmill_core::values::Values;
 
-/// Where variables come from: the process's environment, or a test's map.
+/// Source of variables: the environment of the process, or the map of a test.
 pub type EnvLookup<'a> = &'a dyn Fn(&str) -> Option<String>;
 
-/// Looks a variable up in the environment of this process.
+/// Reads a variable from the environment of this process.
 pub fn environment(name: &str) -> Option<String> {
     std::env::var(name).ok()
 }
 
-/// A stage's configuration as JSON text. Where it has variables, its strings are as the file has them:
-/// with `${NAME}`, and with `$$` for one `$`. So it is stored; the values are not.
+/// Configuration of a stage as JSON text, in the form that is stored. If it has variables, its strings are as in the
+/// file: with `${NAME}`, and with `$$` for one `$`. Values of variables are never stored.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StageText {
     /// The JSON text.
     pub json: String,
-    /// Whether `${NAME}` in it stands for a variable. Otherwise all of it stands for itself.
+    /// Whether `${NAME}` in it stands for a variable. If not, the text is literal.
     pub has_variables: bool,
 }
 
-/// A stage's configuration with its variables replaced.
+/// Configuration of a stage with its variables replaced.
 #[derive(Clone, Debug)]
 pub struct StageValues {
-    /// The JSON text that the plugin gets.
+    /// JSON text that the plugin receives.
     pub json: String,
-    /// The values in it.
+    /// Values that were inserted.
     pub values: Values,
 }
 
 impl StageText {
-    /// A configuration without variables.
+    /// Makes a configuration without variables.
     pub fn plain(json: impl Into<String>) -> Self {
         Self { json: json.into(), has_variables: false }
     }
 
-    /// The configuration of a file: `written` as it has it, `json` with variables replaced.
+    /// Makes the configuration of a file: `written` is as in the file, `json` has its variables replaced.
     pub(super) fn of_file(written: &Value, json: &str) -> Self {
         let mut names = BTreeSet::new();
         each_string(written, &mut |text| names.extend(names_in(text)));
@@ -62,7 +64,7 @@ impl StageText {
     /// Replaces the variables.
     ///
     /// # Errors
-    /// A sentence: which variable is not set, or the text is not a configuration.
+    /// A sentence: a variable is not set, or the text is not a valid configuration.
     pub fn resolve(&self, lookup: EnvLookup) -> Result<StageValues, String> {
         let mut values = Values::default();
         if !self.has_variables {
@@ -90,10 +92,10 @@ impl StageText {
         }
     }
 
-    /// The names of its variables.
+    /// Returns the names of its variables.
     ///
     /// # Errors
-    /// The text is not a configuration.
+    /// The text is not a valid configuration.
     pub fn names(&self) -> Result<BTreeSet<String>, String> {
         let mut names = BTreeSet::new();
         if self.has_variables {
@@ -102,11 +104,11 @@ impl StageText {
         Ok(names)
     }
 
-    /// Gives the configuration for a case of a plugin's tests, where only texts with variables are read as
-    /// such (see [`substitute_set`]).
+    /// Returns the configuration for a case of a plugin's tests, in which only texts with variables are treated as such
+    /// (see [`substitute_set`]).
     ///
     /// # Errors
-    /// The text is not a configuration.
+    /// The text is not a valid configuration.
     pub fn to_case(&self) -> Result<Value, String> {
         let mut config = self.parse()?;
         if self.has_variables {
@@ -118,7 +120,7 @@ impl StageText {
         Ok(config)
     }
 
-    /// Whether a configuration without variables may be this one with values in their places.
+    /// Whether a configuration without variables could result from this one with some values.
     pub fn may_become(&self, json: &str) -> bool {
         let (Ok(written), Ok(found)) = (self.parse(), serde_json::from_str(json)) else {
             return false;
@@ -127,12 +129,11 @@ impl StageText {
     }
 
     fn parse(&self) -> Result<Value, String> {
-        serde_json::from_str(&self.json)
-            .map_err(|error| format!("its configuration cannot be read: {error}"))
+        serde_json::from_str(&self.json).map_err(|error| format!("invalid configuration: {error}"))
     }
 }
 
-/// Whether a value differs from what was written only in strings with variables.
+/// Whether a value differs from the written one only in strings with variables.
 fn may_become(written: &Value, found: &Value) -> bool {
     match (written, found) {
         (Value::String(text), Value::String(found)) => match names_in(text).is_empty() {
@@ -153,9 +154,9 @@ fn may_become(written: &Value, found: &Value) -> bool {
     }
 }
 
-/// The parts of a text around its variables.
+/// Returns the parts of a text between its variables.
 fn fixed_parts(text: &str) -> Option<Vec<String>> {
-    // No file can hold it: TOML has no NUL.
+    // A NUL cannot appear in the text: TOML forbids it.
     let mark = |_: &str| Some("\0".to_owned());
     let marked = substitute(text, &mark, &mut |_, _| {}).ok()?;
     Some(marked.split('\0').map(str::to_owned).collect())
@@ -193,7 +194,7 @@ fn map_strings(value: &mut Value, map: &mut impl FnMut(&str) -> Option<String>) 
     }
 }
 
-/// Replaces the variables of a case's configuration that are set; those that are not stay as they are.
+/// Replaces the variables of a test case's configuration that are set. The others stay.
 pub fn substitute_set(config: &mut Value, lookup: EnvLookup) {
     map_strings(config, &mut |text| match names_in(text).is_empty() {
         true => None,
@@ -201,7 +202,7 @@ pub fn substitute_set(config: &mut Value, lookup: EnvLookup) {
     });
 }
 
-/// The names of the variables in a text; none where it is faulty.
+/// Returns the names of the variables in a text; none if the text is invalid.
 fn names_in(text: &str) -> Vec<String> {
     let names = std::cell::RefCell::new(Vec::new());
     let note = |name: &str| {
@@ -240,7 +241,7 @@ fn substitute_value(value: &mut DeValue, span: Range<usize>, lookup: EnvLookup, 
     }
 }
 
-/// Why a text's variables could not be replaced; `written` is the offending part.
+/// Reason why the variables of a text could not be replaced; `written` is the invalid part.
 #[derive(Debug, PartialEq, Eq)]
 enum EnvError {
     Unset { name: String, written: String },
@@ -258,25 +259,25 @@ impl EnvError {
             ),
             Self::Unclosed { written } => (
                 written,
-                "`${` without its `}`".to_owned(),
+                "missing `}` after `${`".to_owned(),
                 "close it, or write `$${` for the two characters themselves".to_owned(),
             ),
             Self::BadName { name, written } => (
                 written,
-                format!("`{name}` is no name of an environment variable"),
-                "letters, digits and `_`, not starting with a digit; write `$${` for the two \
+                format!("not a valid name of an environment variable: `{name}`"),
+                "use letters, digits and `_`, not starting with a digit; write `$${` for the two \
                  characters themselves"
                     .to_owned(),
             ),
         };
-        // Underline the variable alone where the string's source shows it literally.
+        // Underline only the variable, if it appears literally in the file.
         let at = check.text(&string).find(&written).map(|at| string.start + at);
         let span = at.map_or(string, |start| start..start + written.len());
         check.problem(span, message, help);
     }
 }
 
-/// Replaces the variables of a text; `used` gets the name and the value of each that is set.
+/// Replaces the variables of a text. `used` receives the name and value of each one that is set.
 fn substitute(
     text: &str,
     lookup: EnvLookup,
@@ -306,7 +307,7 @@ fn substitute(
     Ok(replaced)
 }
 
-/// The value of what stands between `${` and `}`.
+/// Returns the value of the text between `${` and `}`.
 fn expand(
     inside: &str,
     written: &str,
@@ -405,7 +406,7 @@ mod tests {
         assert_eq!(kept.names(), Ok(BTreeSet::from(["HOME_2".to_owned()])));
         let unset = text(r#"{"a":"${UNSET}"}"#).resolve(&lookup).expect_err("unset");
         assert!(unset.contains("variable UNSET is not set"), "{unset}");
-        // Without a variable nothing is kept otherwise than before.
+        // Without variables, the text is stored as it always was.
         let plain = StageText::of_file(&serde_json::json!({ "a": "^a$" }), r#"{"a":"^a$"}"#);
         assert_eq!(plain, StageText::plain(r#"{"a":"^a$"}"#));
         assert_eq!(plain.resolve(&lookup).expect("plain").json, r#"{"a":"^a$"}"#);

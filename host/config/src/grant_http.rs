@@ -1,4 +1,4 @@
-//! The hosts of `stage.grant.http`: where a stage's plugin may send requests to, and with what.
+//! The hosts of `stage.grant.http`: where the plugin of a stage may send requests, and with which headers.
 
 use std::fmt;
 use std::ops::RangeInclusive;
@@ -11,11 +11,11 @@ use super::Secret;
 use super::check::Check;
 use super::raw::{RawHeaders, RawHttpHost, Text};
 
-/// The largest body of an answer by default, in bytes. An answer is lifted into the plugin's memory.
+/// Default limit of an answer's body, in bytes. An answer is copied into the plugin's memory.
 pub const RESPONSE_BYTES: usize = 1 << 20;
 const RESPONSE_BYTES_ALLOWED: RangeInclusive<usize> = 1..=(64 << 20);
 
-/// Headers that say how a message travels: they are the host's alone, in grants as in requests.
+/// Headers that control how a message is transferred. Only the host sets them, in grants as in requests.
 const TRAVEL_HEADERS: [&str; 10] = [
     "connection",
     "content-length",
@@ -29,24 +29,24 @@ const TRAVEL_HEADERS: [&str; 10] = [
     "http2-settings",
 ];
 
-/// A host that a stage's plugin may send requests to.
+/// Host to which the plugin of a stage may send requests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct HttpHostConfig {
-    /// The name or literal address as URLs have it: in lower case, IPv6 in brackets.
+    /// Name or address as in a URL: lower case, IPv6 in brackets.
     pub host: String,
-    /// The port; `None`: the scheme's own.
+    /// Port; `None`: the default of the scheme.
     pub port: Option<u16>,
-    /// Headers that the host adds to each request. Names in lower case.
+    /// Headers that the host adds to each request. Names are in lower case.
     pub headers: Vec<(String, Secret)>,
-    /// The methods that a request may have, at least one.
+    /// Allowed methods, at least one.
     pub methods: Vec<HttpMethod>,
-    /// Whether it may have a private address, and be asked without TLS.
+    /// Whether private addresses and requests without TLS are allowed.
     pub private: bool,
-    /// The largest body of an answer, in bytes.
+    /// Largest body of an answer, in bytes.
     pub response_bytes_max: usize,
 }
 
-/// A method that can be granted. CONNECT and TRACE cannot.
+/// Method that can be granted. CONNECT and TRACE cannot.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[allow(missing_docs, reason = "they are named as in RFC 9110")]
 pub enum HttpMethod {
@@ -70,10 +70,10 @@ impl HttpMethod {
         ("OPTIONS", Self::Options),
     ];
 
-    /// What a grant without `methods` allows.
+    /// Methods of a grant without `methods`.
     const DEFAULT: [Self; 3] = [Self::Get, Self::Head, Self::Post];
 
-    /// The method as it is sent.
+    /// Returns the method as it is sent.
     pub fn name(self) -> &'static str {
         Self::ALL.iter().find(|(_, method)| *method == self).map_or("GET", |(name, _)| name)
     }
@@ -85,12 +85,12 @@ impl fmt::Display for HttpMethod {
     }
 }
 
-/// Whether a header says how a message travels; `name` is in lower case.
+/// Whether a header controls the transfer of a message; `name` is in lower case.
 pub fn is_travel_header(name: &str) -> bool {
     TRAVEL_HEADERS.contains(&name) || name.starts_with("proxy-")
 }
 
-/// Reads the hosts of `stage.grant.http`, each with an entry of its own.
+/// Reads the hosts of `stage.grant.http`. Each host may have only one entry.
 pub(super) fn http_hosts(raw: Vec<RawHttpHost>, check: &mut Check) -> Option<Vec<HttpHostConfig>> {
     let mut hosts: Vec<Option<HttpHostConfig>> = Vec::with_capacity(raw.len());
     for raw in raw {
@@ -125,11 +125,11 @@ fn http_host(raw: RawHttpHost, check: &mut Check) -> Option<HttpHostConfig> {
     })
 }
 
-/// Host and port, written as a URL's parser would have them, so that both compare as text.
+/// Reads host and port in the form of a URL parser, so that both can be compared as text.
 fn host(raw: &Spanned<Text>, check: &mut Check) -> Option<(String, Option<u16>)> {
     let text = &raw.get_ref().0;
     let plain = !text.contains(['/', '?', '#', '@', '\\', '*']) && text.trim() == text;
-    // No port is the default of this scheme, so that the parser leaves none out.
+    // The parser drops the port 80, the default of `ws`. So a port that it does not return is taken from the text.
     let parsed = if plain { Url::parse(&format!("ws://{text}")).ok() } else { None };
     let found = parsed.as_ref().and_then(|url| {
         let written = text.rsplit_once(':').and_then(|(_, port)| port.parse::<u16>().ok());
@@ -137,7 +137,7 @@ fn host(raw: &Spanned<Text>, check: &mut Check) -> Option<(String, Option<u16>)>
         Some((url.host_str()?.to_owned(), port))
     });
     if found.is_none() {
-        let message = format!("{text:?} is no host");
+        let message = format!("not a valid host: {text:?}");
         let help = "write \"api.example.com\" or \"api.example.com:8443\", without https:// and \
                     path; each host has an entry of its own";
         check.problem(raw.span(), message, help);
@@ -145,7 +145,7 @@ fn host(raw: &Spanned<Text>, check: &mut Check) -> Option<(String, Option<u16>)>
     found
 }
 
-/// Reads headers that are sent; names become lower case.
+/// Reads headers that are sent; their names become lower case.
 pub fn headers(raw: Option<&RawHeaders>, check: &mut Check) -> Option<Vec<(String, Secret)>> {
     let mut headers = Vec::new();
     let mut sound = true;
@@ -157,10 +157,10 @@ pub fn headers(raw: Option<&RawHeaders>, check: &mut Check) -> Option<Vec<(Strin
             sound = false;
         };
         if HeaderName::from_bytes(lower.as_bytes()).is_err() {
-            let help = "write a header's name, such as authorization";
-            refuse(name.span(), format!("{written:?} is no name of a header"), help);
+            let help = "write the name of a header, such as authorization";
+            refuse(name.span(), format!("not a valid header name: {written:?}"), help);
         } else if is_travel_header(&lower) {
-            let help = "take it out: it says how a message travels, which is the host's affair";
+            let help = "remove it: it controls the transfer of a message, so only the host sets it";
             refuse(name.span(), format!("the header `{lower}` cannot be set"), help);
         } else if headers.iter().any(|(known, _)| *known == lower) {
             refuse(
@@ -169,9 +169,9 @@ pub fn headers(raw: Option<&RawHeaders>, check: &mut Check) -> Option<Vec<(Strin
                 "keep one of the two",
             );
         } else if HeaderValue::from_str(&value.get_ref().0).is_err() {
-            // The value may be a secret: it is not repeated.
+            // The value may be a secret, so it is not repeated.
             let help = "a value is one line of text; does the variable end with a line break?";
-            refuse(value.span(), format!("this cannot be the value of header `{lower}`"), help);
+            refuse(value.span(), format!("invalid value of header `{lower}`"), help);
         } else {
             headers.push((lower, Secret::new(value.get_ref().0.clone())));
         }
@@ -190,7 +190,7 @@ fn methods(
         check.problem(raw.span(), "no method is granted", help);
         return None;
     }
-    let noun = "method that can be granted";
+    let noun = "method for a grant";
     let choose = |method: &Spanned<Text>| {
         check.choice(&Some(method.clone()), noun, HttpMethod::Get, &HttpMethod::ALL)
     };
@@ -212,7 +212,7 @@ mod tests {
         http: Vec<RawHttpHost>,
     }
 
-    /// The hosts of `http = TEXT`.
+    /// Reads the hosts of `http = TEXT`.
     fn hosts(text: &str) -> Result<Vec<HttpHostConfig>, ConfigError> {
         let text = format!("http = {text}");
         let file = Arc::new(ConfigFile { path: "t.toml".into(), text: text.clone() });
@@ -254,7 +254,7 @@ mod tests {
             "a.example?x",
         ] {
             let error = hosts(&format!("[{{ host = {written:?} }}]")).expect_err(written);
-            assert!(error.to_string().contains("is no host"), "{written}: {error}");
+            assert!(error.to_string().contains("not a valid host"), "{written}: {error}");
         }
     }
 
@@ -289,13 +289,13 @@ mod tests {
     fn what_cannot_be_granted_is_named() {
         for (keys, expected) in [
             ("methods = []", "no method is granted"),
-            ("methods = [\"get\"]", "\"get\" is no method that can be granted"),
-            ("methods = [\"CONNECT\"]", "\"CONNECT\" is no method"),
+            ("methods = [\"get\"]", "not a valid method for a grant: \"get\""),
+            ("methods = [\"CONNECT\"]", "not a valid method for a grant: \"CONNECT\""),
             ("headers = { Host = \"x\" }", "the header `host` cannot be set"),
             ("headers = { proxy-authorization = \"x\" }", "`proxy-authorization` cannot be set"),
-            ("headers = { \"a b\" = \"x\" }", "\"a b\" is no name of a header"),
+            ("headers = { \"a b\" = \"x\" }", "not a valid header name: \"a b\""),
             ("headers = { a = \"x\", A = \"y\" }", "the header `a` is set twice"),
-            ("headers = { a = \"hunter2\\n\" }", "this cannot be the value of header `a`"),
+            ("headers = { a = \"hunter2\\n\" }", "invalid value of header `a`"),
             ("response = \"1 GiB\"", "1 GiB is out of range"),
         ] {
             let error = hosts(&format!("[{{ host = \"a.example\", {keys} }}]")).expect_err(keys);

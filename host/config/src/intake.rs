@@ -1,4 +1,4 @@
-//! `[intake]`: the HTTP port that takes events and puts them on the stream.
+//! `[intake]`: the HTTP port that receives events and puts them into the stream.
 
 use toml::Spanned;
 use toml::de::DeValue;
@@ -9,17 +9,17 @@ use super::raw::{RawIntake, Text};
 use super::shape::shaped;
 use super::{IntakeConfig, SourceConfig, SourceKind};
 
-/// What one request may bring: as much as one PutRecords call of the producer.
+/// Default size of a request: what one PutRecords call of the producer takes.
 const BODY_BYTES: usize = 5 << 20;
 const BODY_BYTES_MAX: usize = 1 << 30;
-/// What may be on its way to the stream at once.
+/// Default limit of the bytes that are on their way to the stream.
 const IN_FLIGHT_BYTES: usize = 64 << 20;
 const IN_FLIGHT_BYTES_MAX: usize = 64 << 30;
 const BYTES_MIN: usize = 1 << 10;
-/// Connections at once: as many as a proxy in front keeps open.
+/// Default number of connections: what a proxy in front keeps open.
 const CONNECTIONS: usize = 1_024;
 
-/// Reads `[intake]`, which needs a stream to put on.
+/// Reads `[intake]`, which needs a Kinesis stream as source.
 pub(super) fn read(
     table: Spanned<DeValue<'_>>,
     source: Option<&SourceConfig>,
@@ -29,9 +29,9 @@ pub(super) fn read(
     let raw: RawIntake = shaped(table, check)?;
     if source.is_some_and(|source| !matches!(source.kind, SourceKind::Kinesis(_))) {
         let help = "take the table out, or read a stream: [source] with type = \"kinesis\"";
-        check.problem(span, "an intake has no stream to put events on", help);
+        check.problem(span, "[intake] needs a Kinesis stream as source", help);
     }
-    let why = "it asks nobody who they are, so only loopback is allowed; put a proxy in front";
+    let why = "it does not authenticate clients, so only loopback is allowed; put a proxy in front";
     let listen = check.loopback(&raw.listen, "intake", "127.0.0.1:8080", why);
     let body = check.size(&raw.body, BODY_BYTES, BYTES_MIN..=BODY_BYTES_MAX);
     let in_flight = check.size(&raw.in_flight, IN_FLIGHT_BYTES, BYTES_MIN..=IN_FLIGHT_BYTES_MAX);
@@ -51,7 +51,7 @@ pub(super) fn read(
     })
 }
 
-/// Reads the origins of pages, each as a browser writes it into a request.
+/// Reads the origins of pages, in the form that browsers send.
 fn origins(raw: &[Spanned<Text>], check: &mut Check) -> Option<Vec<String>> {
     let mut origins = Vec::new();
     for text in raw {
@@ -60,12 +60,12 @@ fn origins(raw: &[Spanned<Text>], check: &mut Check) -> Option<Vec<String>> {
             Url::parse(written).ok().filter(|url| matches!(url.scheme(), "http" | "https"));
         let origin = origin.map(|url| url.origin().ascii_serialization());
         match origin {
-            // A path would never be sent.
+            // Browsers never send a path.
             Some(origin) if origin.eq_ignore_ascii_case(written.trim_end_matches('/')) => {
                 origins.push(origin);
             }
             _ => {
-                let message = format!("{written:?} is not an origin");
+                let message = format!("not a valid origin: {written:?}");
                 let help = "write scheme and host, and the port if it is not the scheme's own: \
                             \"https://app.example.com\"";
                 check.problem(text.span(), message, help);

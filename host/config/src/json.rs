@@ -1,6 +1,6 @@
-//! TOML as JSON text: what a plugin is configured with, and what a revision remembers.
+//! Converts TOML to JSON text: the configuration that a plugin receives and that a revision stores.
 //!
-//! Numbers keep every digit. Dates and times become strings, for JSON has none.
+//! Numbers keep every digit. Dates and times become strings, because JSON has none.
 
 use serde_json::{Map, Number, Value};
 use toml::Spanned;
@@ -8,7 +8,7 @@ use toml::de::{DeInteger, DeTable, DeValue};
 
 use super::check::Check;
 
-/// A table as JSON. What JSON cannot say (`inf`, `nan`, integers beyond 64 bits) is a problem and
+/// Converts a table. Values that JSON does not have (`inf`, `nan`, integers beyond 64 bits) are noted as problems and
 /// left out.
 pub(super) fn from_table(table: &DeTable<'_>, check: &mut Check) -> Value {
     let entries = table.iter().filter_map(|(key, value)| {
@@ -32,7 +32,7 @@ fn from_value(value: &Spanned<DeValue<'_>>, check: &mut Check) -> Option<Value> 
     };
     if number.is_none() {
         let message =
-            format!("JSON, as which it is passed on, has no number {}", check.text(&value.span()));
+            format!("the number {} cannot be converted to JSON", check.text(&value.span()));
         check.problem(value.span(), message, "write it in quotes, as text");
     }
     number.map(Value::Number)
@@ -79,7 +79,7 @@ mod tests {
     fn what_json_cannot_say_is_a_problem() {
         for text in ["a = inf", "a = -nan", "a = 18446744073709551616"] {
             let error = json(text).expect_err(text).to_string();
-            assert!(error.starts_with("t.toml:1:5: JSON"), "{error}");
+            assert!(error.starts_with("t.toml:1:5: the number"), "{error}");
         }
     }
 }

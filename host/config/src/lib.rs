@@ -1,14 +1,14 @@
-//! What a pipeline is asked to do: `pipeline.toml`, read and proven.
+//! The configuration of a pipeline: `pipeline.toml`, parsed and validated.
 //!
-//! Two types: `raw` is what TOML can say, [`PipelineConfig`] is what can run; only [`load()`] makes
-//! the second, and everything below the configuration takes only the second. Each error names file,
-//! line and column, underlines the text and says what to write instead.
+//! There are two layers of types: `raw` is what TOML can express, [`PipelineConfig`] is what can run. Only [`load()`]
+//! makes the second, and all other crates take only the second. Each error names file, line and column, underlines the
+//! text and says what to write instead.
 //!
-//! Sink types are not known here. Each is a crate that implements [`SinkType`] and [`SinkSettings`]; the program hands
-//! the list of its types to [`load()`]. A new sink is one folder and one line in that list: the folder reads its own
-//! table with the readers of [`reading`], names its keys for the reference, and makes the sink.
+//! This crate does not know the sink types. Each is a crate that implements [`SinkType`] and [`SinkSettings`]; the
+//! program passes the list of its types to [`load()`]. A new sink is one folder and one line in that list: the folder
+//! reads its own table with the readers of [`reading`], names its keys for the reference, and makes the sink.
 //!
-//! Where a stream is read from the first time is such a value: it is validated here, and nowhere again.
+//! Example of a validated value: the start of a stream that has not been read yet.
 //!
 //! ```
 //! use shardmill_config::parse_start;
@@ -84,48 +84,48 @@ pub use shardmill_core::secret::Secret;
 use shardmill_core::source::StartPosition;
 pub use shardmill_core::values::Values;
 
-/// A pipeline that can run, as far as the file alone can tell.
+/// Pipeline that can run, as far as the file alone shows.
 #[derive(Clone, Debug)]
 pub struct PipelineConfig {
-    /// The file and its text: later checks (plugins, tables) point into it too.
+    /// The file and its text: problems that later checks (plugins, tables) find point into it.
     pub file: Arc<ConfigFile>,
-    /// The pipeline's name: part of every position's key.
+    /// Name of the pipeline: part of the key of every position.
     pub name: PipelineName,
-    /// Where state lives: positions, dead letters, revisions, compiled plugins.
+    /// Folder of the state: positions, dead letters, revisions, compiled plugins.
     pub state_dir: StateDir,
-    /// Where records come from.
+    /// Source of records.
     pub source: SourceConfig,
-    /// The stages, in the order in which records pass them; none: every record goes to every sink as
-    /// it came.
+    /// Stages, in the order in which records pass them. Without stages, every record goes to every sink unchanged.
     pub stages: Vec<StageConfig>,
-    /// The sinks, at least one.
+    /// Sinks, at least one.
     pub sinks: Vec<SinkConfig>,
     /// Sinks that get copies of the dead letters, and nothing else.
     pub dead_letter_sinks: Vec<SinkConfig>,
-    /// Bytes that the store of dead letters may hold; `None`: 10 GiB, or half of the free disk.
+    /// Limit of the store of dead letters, in bytes; `None`: 10 GiB, or half of the free disk.
     pub dead_letters_bytes_max: Option<usize>,
-    /// The tables that plugins may be granted to look rows up in.
+    /// Reference tables that plugins may be granted.
     pub lookups: Vec<LookupConfig>,
-    /// Bytes that all sinks' buffers may hold together.
+    /// Limit of all sinks' buffers together, in bytes.
     pub buffer_bytes_max: usize,
-    /// When more records than this are rejected, the lane blocks.
+    /// Number of rejected records after which the lane blocks.
     pub rejected_max: RejectedMax,
-    /// What to do when a sink stands behind the checkpoint.
+    /// What to do if a sink's position is lower than the checkpoint.
     pub on_position_mismatch: OnPositionMismatch,
     /// Deadlines and pauses.
     pub timing: Timing,
     /// How it is changed while it runs.
     pub reload: ReloadConfig,
-    /// The admin port; `None`: none is opened.
+    /// Admin port; `None`: none is opened.
     pub admin: Option<AdminConfig>,
-    /// The intake; `None`: none is opened.
+    /// Intake; `None`: none is opened.
     pub intake: Option<IntakeConfig>,
-    /// Values of variables in the file: no text of a server or a plugin may show them.
+    /// Values of variables in the file, which no text of a server or plugin may show.
     pub values: Values,
 }
 
 impl PipelineConfig {
-    /// Each sink's name with a digest of its description in the file, which may hold a password.
+    /// Returns the name of each sink with a digest of its table in the file. A digest, because the table may contain a
+    /// password.
     pub fn sink_fingerprints(&self) -> Vec<(SinkName, String)> {
         let digest = |sink: &SinkConfig| {
             shardmill_core::record::Digest::of(sink.fingerprint_json.as_bytes()).to_string()
@@ -133,15 +133,15 @@ impl PipelineConfig {
         self.sinks.iter().map(|sink| (sink.name.value.clone(), digest(sink))).collect()
     }
 
-    /// Limits within which each component compiles that one of the stages takes. A stored component is not known
-    /// to be of one stage: with less, a start could refuse what a swap took.
+    /// Returns compile limits that are large enough for the component of any stage. A stored component is not known to
+    /// belong to a certain stage; with lower limits, a start could refuse what a swap has accepted.
     pub fn compile_limits(&self) -> CompileLimits {
         let limits = self.stages.iter().map(|stage| stage.compile_limits);
         limits.reduce(CompileLimits::larger).unwrap_or_default()
     }
 
-    /// The pipeline that copies dead letters, described by `columns`, to their sinks; `None` when there
-    /// are none. Its state is kept under `state_dir`.
+    /// Returns the pipeline that copies dead letters to their sinks; `None` if there are no such sinks. `columns`
+    /// describes the copies, and its state is stored under `state_dir`.
     pub fn for_dead_letters(&self, state_dir: PathBuf, columns: Vec<Column>) -> Option<Self> {
         if self.dead_letter_sinks.is_empty() {
             return None;
@@ -164,67 +164,67 @@ impl PipelineConfig {
 /// How a pipeline is changed while it runs.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct ReloadConfig {
-    /// Whether changed files are loaded by themselves.
+    /// Whether changed files are loaded automatically.
     pub watch: bool,
-    /// What is kept for trials.
+    /// Limits of the samples for trials.
     pub samples: SampleLimits,
-    /// What a candidate must keep in its trial.
+    /// Limits of a candidate in its trial.
     pub gates: Gates,
-    /// When a new version is undone by itself.
+    /// Limits after which a new version is rolled back.
     pub probation: ProbationLimits,
 }
 
-/// The admin port.
+/// Admin port.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AdminConfig {
-    /// Where it listens.
+    /// Address to listen on.
     pub listen: std::net::SocketAddr,
-    /// The token of requests that change something; `None`: a new one is written for the owner of the process
-    /// at each start.
+    /// Token of requests that change something; `None`: a new one is written to a file of the process's owner at each
+    /// start.
     pub token: Option<Secret>,
-    /// The token that opens `/metrics` and `/status` and nothing else. Once it or `token` is set, both ask for one.
+    /// Token that gives access to `/metrics` and `/status` only. If it or `token` is set, these two need a token.
     pub read_token: Option<Secret>,
-    /// Names under which requests without a token may come, beside addresses and `localhost`.
+    /// Host names under which requests without a token are accepted, besides addresses and `localhost`.
     pub hosts: Vec<String>,
-    /// Connections at once.
+    /// Highest number of connections.
     pub connections_max: usize,
-    /// Of these, connections of one peer that is not on this machine; `None`: any number.
+    /// Highest number of connections of one peer that is not on this machine; `None`: no limit.
     pub per_peer_max: Option<usize>,
 }
 
-/// A configuration file. `${VAR}` is replaced in string values only, after parsing, so spans hold.
+/// Configuration file. `${VAR}` is replaced in string values only, after parsing, so spans stay valid.
 #[derive(Debug)]
 pub struct ConfigFile {
-    /// The path as the user gave it.
+    /// Path as the user gave it.
     pub path: PathBuf,
-    /// Its text as written (spans point into it).
+    /// Text as written; spans point into it.
     pub text: String,
 }
 
-/// A value and where it stands in the file, in bytes.
+/// Value with its place in the file, in bytes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Located<T> {
-    /// The value.
+    /// Value.
     pub value: T,
-    /// Its bytes in [`ConfigFile::text`].
+    /// Bytes of the value in [`ConfigFile::text`].
     pub span: Range<usize>,
 }
 
-/// Where records come from.
+/// Source of records.
 #[derive(Clone, Debug)]
 pub struct SourceConfig {
-    /// What is read.
+    /// Kind of source.
     pub kind: SourceKind,
-    /// How batches are cut.
+    /// Limits of a batch.
     pub batch: BatchLimits,
-    /// The media type of the payloads, when the user declares it: checked against the first stage.
+    /// Media type of the payloads, if declared. It is checked against the first stage.
     pub format: Option<String>,
-    /// The columns of the payloads, where they are known: for pipelines without a stage.
+    /// Columns of the payloads, if known; for pipelines without a stage.
     pub columns: Vec<Column>,
 }
 
 impl SourceConfig {
-    /// What plugins and positions call the stream: its name, or the file's path.
+    /// Returns the name of the stream for plugins and positions: its name, or the path of the file.
     pub fn stream_name(&self) -> String {
         match &self.kind {
             SourceKind::Kinesis(kinesis) => kinesis.stream.value.name.to_string(),
@@ -232,7 +232,7 @@ impl SourceConfig {
         }
     }
 
-    /// The Kinesis stream, if that is what is read.
+    /// Returns the Kinesis stream, if the source is one.
     pub fn kinesis(&self) -> Option<&KinesisConfig> {
         match &self.kind {
             SourceKind::Kinesis(kinesis) => Some(kinesis),
@@ -241,7 +241,7 @@ impl SourceConfig {
     }
 }
 
-/// What is read.
+/// Kind of source.
 #[derive(Clone, Debug)]
 #[allow(clippy::large_enum_variant, reason = "there is one per pipeline")]
 pub enum SourceKind {
@@ -251,193 +251,193 @@ pub enum SourceKind {
     File(FileConfig),
 }
 
-/// A Kinesis stream and how it is read.
+/// Kinesis stream, and how it is read.
 #[derive(Clone, Debug)]
 pub struct KinesisConfig {
-    /// The stream.
+    /// Stream.
     pub stream: Located<StreamRef>,
-    /// The server that has it.
+    /// Server of the stream.
     pub server: StreamServer,
-    /// Where a shard without a position starts.
+    /// Start of shards without a position.
     pub start: StartPosition,
-    /// What to do when the stream no longer holds what was not read yet.
+    /// What to do if the stream has dropped records that were not read yet.
     pub on_lost_records: OnLostRecords,
-    /// Create the stream when it does not exist.
+    /// How to create the stream if it does not exist.
     pub create: Option<CreateStream>,
     /// How shards are read.
     pub reader: ReaderKind,
-    /// The most records that one GetRecords call asks for, 1 to 10,000.
+    /// Highest number of records of one GetRecords call, 1 to 10,000.
     pub records_per_call_max: u32,
-    /// The pause between two GetRecords calls of one shard that has nothing new, at least 200 ms
-    /// against AWS (5 calls per second and shard).
+    /// Pause between two GetRecords calls of a shard without new records; at least 200 ms against AWS (which allows 5
+    /// calls per second and shard).
     pub poll_interval: Duration,
 }
 
 /// How shards are read.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ReaderKind {
-    /// By GetRecords: 2 MB/s per shard, shared by all who poll.
+    /// With GetRecords: 2 MB/s per shard, shared by all readers that poll.
     Polling,
-    /// By SubscribeToShard: 2 MB/s per shard and consumer, pushed.
+    /// With SubscribeToShard: 2 MB/s per shard and consumer, pushed.
     FanOut {
-        /// The consumer's name; it is registered if it is not there.
+        /// Name of the consumer, which is registered if it does not exist.
         consumer: String,
     },
 }
 
-/// What to do when the stream no longer holds records that were not read yet.
+/// What to do if the stream has dropped records that were not read yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnLostRecords {
     /// Stop with an error: a person must decide.
     Stop,
-    /// Go on with the oldest record that there is; the loss is told and counted.
+    /// Go on at the oldest record; the loss is logged and counted.
     Continue,
 }
 
-/// The server that has a stream, and as whom it is asked.
+/// Server of a stream, and the identity for requests to it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct StreamServer {
-    /// Where it is.
+    /// Address of the server.
     pub endpoint: Endpoint,
-    /// The AWS region; `None`: that of the ARN, or the standard chain.
+    /// AWS region; `None`: that of the ARN, or of the standard chain.
     pub region: Option<String>,
-    /// The role to assume, of this account or another.
+    /// Role to assume, of this account or another.
     pub assume_role: Option<AssumeRole>,
 }
 
-/// A role to assume.
+/// Role to assume.
 ///
 /// Source: AWS STS API reference, AssumeRole.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AssumeRole {
-    /// The role's ARN.
+    /// ARN of the role.
     pub arn: String,
-    /// What the role's trust policy asks for, if it does.
+    /// External id, if the role's trust policy requires one.
     pub external_id: Option<String>,
-    /// The session's name, as it shows in the account's logs.
+    /// Name of the session, as shown in the account's logs.
     pub session_name: String,
 }
 
-/// The lines of a file, or of standard input.
+/// Lines of a file or of standard input.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct FileConfig {
-    /// The file; `-` is standard input.
+    /// File; `-` is standard input.
     pub path: PathBuf,
-    /// Where a record ends.
+    /// How the file is cut into records.
     pub cut: FileCut,
-    /// Records to leave out at the beginning.
+    /// Number of records to skip at the beginning.
     pub skip_lines: u64,
 }
 
-/// Where the records of a file end.
+/// How a file is cut into records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FileCut {
     /// At each line break.
     Lines,
-    /// At each line break outside quotes, as RFC 4180 says. A quote opens a field behind the delimiter;
-    /// `None`: behind any of those that are usual.
+    /// At each line break outside quotes (RFC 4180). A quote opens a field after the delimiter; `None`: after any of
+    /// the usual delimiters.
     Csv {
-        /// The byte between two fields.
+        /// Byte between two fields.
         delimiter: Option<u8>,
     },
 }
 
-/// The HTTP port that takes events and puts them on the stream.
+/// HTTP port that receives events and puts them into the stream.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct IntakeConfig {
-    /// Where it listens.
+    /// Address to listen on.
     pub listen: std::net::SocketAddr,
-    /// The largest request body, in bytes.
+    /// Largest request body, in bytes.
     pub body_bytes_max: usize,
-    /// Bytes of all requests whose records the stream does not have yet; beyond: 429.
+    /// Limit of the bytes of all requests whose records are not in the stream yet; above it, requests get 429.
     pub in_flight_bytes_max: usize,
-    /// The JSON member that is the partition key; `None`: the header, or at random.
+    /// JSON member that contains the partition key; `None`: the header, or a random key.
     pub key_member: Option<String>,
-    /// Origins of the pages in browsers that may send events.
+    /// Origins of the web pages that may send events.
     pub origins: Vec<String>,
-    /// Connections at once.
+    /// Highest number of connections.
     pub connections_max: usize,
 }
 
-/// The server that speaks the Kinesis API.
+/// Server with the Kinesis API.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Endpoint {
     /// AWS, by the standard chain.
     Aws,
-    /// The embedded stream: ours on loopback.
+    /// Embedded stream, on loopback.
     Embedded,
     /// Another server.
     Url(url::Url),
 }
 
-/// How to create a stream that is missing.
+/// How to create a missing stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CreateStream {
-    /// Its number of shards, at least 1.
+    /// Number of shards, at least 1.
     pub shards: u32,
     /// How long to wait until it is ACTIVE.
     pub wait_max: Duration,
 }
 
-/// A batch is cut at the first of these.
+/// Limits of a batch: it is cut at the first one that is reached.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct BatchLimits {
     /// Records, at least 1.
     pub records_max: usize,
-    /// Payload bytes; one larger record travels alone.
+    /// Payload bytes. A larger record gets a batch of its own.
     pub bytes_max: usize,
 }
 
 impl Default for BatchLimits {
-    /// 1,024 records and 256 KiB: they make the fixed cost of a plugin's call vanish.
+    /// 1,024 records and 256 KiB: with these the fixed cost of a plugin call is negligible.
     fn default() -> Self {
         Self { records_max: 1_024, bytes_max: 256 << 10 }
     }
 }
 
-/// One plugin in the path.
+/// Stage: one plugin and its settings.
 #[derive(Clone, Debug)]
 pub struct StageConfig {
-    /// Its name, unique in the pipeline.
+    /// Name, unique in the pipeline.
     pub name: Located<StageName>,
-    /// The component's file, absolute or relative to the configuration file (already joined).
+    /// File of the component, absolute or already joined with the folder of the configuration file.
     pub plugin: Located<PathBuf>,
-    /// The digest that the file must have, 64 lower-case hex digits.
+    /// Expected digest of the file, 64 lower-case hex digits.
     pub sha256: Option<Located<String>>,
-    /// `[stage.config]` as JSON text, with today's values of its variables. It is never stored.
+    /// `[stage.config]` as JSON text, with the current values of its variables. It is never stored.
     pub config_json: String,
-    /// The same as the file has it, which is what is stored.
+    /// The same as written in the file; this form is stored.
     pub config_text: StageText,
-    /// What its plugin may ask of the host.
+    /// Capabilities that its plugin may use.
     pub grants: Grants,
-    /// The hosts that its plugin may send requests to, for `http`. No part of the revision: they
-    /// hold secrets.
+    /// Hosts to which its plugin may send requests (`http`). They are not part of the revision, because they contain
+    /// secrets.
     pub http_hosts: Vec<HttpHostConfig>,
-    /// What one batch may use.
+    /// Limits of one call.
     pub limits: StageLimits,
-    /// What compiling its plugin may use.
+    /// Limits of compiling its plugin.
     pub compile_limits: CompileLimits,
-    /// Which route goes to which sinks. A route bound to no sink (`[]`) is dropped on purpose.
+    /// Sinks of each route. A route without a sink (`[]`) is dropped on purpose.
     pub routes: BTreeMap<RouteName, BoundSinks>,
-    /// Where the stage's table begins, for errors about what is missing in it.
+    /// Where the stage's table begins, for problems about missing keys.
     pub span: Range<usize>,
 }
 
-/// The sinks of one route, with the places in the file.
+/// Sinks of one route, with their places in the file.
 #[derive(Clone, Debug)]
 pub struct BoundSinks {
-    /// The route's key in the file.
+    /// Place of the route's key.
     pub key_span: Range<usize>,
-    /// The sinks, each existing.
+    /// Sinks; all exist.
     pub sinks: Vec<Located<SinkName>>,
 }
 
-/// What a stage's plugin may ask of the host; part of the revision.
+/// Capabilities that a stage's plugin may use. They are part of the revision.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Grants {
-    /// The capabilities.
+    /// Capabilities.
     pub capabilities: BTreeSet<Capability>,
-    /// The reference tables, for `lookup`.
+    /// Reference tables, for `lookup`.
     #[serde(default, skip_serializing_if = "BTreeSet::is_empty")]
     pub lookups: BTreeSet<LookupName>,
 }
@@ -449,13 +449,13 @@ impl Grants {
     }
 }
 
-/// What to do when a sink stands behind the checkpoint.
+/// What to do if a sink's position is lower than the checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnPositionMismatch {
-    /// Stop, name both, name the choices.
+    /// Stop, and name both positions and the choices.
     Stop,
-    /// Believe the sink: start there.
+    /// Start at the sink's position.
     Sink,
-    /// Believe the checkpoint: start there.
+    /// Start at the checkpoint.
     Checkpoint,
 }

@@ -1,22 +1,22 @@
-//! What a stage may use, and when a lane gives up; with the defaults.
+//! Limits of stages, and limits after which a lane blocks or a version is rolled back; with the defaults.
 
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
-/// What compiling a plugin may use: a component is input too, and some compile for hours.
+/// Limits of compiling a plugin. A component is untrusted input, and some would compile for hours.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct CompileLimits {
     /// Wall time.
     pub time_max: Duration,
-    /// Memory of the process that compiles, in bytes.
+    /// Memory of the compiling process, in bytes.
     pub memory_bytes_max: usize,
-    /// The component itself, in bytes.
+    /// Size of the component, in bytes.
     pub component_bytes_max: usize,
 }
 
 impl CompileLimits {
-    /// The larger of each limit.
+    /// Returns the larger value of each limit.
     pub(super) fn larger(self, other: Self) -> Self {
         Self {
             time_max: self.time_max.max(other.time_max),
@@ -36,52 +36,52 @@ impl Default for CompileLimits {
     }
 }
 
-/// The CPU time that `configure` may take by itself, in milliseconds: it runs once per instance.
+/// Default CPU time of `configure`, in milliseconds. It runs once per instance.
 pub(crate) const CONFIGURE_MS_MAX: u64 = 10_000;
 
-/// What one call of a plugin may use. Going over is the failure of the guilty record.
+/// Limits of one call of a plugin. If a call exceeds one, the culprit record is searched and rejected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 #[serde(default)]
 pub struct StageLimits {
-    /// The plugin's CPU time in one call with a whole batch, in milliseconds.
+    /// CPU time of one call with a whole batch, in milliseconds.
     pub batch_ms_max: u64,
-    /// The plugin's CPU time in one call with one record, in milliseconds.
+    /// CPU time of one call with one record, in milliseconds.
     pub record_ms_max: u64,
-    /// Wall time of each call of the host, in milliseconds; `None`: as much as the CPU time of the plugin's
-    /// call that makes it. Left out of a stored revision where it is not set: its id stays.
+    /// Wall time of each host call, in milliseconds; `None`: as long as the CPU time of the plugin call that makes it.
+    /// If it is not set, a stored revision does not contain it, so that the id of the revision does not change.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host_ms_max: Option<u64>,
-    /// The plugin's CPU time in `configure`, in milliseconds; `None`: [`CONFIGURE_MS_MAX`]. Left out as above.
+    /// CPU time of `configure`, in milliseconds; `None`: [`CONFIGURE_MS_MAX`]. Not stored if not set, as above.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub configure_ms_max: Option<u64>,
-    /// Linear memory of all the instance's memories, in bytes.
+    /// Linear memory of all memories of the instance together, in bytes.
     pub memory_bytes_max: usize,
-    /// Elements of all the instance's tables.
+    /// Elements of all tables of the instance together.
     pub table_elements_max: usize,
-    /// Bytes that one call may hand back.
+    /// Bytes that one call may return.
     pub output_bytes_max: usize,
     /// How long a failure that the plugin calls retryable is tried again, in milliseconds.
     pub retry_ms_max: u64,
     /// Outputs per record of a call, on average.
     pub outputs_per_record_max: usize,
-    /// Log lines that all instances of the stage together may write in a second.
+    /// Log lines per second of all instances of the stage together.
     pub log_lines_per_s_max: u32,
 }
 
 impl StageLimits {
-    /// The CPU time of `configure`, in milliseconds.
+    /// Returns the CPU time of `configure`, in milliseconds.
     pub fn configure_ms(&self) -> u64 {
         self.configure_ms_max.unwrap_or(CONFIGURE_MS_MAX)
     }
 
-    /// Bytes that the outcome of a call may hold, and that of all calls of a search together. Outputs cost the
-    /// host more than their bytes, so that an answer may be larger here than it was in the plugin's memory: it
-    /// may not be more than that memory could be.
+    /// Returns the highest number of bytes of a call's outcome, and of the outcomes of all calls of a search together.
+    /// An output takes more memory in the host than its bytes, so an answer may be larger here than in the plugin. It
+    /// may not be larger than the plugin's memory could be.
     pub fn answer_bytes_max(&self) -> usize {
         self.output_bytes_max.min(self.memory_bytes_max)
     }
 
-    /// The key that sets it.
+    /// Returns the key that sets this limit.
     pub fn answer_bound(&self) -> &'static str {
         match self.output_bytes_max <= self.memory_bytes_max {
             true => "limits.output",
@@ -89,14 +89,14 @@ impl StageLimits {
         }
     }
 
-    /// The wall time of a call of the host that the plugin makes within a call of `call_ms`, in milliseconds.
-    /// Without a limit of its own, at least as much as one record has alone: the plugin may reject a record
-    /// for a call of the host that failed, in a hasty piece of a search too.
+    /// Returns the wall time of a host call inside a plugin call of `call_ms`, in milliseconds. Without an explicit
+    /// limit it is at least the time of a single record: a plugin may reject a record because a host call failed, also
+    /// in a short call of a search, and would then reject it only because the call was short.
     pub fn host_ms(&self, call_ms: u64) -> u64 {
         self.host_ms_max.unwrap_or_else(|| call_ms.max(self.call_ms_max(1)))
     }
 
-    /// The CPU time of one call with `records` records, in milliseconds.
+    /// Returns the CPU time of one call with `records` records, in milliseconds.
     pub fn call_ms_max(&self, records: usize) -> u64 {
         self.batch_ms_max.min(self.record_ms_max.saturating_mul(records as u64)).max(1)
     }
@@ -119,19 +119,19 @@ impl Default for StageLimits {
     }
 }
 
-/// What is kept of what entered each stage of late, for trials.
+/// Limits of the recent inputs of each stage that are kept for trials.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct SampleLimits {
     /// Batches of one stage.
     pub batches_max: usize,
     /// Bytes of one stage.
     pub bytes_max: usize,
-    /// How old a batch may become.
+    /// Highest age of a batch.
     pub age_max: Duration,
 }
 
 impl SampleLimits {
-    /// Nothing is kept.
+    /// Keeps nothing.
     pub const NONE: Self = Self { batches_max: 0, bytes_max: 0, age_max: Duration::ZERO };
 }
 
@@ -141,16 +141,16 @@ impl Default for SampleLimits {
     }
 }
 
-/// When a new version of a plugin is undone by itself.
+/// Limits after which a new version of a plugin is rolled back automatically.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProbationLimits {
-    /// For how long it is watched; zero: not at all.
+    /// How long it is watched; zero: not at all.
     pub window: Duration,
-    /// Calls that may trap or go over a limit.
+    /// Calls that may trap or exceed a limit.
     pub traps_max: u64,
-    /// Of 100 records, how many more it may reject than the version before.
+    /// Increase of the rejected records that is allowed, in percent of the records.
     pub rejected_percent_max: u32,
-    /// How many times as long as the version before it may take per record.
+    /// Increase of the time per record that is allowed, as a factor.
     pub slower_max: u32,
 }
 
@@ -161,7 +161,7 @@ impl Default for ProbationLimits {
     }
 }
 
-/// When a lane blocks instead of filling the dead letters.
+/// Limits after which a lane blocks, so that a broken plugin does not turn the whole stream into dead letters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RejectedMax {
     /// Rejected records among the last 1,000.

@@ -1,5 +1,5 @@
-//! From a file to a [`PipelineConfig`]: parse, replace variables, read each table, check that
-//! the tables fit together.
+//! Turns a file into a [`PipelineConfig`]: parses it, replaces variables, reads each table, and checks that the tables
+//! fit together.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -19,7 +19,7 @@ use super::{
 };
 use shardmill_core::record::PipelineName;
 
-/// The tables of a file.
+/// Tables of the file.
 const TABLES: [&str; 10] = [
     "pipeline",
     "source",
@@ -33,28 +33,28 @@ const TABLES: [&str; 10] = [
     "intake",
 ];
 
-/// The default of `buffer`: the largest commit by default has 64 MiB of payload in up to 100,000 rows, each
-/// of which holds some 360 bytes beside it. With less, one shard's objects would be cut before they are full.
+/// Default of `buffer`. The largest default commit has 64 MiB of payload in up to 100,000 rows, each with about 360
+/// bytes of overhead. With less, the objects of one shard would be cut before they are full.
 pub const BUFFER_BYTES: usize = 100 << 20;
-/// The range of `buffer`: below it, hardly one batch fits; above it, no machine.
+/// Range of `buffer`: a smaller one hardly holds one batch, a larger one exceeds any machine.
 const BUFFER_BYTES_MIN: usize = 1 << 20;
 const BUFFER_BYTES_MAX: usize = 64 << 30;
-/// Connections of the admin port, and those of one peer that is not on this machine.
+/// Connections of the admin port, in all and of one peer that is not on this machine.
 const ADMIN_CONNECTIONS: usize = 128;
 const CONNECTIONS_PER_PEER: usize = 32;
-/// 0: any number.
+/// 0: no limit.
 const PER_PEER_ALLOWED: std::ops::RangeInclusive<u64> = 0..=65_536;
-/// The range of `dead_letters.bytes`: below it, hardly one dead letter fits.
+/// Range of `dead_letters.bytes`: a smaller one hardly holds one dead letter.
 const DEAD_LETTERS_BYTES_MIN: usize = 1 << 20;
 const DEAD_LETTERS_BYTES_MAX: usize = 1 << 50;
 
-/// Reads and validates a configuration file; `types` are the sink types that it may name, `lookup` is where `${VAR}`
-/// comes from.
+/// Reads and validates a configuration file. `types` are the sink types that it may use; `lookup` is the source of
+/// `${VAR}`.
 ///
-/// Relative paths in it are relative to its folder.
+/// Relative paths in it start at its folder.
 ///
 /// # Errors
-/// Everything that the file alone shows to be wrong, each with its place and a way out.
+/// All problems that the file alone shows, each with its place and a help text.
 pub fn load(
     path: &Path,
     types: &SinkTypes,
@@ -65,11 +65,11 @@ pub fn load(
     parse(path, text, types, lookup)
 }
 
-/// Proves a configuration that is at hand as text; `path` is what errors name, and its folder is
-/// what relative paths start from.
+/// Validates a configuration that is given as text. `path` appears in errors, and its folder is where relative paths
+/// start.
 ///
 /// # Errors
-/// As [`load`].
+/// As for [`load`].
 pub fn parse(
     path: impl Into<PathBuf>,
     text: impl Into<String>,
@@ -96,7 +96,7 @@ fn read(
                 "duplicate key" => "keep one of the two",
                 _ => "check the quotes, brackets and commas here and on the line before",
             };
-            check.problem(span, format!("this is no TOML: {}", error.message()), help);
+            check.problem(span, format!("invalid TOML: {}", error.message()), help);
             return None;
         }
     };
@@ -104,7 +104,7 @@ fn read(
     let stage_texts = stage::written(&root, file);
     substitute_table(&mut root, variables, check);
     if check.failed() {
-        return None; // What an unset variable would have said is anyone's guess.
+        return None; // The value of an unset variable is unknown, so later errors could be wrong.
     }
     let base = file.path.parent().unwrap_or(Path::new(""));
     let sections = Sections::split(root, check);
@@ -184,7 +184,7 @@ fn read(
     })
 }
 
-/// The file's tables, each to be read on its own: one with an error does not hide the next.
+/// Tables of the file, each read separately, so that an error in one does not hide errors in the next.
 struct Sections<'i> {
     pipeline: Option<Spanned<DeValue<'i>>>,
     source: Option<Spanned<DeValue<'i>>>,
@@ -203,7 +203,7 @@ impl<'i> Sections<'i> {
         let sections = Self {
             pipeline: required(&mut root, "[pipeline]", "name = \"cars\"", check),
             source: required(&mut root, "[source]", "type = \"kinesis\"", check),
-            // Without a stage, records go to the sinks as they came.
+            // Without a stage, records go to the sinks unchanged.
             stages: match root.contains_key("stage") {
                 true => tables(&mut root, "[[stage]]", "plugin = \"decode.wasm\"", check),
                 false => Vec::new(),
@@ -221,7 +221,7 @@ impl<'i> Sections<'i> {
         };
         for key in root.keys() {
             let name = key.get_ref();
-            let message = format!("there is no table or top-level key `{name}`");
+            let message = format!("unknown table or top-level key `{name}`");
             check.problem(key.span(), message, suggest(name, "allowed", &TABLES));
         }
         sections
@@ -236,13 +236,13 @@ fn required<'i>(
 ) -> Option<Spanned<DeValue<'i>>> {
     let table = root.remove(header.trim_matches(['[', ']']));
     if table.is_none() {
-        let help = format!("add {header} with {example} and what else belongs to it");
+        let help = format!("add {header} with {example} and its other keys");
         check.problem(0..0, format!("the table {header} is missing"), help);
     }
     table
 }
 
-/// The elements of `[[header]]`, at least one.
+/// Returns the elements of `[[header]]`, at least one.
 fn tables<'i>(
     root: &mut DeTable<'i>,
     header: &str,
@@ -254,18 +254,18 @@ fn tables<'i>(
     match value.into_inner() {
         DeValue::Array(values) if !values.is_empty() => values.into_iter().collect(),
         DeValue::Array(_) => {
-            check.problem(span, format!("there is no {header}"), "add at least one");
+            check.problem(span, format!("the list {header} is empty"), "add at least one");
             Vec::new()
         }
         _ => {
             let help = format!("write {header}, with two brackets: there may be several");
-            check.problem(span, format!("{header} is a list of tables"), help);
+            check.problem(span, format!("expected a list of tables for {header}"), help);
             Vec::new()
         }
     }
 }
 
-/// What `[pipeline]` says.
+/// Values of `[pipeline]`.
 struct Pipeline {
     name: PipelineName,
     state_dir: PathBuf,
@@ -287,7 +287,7 @@ fn pipeline(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<Pipeline> 
     let in_a_row = check.count(&raw.rejected_in_a_row, default.in_a_row, 0..=1_000_000);
     let on_position_mismatch = check.choice(
         &raw.on_position_mismatch,
-        "answer to a position mismatch",
+        "value of `on_position_mismatch`",
         OnPositionMismatch::Stop,
         &[
             ("stop", OnPositionMismatch::Stop),
@@ -315,7 +315,7 @@ fn admin(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<AdminConfig> 
     if let (Some(own), Some(read), Some(at)) = (&own, &read, &raw.read_token)
         && own == read
     {
-        let help = "choose another one, so that who may read the metrics cannot change what runs";
+        let help = "choose another one, so that a client with `read_token` cannot change what runs";
         check.problem(at.span(), "`read_token` is the same as `token`", help);
         return None;
     }
@@ -324,8 +324,7 @@ fn admin(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<AdminConfig> 
         None => Some(([127, 0, 0, 1], 9901).into()),
         Some(listen) if is_guarded => check.address(&listen, "127.0.0.1:9901"),
         Some(listen) => {
-            let why = "add `token = \"${ADMIN_TOKEN}\"`, which requests must bring then, or listen on \
-                       loopback";
+            let why = "add `token = \"${ADMIN_TOKEN}\"`, which requests must then send, or listen on loopback";
             check.loopback(&listen, "admin", "127.0.0.1:9901", why)
         }
     };
@@ -342,7 +341,7 @@ fn admin(table: Spanned<DeValue<'_>>, check: &mut Check) -> Option<AdminConfig> 
     })
 }
 
-/// Reads names of hosts, without scheme and port.
+/// Reads host names, without scheme and port.
 fn host_names(raw: &[Spanned<Text>], check: &mut Check) -> Option<Vec<String>> {
     let mut names = Vec::new();
     for text in raw {
@@ -352,9 +351,9 @@ fn host_names(raw: &[Spanned<Text>], check: &mut Check) -> Option<Vec<String>> {
         match is_name && written.parse::<std::net::IpAddr>().is_err() {
             true => names.push(written.trim_end_matches('.').to_ascii_lowercase()),
             false => {
-                let help = "write a name alone, without scheme, port and wildcard: \
+                let help = "write only the name, without scheme, port and wildcard: \
                             \"mill.example.com\"; addresses and localhost need no entry";
-                check.problem(text.span(), format!("{written:?} is not the name of a host"), help);
+                check.problem(text.span(), format!("not a valid host name: {written:?}"), help);
             }
         }
     }

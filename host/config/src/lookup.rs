@@ -1,4 +1,4 @@
-//! `[[lookup]]`: a query that finds rows of a reference table by key, and how long they are kept.
+//! `[[lookup]]`: a query that finds rows of a reference table by key, and the cache of its answers.
 
 use std::collections::BTreeMap;
 use std::ops::{Range, RangeInclusive};
@@ -15,50 +15,50 @@ use super::{Located, Secret};
 use shardmill_core::record::LookupName;
 use shardmill_pg::PostgresServer;
 
-/// A query waits within a plugin's call, whose time per batch is 2 s by default.
+/// Default timeout. A query runs inside a plugin's call, which may take 2 s per batch by default.
 const TIMEOUT: Duration = Duration::from_secs(1);
 const TIMEOUTS: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(60);
 
-/// An entry may take up most of a cache, but not all of it.
+/// One entry may take most of a cache, but not all of it.
 const ENTRIES: RangeInclusive<u64> = 10..=100_000_000;
 const BYTES: RangeInclusive<usize> = (1 << 10)..=(64 << 30);
-/// 0: nothing is kept.
+/// 0: no answer is cached.
 const TTLS: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(30 * 86_400);
 
-/// A reference table, as a query that finds its rows by key.
+/// Reference table, as a query that finds its rows by key.
 #[derive(Clone, Debug)]
 pub struct LookupConfig {
-    /// Its name, unique among lookups.
+    /// Name, unique among lookups.
     pub name: Located<LookupName>,
-    /// Where the table is.
+    /// Database of the table.
     pub source: LookupSource,
-    /// The query. Its one parameter is the keys, its first column the key of each row.
+    /// Query. Its only parameter is the list of keys; its first column is the key of each row.
     pub query: Located<String>,
-    /// How long one query may take.
+    /// Longest time of one query.
     pub timeout: Duration,
-    /// What is kept of its answers.
+    /// Limits of the cache of answers.
     pub cache: LookupCacheLimits,
     /// Where the lookup's table begins in the file.
     pub span: Range<usize>,
 }
 
-/// The databases that rows can be looked up in.
+/// Database in which rows can be looked up.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum LookupSource {
-    /// PostgreSQL, by a connection string.
+    /// PostgreSQL, as a connection string.
     Postgres(Secret),
-    /// A SQLite file; the path is joined with the configuration's folder.
+    /// SQLite file; the path is joined with the configuration's folder.
     Sqlite(PathBuf),
 }
 
-/// What the cache of a lookup may hold, keys without a row included.
+/// Limits of a lookup's cache. Keys without a row count, too.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct LookupCacheLimits {
     /// Keys.
     pub entries_max: usize,
-    /// Bytes of keys, rows and what keeping them costs.
+    /// Bytes of keys and rows, with the overhead of the cache.
     pub bytes_max: usize,
-    /// How old an answer may be.
+    /// Longest age of an answer.
     pub ttl: Duration,
 }
 
@@ -68,7 +68,7 @@ impl Default for LookupCacheLimits {
     }
 }
 
-/// Reads one `[[lookup]]`; `base` is the folder that a SQLite path starts from.
+/// Reads one `[[lookup]]`. Relative SQLite paths start at `base`.
 pub(super) fn read(
     table: Spanned<DeValue<'_>>,
     base: &Path,
@@ -91,7 +91,7 @@ pub(super) fn read(
     })
 }
 
-/// A plugin asks by name: each has a name of its own.
+/// Checks that the names of all lookups differ, because plugins ask by name.
 pub(super) fn check_unique(lookups: &[LookupConfig], check: &mut Check) {
     let mut seen: BTreeMap<&str, &Range<usize>> = BTreeMap::new();
     for LookupConfig { name, .. } in lookups {
@@ -100,7 +100,7 @@ pub(super) fn check_unique(lookups: &[LookupConfig], check: &mut Check) {
                 "it is first used at {}; each lookup needs a name of its own",
                 check.place(first)
             );
-            let message = format!("the name `{}` is taken", name.value);
+            let message = format!("the name `{}` is used twice", name.value);
             check.problem(name.span.clone(), message, help);
         }
     }
@@ -111,9 +111,9 @@ fn source(raw: &Spanned<Text>, base: &Path, check: &mut Check) -> Option<LookupS
     if let Some(path) = text.strip_prefix("sqlite:") {
         return sqlite(path, raw.span(), base, check);
     }
-    // A string such as "host=… dbname=…" would do as well; one form is enough to explain.
+    // A string such as "host=… dbname=…" would work too, but one form is enough to explain.
     if !text.starts_with("postgres://") && !text.starts_with("postgresql://") {
-        let message = "this names no database that rows can be looked up in";
+        let message = "unsupported database: expected PostgreSQL or SQLite";
         let help = "write \"postgres://user:${PGPASSWORD}@host:5432/database\" or \
                     \"sqlite:data/customers.db\"";
         check.problem(raw.span(), message, help);
@@ -128,15 +128,15 @@ fn source(raw: &Spanned<Text>, base: &Path, check: &mut Check) -> Option<LookupS
 }
 
 fn sqlite(path: &str, span: Range<usize>, base: &Path, check: &mut Check) -> Option<LookupSource> {
-    // `sqlite://data/x.db` could be read in two ways: as a host `data`, or as a path.
+    // `sqlite://data/x.db` is ambiguous: `data` could be a host or a part of the path.
     if path.starts_with("//") && !path.starts_with("///") {
         let help = "write \"sqlite:data/customers.db\", or \"sqlite:/srv/customers.db\"";
-        check.problem(span, "a sqlite: URL has no host", help);
+        check.problem(span, "invalid sqlite: URL, found a host", help);
         return None;
     }
     if path.is_empty() || path.starts_with(":memory:") {
         let help = "name a file that exists, such as \"sqlite:data/customers.db\"";
-        check.problem(span, "a lookup reads a database file", help);
+        check.problem(span, "missing database file: a lookup reads an existing one", help);
         return None;
     }
     let path = path.strip_prefix("//").unwrap_or(path);

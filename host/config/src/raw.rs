@@ -1,9 +1,9 @@
-//! What TOML can say: the shape of each table, before its values are proven.
+//! The shape of each table in TOML, before its values are validated.
 //!
-//! Each sink type has the shape of its own table in its own crate, made of the values here.
+//! Each sink type has the shape of its own table in its own crate, made of the value types of this module.
 //!
-//! Every value keeps its place. Values that need a unit or a closer look stay text here;
-//! `source`, `stage` and `sink` beside this file turn them into [`super::PipelineConfig`].
+//! Every value keeps its place. Values with a unit, or with a syntax of their own, stay text here; the modules
+//! `source`, `stage` and `sink` turn them into [`super::PipelineConfig`].
 
 use std::collections::BTreeMap;
 use std::fmt;
@@ -12,7 +12,7 @@ use serde::de::{Deserializer, Error, Unexpected, Visitor};
 use serde::{Deserialize, de::IgnoredAny};
 use toml::Spanned;
 
-/// A value that may be missing.
+/// Optional value.
 pub type Maybe<T> = Option<Spanned<T>>;
 
 /// `[pipeline]`
@@ -131,7 +131,7 @@ pub(super) struct RawStage {
     pub name: Spanned<Text>,
     pub plugin: Spanned<Text>,
     pub sha256: Maybe<Text>,
-    /// Handed to the plugin as JSON, straight from the TOML tree: see `json`.
+    /// Passed to the plugin as JSON, straight from the TOML tree: see `json`.
     #[serde(rename = "config")]
     pub _config: Option<IgnoredAny>,
     pub grant: Option<RawGrant>,
@@ -210,7 +210,7 @@ pub(super) struct RawLookupCache {
     pub ttl: Maybe<DurationText>,
 }
 
-/// One host of `stage.grant.http`
+/// Host in `stage.grant.http`
 #[derive(Deserialize)]
 #[serde(
     deny_unknown_fields,
@@ -276,7 +276,7 @@ pub(super) struct RawAdmin {
     pub connections_per_peer: Maybe<Count>,
 }
 
-/// Declares a TOML string whose error says, in the user's words, what belongs there.
+/// Declares a TOML string type whose error says in the user's words what is expected.
 macro_rules! quoted {
     ($(#[$doc:meta])* $name:ident, $expecting:literal) => {
         $(#[$doc])*
@@ -306,15 +306,15 @@ quoted! {
     Text, "text in quotes"
 }
 quoted! {
-    /// A length of time with its unit.
+    /// Duration with its unit.
     DurationText, "a duration in quotes with its unit, such as \"200 ms\" or \"5 min\""
 }
 quoted! {
-    /// A number of bytes with its unit.
+    /// Number of bytes with its unit.
     Size, "a size in quotes with its unit, such as \"256 KiB\" or \"64 MiB\""
 }
 
-/// A whole number from 0.
+/// Whole number, 0 or more.
 #[derive(Clone, Copy, Debug)]
 pub struct Count(pub u64);
 

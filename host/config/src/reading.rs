@@ -1,9 +1,9 @@
-//! Readers for the tables of sinks, for crates that bring a type.
+//! Readers of sink tables, for crates that implement a sink type.
 //!
-//! A type declares the shape of its table as a struct that serde fills: [`Spanned`] values that must be there,
-//! [`Maybe`] values that need not. Then it reads each value with a method of [`Check`], or with a function here where
-//! several types share it. A reader that returns `None` has noted a problem at the value's place; the type goes on
-//! with the next value, so that one run of the program shows all that is wrong.
+//! A type declares the shape of its table as a struct that serde fills: [`Spanned`] for required values, [`Maybe`] for
+//! optional ones. Then it reads each value with a method of [`Check`], or with a function from here if several types
+//! share it. A reader that returns `None` has noted a problem at the value's place; the type continues with the next
+//! value, so that one run shows all problems.
 
 pub use toml::Spanned;
 

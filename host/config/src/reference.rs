@@ -1,4 +1,4 @@
-//! The reference of sinks: a page of Markdown, made of what the types say.
+//! Reference of sinks: a Markdown page that is made from the descriptions in the sink types.
 
 use std::fmt::Write as _;
 use std::time::Duration;
@@ -6,65 +6,65 @@ use std::time::Duration;
 use super::check::bytes_text;
 use super::{CommitPolicy, Key, KeyDefault, KeyForm, SinkTypes};
 
-/// Keys that sinks of every type have, beside `type`.
+/// Keys that sinks of every type have, besides `type`.
 const COMMON: [Key; 3] = [
     Key {
         name: "name",
         form: KeyForm::Text,
         default: KeyDefault::Required("\"mart\""),
-        about: "The sink's name, unique among stages and sinks: part of the key of its positions.",
+        about: "Name of the sink, unique among stages and sinks: part of the key of its positions.",
     },
     Key {
         name: "renamed_from",
         form: KeyForm::Text,
         default: KeyDefault::None,
-        about: "The name that the sink had before: what is kept under it moves to the new one.",
+        about: "Former name of the sink: the state that is stored under it moves to the new name.",
     },
     Key {
         name: "commit",
         form: KeyForm::Table,
         default: KeyDefault::None,
-        about: "When it commits: the keys below.",
+        about: "Commit policy: the keys below.",
     },
 ];
 
-/// The keys of `[sink.commit]`.
+/// Keys of `[sink.commit]`.
 const COMMIT: [Key; 5] = [
     Key {
         name: "rows",
         form: KeyForm::Number,
         default: KeyDefault::ByType,
-        about: "Commit when one shard has this number of rows in hand.",
+        about: "Commit when one shard has this number of buffered rows.",
     },
     Key {
         name: "bytes",
         form: KeyForm::Size,
         default: KeyDefault::ByType,
-        about: "Commit when the rows that one shard has in hand have this size; at most `buffer` of `[pipeline]`.",
+        about: "Commit when the buffered rows of one shard have this size; at most `buffer` of `[pipeline]`.",
     },
     Key {
         name: "linger",
         form: KeyForm::Duration,
         default: KeyDefault::ByType,
-        about: "Commit when the oldest row has waited for this time.",
+        about: "Commit when the oldest buffered row has this age.",
     },
     Key {
         name: "on_failure",
         form: KeyForm::Text,
         default: KeyDefault::Value("\"block\""),
-        about: "While the sink is out of reach: `block`, its shards wait; `dead-letter`, they go on after a while, and \
-                its rows become dead letters.",
+        about: "What to do while the sink is unreachable: `block`: its shards wait; `dead-letter`: they go on after a \
+                while, and its rows become dead letters.",
     },
     Key {
         name: "give_up_after",
         form: KeyForm::Duration,
         default: KeyDefault::Value("\"5 min\""),
-        about: "With `dead-letter`: how long the sink is waited for.",
+        about: "With `dead-letter`: how long shards wait for the sink.",
     },
 ];
 
 impl SinkTypes {
-    /// The reference of these types: a page of Markdown with a table of keys for each.
+    /// Returns the reference of these types: a Markdown page with a table of keys for each.
     pub fn reference(&self) -> String {
         let mut page = String::from(
             "# Sink types and their keys\n\n\
@@ -75,8 +75,8 @@ impl SinkTypes {
         );
         table(&mut page, &COMMON);
         page.push_str(
-            "\n`[sink.commit]` says when a sink commits, at the first of `rows`, `bytes` and `linger`, and what \
-             follows while it cannot:\n\n",
+            "\n`[sink.commit]` says when a sink commits (at the first of `rows`, `bytes` and `linger`), and what \
+             happens while it cannot:\n\n",
         );
         table(&mut page, &COMMIT);
         for own in self.iter() {
@@ -94,7 +94,7 @@ impl SinkTypes {
     }
 }
 
-/// Durations are written as in `pipeline.toml`.
+/// Formats a duration as in `pipeline.toml`.
 fn duration_text(duration: Duration) -> String {
     match duration.as_millis() {
         ms if ms % 60_000 == 0 => format!("{} min", ms / 60_000),
@@ -108,7 +108,7 @@ fn table(page: &mut String, keys: &[Key]) {
     for Key { name, form, default, about } in keys {
         let default = match default {
             KeyDefault::Required(example) => format!("required, such as `{example}`"),
-            KeyDefault::ByType => "that of the type".to_owned(),
+            KeyDefault::ByType => "depends on the type".to_owned(),
             KeyDefault::None => "none".to_owned(),
             KeyDefault::Value(value) => format!("`{value}`"),
         };

@@ -1,4 +1,4 @@
-//! `[reload]`: how a pipeline is changed while it runs.
+//! `[reload]`: changes of a running pipeline.
 
 use std::ops::RangeInclusive;
 use std::time::Duration;
@@ -11,17 +11,17 @@ use super::raw::{RawProbation, RawReload, RawTrial};
 use super::shape::shaped;
 use super::{ProbationLimits, ReloadConfig, SampleLimits};
 
-/// Limits that a candidate must keep to be promoted.
+/// Limits that a candidate must keep in its trial to be promoted.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Gates {
-    /// Records that it may give something else for; `None`: any number.
+    /// Records for which its result may differ from the incumbent's; `None`: any number.
     pub changed_max: Option<u64>,
-    /// Records that it may reject which the incumbent takes; `None`: any number.
+    /// Records that it may reject and the incumbent does not; `None`: any number.
     pub newly_rejected_max: Option<u64>,
 }
 
 impl Gates {
-    /// These, and others where these say nothing.
+    /// Fills the limits that are not set with those of `others`.
     pub fn or(self, others: &Self) -> Self {
         Self {
             changed_max: self.changed_max.or(others.changed_max),
@@ -30,9 +30,9 @@ impl Gates {
     }
 }
 
-/// 0: nothing is kept, and candidates are not tried.
+/// 0: no samples are kept, and candidates are not tried.
 const BATCHES: RangeInclusive<u64> = 0..=1_000;
-/// Of each stage: below 64 KiB hardly a batch fits.
+/// For each stage. Hardly a batch fits into less than 64 KiB.
 const BYTES: RangeInclusive<usize> = (64 << 10)..=(1 << 30);
 const AGES: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(86_400);
 /// Zero: a new version is not watched.

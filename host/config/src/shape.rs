@@ -1,4 +1,4 @@
-//! One table of the file by its shape: serde reads it, and its errors become problems with their places.
+//! Reads one table with serde, and turns serde's errors into problems with a place and a help text.
 
 use std::ops::Range;
 
@@ -9,7 +9,7 @@ use toml::de::{DeValue, ValueDeserializer};
 use super::check::Check;
 use super::diagnostic::suggest;
 
-/// Reads one table by its shape.
+/// Deserializes one table.
 pub(super) fn shaped<T: DeserializeOwned>(
     table: Spanned<DeValue<'_>>,
     check: &mut Check,
@@ -20,21 +20,25 @@ pub(super) fn shaped<T: DeserializeOwned>(
     shaped.map_err(|error| misshapen(&error, span, check)).ok()
 }
 
-/// serde would take a list for a table, its values in the order of the fields. No table of ours
-/// is a list, and few of their keys take one ([`Check::takes_list`]).
+/// Refuses lists where a table or a single value is expected. serde would accept a list as a table, with the values in
+/// the order of the fields. No table of ours is a list, and only few keys take one ([`Check::takes_list`]).
 fn refuse_lists(table: &Spanned<DeValue<'_>>, check: &mut Check) -> Option<()> {
     let within = table.get_ref().as_table().into_iter().flat_map(|table| table.iter());
     let within = within.filter(|(key, _)| !check.takes_list(key.get_ref())).map(|(_, value)| value);
     let values = std::iter::once(table).chain(within);
     let lists: Vec<_> = values.filter(|value| value.get_ref().is_array()).collect();
     for list in &lists {
-        check.problem(list.span(), "a list does not fit here", "write a single value or a table");
+        check.problem(
+            list.span(),
+            "invalid value: found a list",
+            "write a single value or a table",
+        );
     }
     lists.is_empty().then_some(())
 }
 
-/// Says in the user's words what serde found. Its own words would show values, and a value may
-/// have come from a variable that is a secret.
+/// Notes a problem for serde's error, in the user's words. serde's own message would show values, and a value may come
+/// from a variable with a secret.
 fn misshapen(error: &toml::de::Error, table: Range<usize>, check: &mut Check) {
     let message = error.message();
     let quoted: Vec<&str> = message.split('`').skip(1).step_by(2).collect();
@@ -52,32 +56,32 @@ fn misshapen(error: &toml::de::Error, table: Range<usize>, check: &mut Check) {
             "a map" => "a table",
             expected => expected,
         };
-        check.problem(span, format!("{found} does not fit here"), format!("write {help}"));
+        check.problem(span, format!("invalid value: found {found}"), format!("write {help}"));
     } else {
         check.problem(span, message, "change this value");
     }
 }
 
-/// Kind of value found, and what was due, of serde's "invalid type: string "x", expected y".
+/// Splits serde's "invalid type: string "x", expected y" into the kind of the found value and the expectation.
 fn mismatch(message: &str) -> Option<(&'static str, &str)> {
     let (prefix, rest) = message.split_once(": ")?;
     let expected = rest.split_once(", expected ").map(|(_, expected)| expected)?;
     let found = match rest.split([' ', ',']).next()? {
-        _ if prefix == "invalid value" => "this number",
+        _ if prefix == "invalid value" => "a number out of range",
         "string" => "text",
         "integer" => "a whole number",
         "floating" => "a number with a decimal point",
         "boolean" => "true or false",
         "sequence" => "a list",
         "map" => "a table",
-        _ => "this value",
+        _ => "another type",
     };
     prefix.starts_with("invalid").then_some((found, expected))
 }
 
 fn example(key: &str) -> String {
     match key {
-        "name" => "a name of your choice, such as name = \"cars\"".into(),
+        "name" => "a name, such as name = \"cars\"".into(),
         "type" => "the type, such as type = \"kinesis\" for the source".into(),
         "query" => {
             "the query, such as query = \"SELECT id, name FROM customers WHERE id = ANY($1)\""

@@ -1,6 +1,7 @@
-//! `[[sink]]`: where rows go, and in which rhythm they are committed.
+//! `[[sink]]`: where rows go, and when they are committed.
 //!
-//! Here is read what sinks of every type have. The rest of a table is its type's ([`SinkType`](super::SinkType)).
+//! This module reads the keys that sinks of every type have. The other keys are read by the type
+//! ([`SinkType`](super::SinkType)).
 
 use std::ops::RangeInclusive;
 use std::path::Path;
@@ -18,10 +19,10 @@ const ROWS: RangeInclusive<u64> = 1..=10_000_000;
 const BYTES_MIN: usize = 1 << 10;
 const LINGERS: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(86_400);
 
-/// Long enough for a failover or a restart, and shorter than an operator needs to come.
+/// Default of `give_up_after`: longer than a failover or a restart, shorter than an operator needs to react.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(300);
 
-/// Each `[[sink]]` as JSON before any variable is replaced, in the order of the file.
+/// Returns each `[[sink]]` as JSON before any variable is replaced, in the order of the file.
 pub(super) fn fingerprints(root: &DeTable<'_>, check: &mut Check) -> Vec<String> {
     let sinks = root.get("sink").and_then(|sinks| sinks.get_ref().as_array());
     let print = |sink: &Spanned<DeValue>| match sink.get_ref().as_table() {
@@ -31,7 +32,7 @@ pub(super) fn fingerprints(root: &DeTable<'_>, check: &mut Check) -> Vec<String>
     sinks.map(|sinks| sinks.iter().map(print).collect()).unwrap_or_default()
 }
 
-/// Reads one `[[sink]]`; `buffer_bytes_max` is what all sinks' buffers hold together.
+/// Reads one `[[sink]]`. `buffer_bytes_max` limits the buffers of all sinks together.
 pub(super) fn read(
     mut table: Spanned<DeValue<'_>>,
     fingerprint_json: String,
@@ -66,7 +67,7 @@ fn renamed_from(
     let Some(value) = keys.remove("renamed_from") else { return Some(None) };
     let span = value.span();
     let Some(text) = value.get_ref().as_str() else {
-        let message = "`renamed_from` is the name that the sink had before";
+        let message = "invalid `renamed_from`: expected the former name of the sink";
         check.problem(span, message, "write renamed_from = \"old-name\"");
         return None;
     };
@@ -98,19 +99,23 @@ fn commit_policy(
     })
 }
 
-/// How long a sink that is out of reach is waited for; `Some(None)`: for ever. `promises`: the sink
-/// has said of rows that they will come before it has them.
+/// Reads how long a shard waits for an unreachable sink; `Some(None)`: forever. `promises`: the sink announces rows
+/// before it stores them, and must then deliver them.
 fn give_up_after(raw: &RawCommit, promises: bool, check: &mut Check) -> Option<Option<Duration>> {
     let choices = [("block", false), ("dead-letter", true)];
-    let gives_up = check.choice(&raw.on_failure, "way to meet a failure", false, &choices)?;
+    let gives_up = check.choice(&raw.on_failure, "value of `on_failure`", false, &choices)?;
     if let (false, Some(after)) = (gives_up, &raw.give_up_after) {
-        let message = "`give_up_after` does nothing while a failing sink blocks its shards";
+        let message = "`give_up_after` has no effect with on_failure = \"block\"";
         check.problem(after.span(), message, "add on_failure = \"dead-letter\", or leave it out");
         return None;
     }
     if let (true, true, Some(on_failure)) = (gives_up, promises, &raw.on_failure) {
-        let message = "objects that a claim log has promised must come: such a sink cannot give up";
-        check.problem(on_failure.span(), message, "leave `on_failure` out: its shards wait");
+        let message = "unsupported `on_failure`: this sink must write the objects that its claim log has promised";
+        check.problem(
+            on_failure.span(),
+            message,
+            "remove `on_failure`: the shards of this sink wait",
+        );
         return None;
     }
     let after = check.duration(&raw.give_up_after, GIVE_UP_AFTER, LINGERS)?;

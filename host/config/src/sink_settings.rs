@@ -10,31 +10,32 @@ use super::{PipelineConfig, StreamServer};
 use shardmill_core::record::SinkName;
 use shardmill_core::sink::Sink;
 
-/// The valid settings of one sink, in the form that its type gives them.
+/// Validated settings of one sink, in the form of its type.
 ///
-/// The commands and the engine ask by these methods, each of which has an answer that fits most types, and never by
-/// the name of a type.
+/// Commands and the engine use these methods and never the name of a type. The default of each method fits most types.
 pub trait SinkSettings: Any + Debug + Send + Sync + SameSettings {
-    /// Where the rows end up, as a text that two sinks share exactly when their rows do; `None`: nowhere that lasts.
+    /// Returns where the rows are stored, as a text that two sinks share exactly if their rows go to the same place;
+    /// `None`: the rows are not stored.
     ///
-    /// It is kept in the state, so it holds no secret: no user, no password, and of an endpoint's path, which may be
-    /// a secret, only a digest. [`SinkConfig::destination`](super::SinkConfig::destination) gives its one spelling.
+    /// The text is kept in the state, so it must not contain a secret: no user and no password, and only a digest of an
+    /// endpoint's path, which may be a secret. [`SinkConfig::destination`](super::SinkConfig::destination) normalizes
+    /// it.
     fn destination(&self) -> Option<String>;
 
-    /// Whether the sink keeps its own position with its rows: each row is there exactly once.
+    /// Whether the sink stores its own position together with its rows, so that each row arrives exactly once.
     fn is_exact(&self) -> bool;
 
-    /// Whether the sink says of rows that they will come before it has them. Such a sink cannot give up.
+    /// Whether the sink announces rows before it stores them. Such a sink must not turn them into dead letters later.
     fn promises_rows(&self) -> bool {
         false
     }
 
-    /// Whether the sink creates its table where it is missing.
+    /// Whether the sink creates a missing table.
     fn creates_table(&self) -> bool {
         false
     }
 
-    /// Whether rows are encoded as they arrive, which takes memory beside the sinks' buffers.
+    /// Whether rows are encoded on arrival, which takes memory besides the sinks' buffers.
     fn encodes_early(&self) -> bool {
         false
     }
@@ -44,27 +45,27 @@ pub trait SinkSettings: Any + Debug + Send + Sync + SameSettings {
         false
     }
 
-    /// The Kinesis server that the sink asks, if it asks one.
+    /// Returns the Kinesis server that the sink uses, if any.
     fn stream_server(&self) -> Option<&StreamServer> {
         None
     }
 
-    /// Whether a window of time can be replayed into the sink.
+    /// Whether a time window can be replayed into the sink.
     fn replay(&self) -> ReplaySupport {
         ReplaySupport::Unsupported
     }
 
-    /// The settings of a sink that takes rows once more which `sink` got before, by change `number` that is rolled
-    /// back; `None`: the sink cannot take rows a second time.
+    /// Returns the settings of a sink for a rerun: it takes rows again that `sink` received before, after the rollback
+    /// of change `number`. `None`: the sink cannot take rows a second time.
     fn rerun(&self, sink: &SinkName, number: i64) -> Option<Rerun> {
         let _ = (sink, number);
         None
     }
 
-    /// Makes the sink. Connects to nothing yet. Errors may show values of variables.
+    /// Makes the sink, without any connection yet. Errors may contain values of variables.
     ///
     /// # Errors
-    /// The settings name something that the machine or the environment does not have.
+    /// The settings need something that the machine or the environment does not have.
     fn build(
         &self,
         context: &SinkContext<'_>,
@@ -72,9 +73,9 @@ pub trait SinkSettings: Any + Debug + Send + Sync + SameSettings {
     ) -> Result<Arc<dyn Sink>, SinkBuildError>;
 }
 
-/// The comparison of settings whose type is not known. All settings that can be compared have it.
+/// Comparison of settings of unknown types. All settings that implement `PartialEq` have it.
 pub trait SameSettings {
-    /// Whether the others are of the same type, and equal.
+    /// Whether the other settings have the same type and are equal.
     fn is_same(&self, other: &dyn Any) -> bool;
 }
 
@@ -91,58 +92,59 @@ impl PartialEq for dyn SinkSettings {
 }
 
 impl dyn SinkSettings {
-    /// The settings, if they are of this type. For a sink that looks for its like, and for commands that are about
-    /// one type.
+    /// Returns the settings if they are of this type: for a sink that compares itself with others of its type, and for
+    /// commands that only work with one type.
     pub fn of_type<T: SinkSettings>(&self) -> Option<&T> {
         (self as &dyn Any).downcast_ref()
     }
 }
 
-/// Whether a window of time can be replayed into a sink.
+/// Whether a time window can be replayed into a sink.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ReplaySupport {
-    /// It can.
+    /// Yes.
     Supported,
-    /// It can once the sink has this setting, such as `lineage = true`.
+    /// Only with this setting, such as `lineage = true`.
     Needs(&'static str),
-    /// It cannot.
+    /// No.
     Unsupported,
 }
 
-/// Where rows go that are run once more.
+/// Target of a rerun.
 #[derive(Debug)]
 pub struct Rerun {
-    /// The settings of the sink that takes them.
+    /// Settings of the sink that takes the rows.
     pub settings: Arc<dyn SinkSettings>,
-    /// Where that is, in words.
+    /// Place of the rows, in words.
     pub place: String,
 }
 
-/// Why a sink could not be made.
+/// Reason why a sink could not be made.
 pub type SinkBuildError = Box<dyn std::error::Error + Send + Sync>;
 
-/// An output that several sinks share; a commit's lines are written under one lock.
+/// Output that several sinks share. The lines of one commit are written under one lock.
 pub type SharedOutput = Arc<Mutex<dyn Write + Send>>;
 
-/// Inputs that a sink is made with.
+/// Inputs for making a sink.
 pub struct SinkContext<'c> {
-    /// The sink's name.
+    /// Name of the sink.
     pub name: &'c SinkName,
-    /// The pipeline that it belongs to.
+    /// Pipeline of the sink.
     pub pipeline: &'c PipelineConfig,
-    /// Standard output, as this process leaves it to rows.
+    /// Output for rows of sinks that print them.
     pub output: SharedOutput,
 }
 
-/// Parts that sinks of one pipeline share, such as the connections to a server: the first sink that asks makes them.
+/// Parts that the sinks of a pipeline share, such as connections to a server. The first sink that needs a part makes
+/// it.
 #[derive(Default)]
 pub struct SharedParts(HashMap<(TypeId, String), Arc<dyn Any + Send + Sync>>);
 
 impl SharedParts {
-    /// Gives the part of this type with this key, and makes it where it is missing.
+    /// Returns the part of this type and key, and makes it if it does not exist.
     ///
     /// # Errors
-    /// That of `make`.
+    /// Error of `make`.
     pub fn get_or_make<T: Any + Send + Sync, E>(
         &mut self,
         key: &str,

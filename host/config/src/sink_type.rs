@@ -1,4 +1,4 @@
-//! Sink types: the contract by which a crate brings one, and the list of those that a program has.
+//! The contract of sink types, and the list of the types that a program has.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -12,29 +12,29 @@ use super::raw::{RawCommit, Text};
 use super::shape::shaped;
 use super::{CommitPolicy, SinkSettings};
 
-/// A type of sinks: what `type = "…"` of a `[[sink]]` stands for.
+/// Type of sinks: the `type = "…"` of a `[[sink]]`.
 ///
-/// Each is implemented in the crate of its sink, beside the settings that it reads, and named once in the program's
-/// list ([`SinkTypes`]). Nothing else of the program knows its name or its keys.
+/// Each is implemented in the crate of its sink, beside its settings, and listed once in the program ([`SinkTypes`]).
+/// No other code knows its name or its keys.
 pub trait SinkType: Sync {
-    /// The value of `type`.
+    /// Returns the value of `type`.
     fn name(&self) -> &'static str;
 
-    /// Its part of the reference, before the table of its keys: a few sentences of Markdown.
+    /// Returns its part of the reference, before the table of keys: a few sentences of Markdown.
     fn about(&self) -> &'static str;
 
-    /// The keys of its table, in the order in which they are read: all but `name`, `type`, `renamed_from` and
+    /// Returns the keys of its table, in the order in which they are read, without `name`, `type`, `renamed_from` and
     /// `commit`, which sinks of every type have.
     fn keys(&self) -> &'static [Key];
 
-    /// When its sinks commit by default.
+    /// Returns the default commit policy.
     fn commit_policy(&self) -> CommitPolicy;
 
-    /// Reads the table of one sink. `None`: a problem was noted that leaves nothing to go on with.
+    /// Reads the table of one sink. `None`: a problem was noted after which nothing else can be read.
     fn read(&self, table: SinkTable<'_>, check: &mut Check) -> Option<ReadSink>;
 }
 
-/// The table of one sink, before it is read.
+/// Table of one sink, before it is read.
 pub struct SinkTable<'t> {
     table: Spanned<DeValue<'t>>,
     base: &'t Path,
@@ -45,19 +45,19 @@ impl<'t> SinkTable<'t> {
         Self { table, base }
     }
 
-    /// The folder that relative paths in it start from.
+    /// Returns the folder at which its relative paths start.
     pub fn base(&self) -> &'t Path {
         self.base
     }
 
-    /// Reads the table by its shape. The shape has `name`, `type` and `commit` too, and denies unknown fields, so
-    /// that a message about an unknown key names all keys.
+    /// Deserializes the table. The shape must have `name`, `type` and `commit` too, and deny unknown fields, so that
+    /// the message about an unknown key lists all keys.
     pub fn shaped<T: DeserializeOwned>(self, check: &mut Check) -> Option<T> {
         shaped(self.table, check)
     }
 }
 
-/// Outcome of reading a sink's table.
+/// Result of reading a sink's table.
 pub struct ReadSink {
     pub(super) name: Spanned<Text>,
     pub(super) commit: Option<RawCommit>,
@@ -65,7 +65,7 @@ pub struct ReadSink {
 }
 
 impl ReadSink {
-    /// A sink with the name and the commit policy as they are in its table, and its own settings. Without these, a
+    /// Combines the name and the commit policy of a table with the type's own settings. The settings are `None` if a
     /// problem was noted.
     pub fn new<S: SinkSettings>(
         name: Spanned<Text>,
@@ -77,40 +77,40 @@ impl ReadSink {
     }
 }
 
-/// A key of a sink's table, for the reference.
+/// Key of a sink's table, for the reference.
 #[derive(Clone, Copy, Debug)]
 pub struct Key {
-    /// The key.
+    /// Name of the key.
     pub name: &'static str,
-    /// The form of its value.
+    /// Form of its value.
     pub form: KeyForm,
-    /// Value that holds without it.
+    /// Value if the key is left out.
     pub default: KeyDefault,
-    /// Meaning of the key: one sentence of Markdown.
+    /// Meaning: one sentence of Markdown.
     pub about: &'static str,
 }
 
-/// The form of a key's value.
+/// Form of a key's value.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeyForm {
     /// Text in quotes.
     Text,
     /// `true` or `false`.
     Flag,
-    /// A whole number.
+    /// Whole number.
     Number,
     /// Text with a number and a unit of time.
     Duration,
     /// Text with a number and a unit of bytes.
     Size,
-    /// A list in brackets.
+    /// List in brackets.
     List,
-    /// A table.
+    /// Table.
     Table,
 }
 
 impl KeyForm {
-    /// The form as the reference names it.
+    /// Returns the name of the form in the reference.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Text => "text",
@@ -124,20 +124,20 @@ impl KeyForm {
     }
 }
 
-/// Value that holds where a key is left out.
+/// Value of a key that is left out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KeyDefault {
-    /// It cannot be left out. An example, as TOML has it.
+    /// The key is required. Contains an example, as TOML.
     Required(&'static str),
-    /// Nothing: what it asks for is not done.
+    /// No value: the feature is off.
     None,
-    /// A value, as TOML has it.
+    /// A value, as TOML.
     Value(&'static str),
-    /// A value that the sink's type decides.
+    /// A value that depends on the type of the sink.
     ByType,
 }
 
-/// The sink types of a program, in the order in which messages name them.
+/// Sink types of a program, in the order in which messages list them.
 ///
 /// ```
 /// use shardmill_config::{SinkTypes, parse};
@@ -146,18 +146,18 @@ pub enum KeyDefault {
 /// let text = "[pipeline]\nname = \"p\"\n[source]\ntype = \"file\"\npath = \"-\"\n\
 ///             [[sink]]\nname = \"a\"\ntype = \"stdout\"\n";
 /// let error = parse("pipeline.toml", text, &TYPES, &|_| None).unwrap_err();
-/// assert_eq!(error.to_string(), "pipeline.toml:8:8: \"stdout\" is no sink type");
+/// assert_eq!(error.to_string(), "pipeline.toml:8:8: unknown sink type: \"stdout\"");
 /// ```
 #[derive(Clone, Copy)]
 pub struct SinkTypes(&'static [&'static dyn SinkType]);
 
 impl SinkTypes {
-    /// A list of types, each with a name of its own.
+    /// Makes a list of types, whose names must differ.
     pub const fn new(types: &'static [&'static dyn SinkType]) -> Self {
         Self(types)
     }
 
-    /// The types.
+    /// Iterates over the types.
     pub fn iter(&self) -> impl Iterator<Item = &'static dyn SinkType> {
         self.0.iter().copied()
     }
@@ -170,7 +170,7 @@ impl SinkTypes {
         self.iter().find(|known| known.name() == name)
     }
 
-    /// The keys that take a list.
+    /// Returns the keys that take a list.
     pub(super) fn lists(&self) -> impl Iterator<Item = &'static str> {
         let keys = self.iter().flat_map(SinkType::keys);
         keys.filter(|key| key.form == KeyForm::List).map(|key| key.name)

@@ -1,4 +1,4 @@
-//! `[source]`: the stream, the server, where to start and how batches are cut.
+//! `[source]`: the stream, its server, the start position and the limits of batches.
 
 use std::ops::RangeInclusive;
 use std::path::Path;
@@ -18,20 +18,20 @@ use super::{
 use shardmill_core::record::{SequenceNumber, ShardId, StreamRef};
 use shardmill_core::source::StartPosition;
 
-/// The values of `type`.
+/// Values of `type`.
 static TYPES: [&str; 2] = ["kinesis", "file"];
-/// The path that is no file's.
+/// Path that stands for standard input.
 const STANDARD_INPUT: &str = "-";
-/// The name under which AWS knows a pipeline's consumer or session when none is given.
+/// Default name of a pipeline's consumer or session in AWS.
 const CONSUMER: &str = "shardmill";
 
-/// API reference, `GetRecords`: Limit.
+/// Source: API reference, `GetRecords`, Limit.
 const RECORDS_PER_CALL_MAX: u32 = 10_000;
-/// AWS allows 5 GetRecords calls per second and shard; 200 ms is the least that keeps to it.
+/// AWS allows 5 GetRecords calls per second and shard, so 200 ms is the minimum.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
-/// Against a server of one's own the limit above does not hold; less than this only burns a core.
+/// Other servers do not have this limit. A shorter pause only wastes a core.
 const POLL_INTERVAL_OWN_SERVER_MIN: Duration = Duration::from_millis(5);
-/// An iterator expires after 5 minutes; a pause well below leaves room for a slow batch.
+/// An iterator expires after 5 minutes. A much shorter pause leaves time for a slow batch.
 const POLL_INTERVAL_MAX: Duration = Duration::from_secs(60);
 /// How long a new stream may take to become ACTIVE.
 const CREATE_WAIT: Duration = Duration::from_secs(120);
@@ -40,7 +40,7 @@ const SHARDS: RangeInclusive<u64> = 1..=10_000;
 const BATCH_RECORDS_ALLOWED: RangeInclusive<u64> = 1..=100_000;
 const BATCH_BYTES_ALLOWED: RangeInclusive<usize> = (1 << 10)..=(64 << 20);
 
-/// Reads `[source]`; `base` is what relative paths start from.
+/// Reads `[source]`. Relative paths start at `base`.
 pub(super) fn read(
     table: Spanned<DeValue<'_>>,
     base: &Path,
@@ -73,7 +73,7 @@ pub(super) fn read(
     }
 }
 
-/// By the declared format; without one, by the file's name.
+/// Chooses the cut by the declared format, or else by the name of the file.
 fn cut(format: Option<&str>, path: &Path) -> FileCut {
     let is_named_csv = path.extension().is_some_and(|name| name.eq_ignore_ascii_case("csv"));
     match format {
@@ -83,14 +83,14 @@ fn cut(format: Option<&str>, path: &Path) -> FileCut {
     }
 }
 
-/// With the delimiter that the file says, if it does.
+/// Sets the configured delimiter, if there is one.
 fn delimited(cut: FileCut, raw: &Maybe<Text>, check: &mut Check) -> Option<FileCut> {
     let Some(raw) = raw else { return Some(cut) };
     match (cut, raw.get_ref().0.as_bytes()) {
         (FileCut::Lines, _) => {
             check.problem(
                 raw.span(),
-                "`delimiter` is for CSV, and this file is read by lines",
+                "`delimiter` has no effect: it is for CSV, and this file is read by lines",
                 "leave it out, or set format = \"text/csv\"",
             );
             None
@@ -103,7 +103,7 @@ fn delimited(cut: FileCut, raw: &Maybe<Text>, check: &mut Check) -> Option<FileC
             check.problem(
                 raw.span(),
                 format!("expected one ASCII character as delimiter, found {found:?}"),
-                "write the one that the plugin is told, such as \";\"",
+                "write the delimiter that the plugin is configured with, such as \";\"",
             );
             None
         }
@@ -116,7 +116,7 @@ fn kinesis(raw: RawKinesis, check: &mut Check) -> Option<KinesisConfig> {
     let start = start(&raw.start, check);
     let on_lost_records = check.choice(
         &raw.on_lost_records,
-        "answer to lost records",
+        "value of `on_lost_records`",
         OnLostRecords::Stop,
         &[("stop", OnLostRecords::Stop), ("continue", OnLostRecords::Continue)],
     );
@@ -176,7 +176,7 @@ pub fn stream(raw: &Spanned<Text>, check: &mut Check) -> Option<Located<StreamRe
         Err(_) => {
             let help = "Kinesis allows 1 to 128 letters, digits, `_`, `.` and `-`; another \
                         account's stream is named by its ARN";
-            check.problem(raw.span(), format!("{text:?} cannot name a stream"), help);
+            check.problem(raw.span(), format!("not a valid stream name: {text:?}"), help);
             None
         }
     }
@@ -189,7 +189,7 @@ fn reader(kind: &Maybe<Text>, consumer: &Maybe<Text>, check: &mut Check) -> Opti
         (false, None) => Some(ReaderKind::Polling),
         (false, Some(consumer)) => {
             let help = "add reader = \"fan-out\", or take it out";
-            check.problem(consumer.span(), "a polling reader is no registered consumer", help);
+            check.problem(consumer.span(), "`consumer` has no effect with a polling reader", help);
             None
         }
         (true, None) => Some(ReaderKind::FanOut { consumer: CONSUMER.into() }),
@@ -205,7 +205,7 @@ fn assume_role(raw: &RawAssumeRole, check: &mut Check) -> Option<AssumeRole> {
     let is_role = arn.starts_with("arn:aws") && arn.contains(":iam::") && arn.contains(":role/");
     if !is_role {
         let help = "write for example \"arn:aws:iam::123456789012:role/shardmill-reader\"";
-        check.problem(raw.arn.span(), format!("{arn:?} is no role's ARN"), help);
+        check.problem(raw.arn.span(), format!("not a valid role ARN: {arn:?}"), help);
     }
     let external_id = filled(&raw.external_id, "role's external id", check);
     let session_name = filled(&raw.session_name, "session name", check);
@@ -233,11 +233,11 @@ fn endpoint(raw: &Maybe<Text>, check: &mut Check) -> Option<Endpoint> {
         Some(near) => format!("did you mean \"{near}\"? {forms}"),
         None => forms.to_owned(),
     };
-    check.problem(raw.span(), "this is no endpoint", help);
+    check.problem(raw.span(), "invalid endpoint", help);
     None
 }
 
-/// The inner `None` is a missing key, the outer one an empty value.
+/// Reads an optional text. The inner `None` means that the key is missing, the outer one that its value is empty.
 fn filled(raw: &Maybe<Text>, noun: &str, check: &mut Check) -> Option<Option<String>> {
     match raw {
         Some(raw) => check.filled(raw, noun).map(Some),
@@ -256,7 +256,7 @@ fn start(raw: &Maybe<Text>, check: &mut Check) -> Option<StartPosition> {
     }
 }
 
-/// Text that is no start position.
+/// Error for text that is not a valid start position.
 #[derive(Debug, thiserror::Error)]
 #[error("{message}; {help}")]
 pub struct NotAStart {
@@ -264,8 +264,8 @@ pub struct NotAStart {
     help: String,
 }
 
-/// Reads one of the four forms: `trim-horizon`, `latest`, `at-timestamp:TIME` with a time of
-/// RFC 3339, `at-sequence:SHARD:SEQUENCE` with several places by commas.
+/// Parses one of the four forms: `trim-horizon`, `latest`, `at-timestamp:TIME` with an RFC 3339 time,
+/// `at-sequence:SHARD:SEQUENCE` with several places separated by commas.
 ///
 /// # Errors
 /// [`NotAStart`].
@@ -274,8 +274,8 @@ pub fn parse_start(text: &str) -> Result<StartPosition, NotAStart> {
         return match chrono::DateTime::parse_from_rfc3339(time.trim()) {
             Ok(time) => Ok(StartPosition::AtTimestampMs(time.timestamp_millis())),
             Err(cause) => Err(NotAStart {
-                message: format!("{:?} is no time: {cause}", time.trim()),
-                help: "date, time and zone are due: \"at-timestamp:2026-01-31T00:00:00Z\"".into(),
+                message: format!("not a valid time: {:?} ({cause})", time.trim()),
+                help: "write date, time and zone: \"at-timestamp:2026-01-31T00:00:00Z\"".into(),
             }),
         };
     }
@@ -286,8 +286,8 @@ pub fn parse_start(text: &str) -> Result<StartPosition, NotAStart> {
         };
         let read: Option<_> = places.split(',').map(place).collect();
         return read.map(StartPosition::AtSequence).ok_or_else(|| NotAStart {
-            message: format!("{places:?} does not say at which record to start"),
-            help: "shard and sequence number are due, several with commas: \
+            message: format!("not a valid place of a record: {places:?}"),
+            help: "write shard and sequence number, several separated by commas: \
                    \"at-sequence:shardId-000000000000:49590338271490256608559692538361571\""
                 .into(),
         });
@@ -298,7 +298,7 @@ pub fn parse_start(text: &str) -> Result<StartPosition, NotAStart> {
         _ => {
             let help = suggest(text, "allowed", &["trim-horizon", "latest"]);
             Err(NotAStart {
-                message: format!("{text:?} is no start position"),
+                message: format!("not a valid start position: {text:?}"),
                 help: format!(
                     "{help}; or \"at-timestamp:2026-01-31T00:00:00Z\", or \
                      \"at-sequence:SHARD:SEQUENCE\""
@@ -314,7 +314,7 @@ fn create(raw: &RawCreate, check: &mut Check) -> Option<CreateStream> {
     Some(CreateStream { shards: shards?, wait_max: wait_max? })
 }
 
-/// A media type, `type/subtype`, with parameters or without.
+/// Reads a media type, `type/subtype`, with or without parameters.
 fn format(raw: &Maybe<Text>, check: &mut Check) -> Option<Option<String>> {
     let Some(raw) = raw else { return Some(None) };
     let text = raw.get_ref().0.as_str();
@@ -324,7 +324,7 @@ fn format(raw: &Maybe<Text>, check: &mut Check) -> Option<Option<String>> {
         return Some(Some(text.to_owned()));
     }
     let help = "write for example \"application/json\" or \"application/x-bincode\"";
-    check.problem(raw.span(), format!("{text:?} is no media type"), help);
+    check.problem(raw.span(), format!("not a valid media type: {text:?}"), help);
     None
 }
 

@@ -1,4 +1,4 @@
-//! `[[stage]]`: a plugin, its configuration, its limits, and where its routes go.
+//! `[[stage]]`: a plugin, its configuration, its limits, and the sinks of its routes.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::ops::RangeInclusive;
@@ -25,34 +25,34 @@ use shardmill_core::record::{LookupName, RouteName, SinkName};
 
 const BATCH_TIMES: RangeInclusive<Duration> = Duration::from_millis(1)..=Duration::from_secs(600);
 const RETRY_TIMES: RangeInclusive<Duration> = Duration::ZERO..=Duration::from_secs(3600);
-/// Below 1 MiB hardly a component starts; above 4 GiB no 32-bit memory reaches.
+/// Hardly a component starts with less than 1 MiB, and a 32-bit memory cannot have more than 4 GiB.
 const MEMORY_BYTES: RangeInclusive<usize> = (1 << 20)..=(4 << 30);
 const TABLE_ELEMENTS: RangeInclusive<u64> = 1..=10_000_000;
-/// One call's result is lifted into the host's memory: 1 GiB is beyond every sane batch.
+/// The result of a call is copied into the host's memory; no sensible batch has more than 1 GiB.
 const OUTPUT_BYTES: RangeInclusive<usize> = (1 << 10)..=(1 << 30);
-/// A batch has 1,024 records at most: beyond, the words alone would fill the memory.
+/// A batch has 1,024 records by default. With more outputs, their descriptors alone would fill the memory.
 const OUTPUTS_PER_RECORD: RangeInclusive<u64> = 1..=1_000_000;
-/// 0: what the plugin writes is dropped. More than 10,000 a second drown whatever else is said.
+/// 0: the plugin's lines are dropped. More than 10,000 lines per second would hide all others.
 const LOG_LINES: RangeInclusive<u64> = 0..=10_000;
 const COMPILE_TIMES: RangeInclusive<Duration> = Duration::from_secs(1)..=Duration::from_secs(600);
-/// A compiler that loads a component at all needs some 64 MiB.
+/// A compiler needs about 64 MiB to load any component.
 const COMPILE_MEMORY_BYTES: RangeInclusive<usize> = (64 << 20)..=(64 << 30);
-/// Python's components have 18 MiB.
+/// Components made from Python have 18 MiB.
 const COMPONENT_BYTES: RangeInclusive<usize> = (1 << 10)..=(256 << 20);
 
-/// Gives the configuration of each `[[stage]]` before any variable is replaced, in the order of the file.
+/// Returns the configuration of each `[[stage]]` before any variable is replaced, in the order of the file.
 pub(super) fn written(root: &DeTable<'_>, file: &Arc<ConfigFile>) -> Vec<Value> {
     let stages = root.get("stage").and_then(|stages| stages.get_ref().as_array());
     let config = |stage: &Spanned<DeValue>| -> Value {
         let config = stage.get_ref().as_table().and_then(|stage| stage.get("config"));
         let config = config.and_then(|config| config.get_ref().as_table());
-        // What is wrong with it is said when it is read.
+        // Its problems are noted when it is read.
         config.map(|config| json::from_table(config, &mut Check::new(file))).unwrap_or_default()
     };
     stages.map(|stages| stages.iter().map(config).collect()).unwrap_or_default()
 }
 
-/// Reads one `[[stage]]`, whose configuration is `written` in the file.
+/// Reads one `[[stage]]`. `written` is its configuration as in the file.
 pub(super) fn read(
     table: Spanned<DeValue<'_>>,
     written: &Value,
@@ -87,14 +87,14 @@ pub(super) fn read(
     })
 }
 
-/// `[stage.config]` as JSON text; an empty object where there is none.
+/// Returns `[stage.config]` as JSON text; an empty object if there is none.
 fn config(stage: &DeValue, check: &mut Check) -> Option<String> {
     let Some(config) = stage.as_table().and_then(|stage| stage.get("config")) else {
         return Some("{}".to_owned());
     };
     let Some(table) = config.get_ref().as_table() else {
         let help = "write a table: [stage.config] below the stage, and the plugin's keys below it";
-        check.problem(config.span(), "a plugin's configuration is a table", help);
+        check.problem(config.span(), "expected a table as the plugin's configuration", help);
         return None;
     };
     Some(json::from_table(table, check).to_string())
@@ -108,10 +108,12 @@ fn sha256(raw: &Maybe<Text>, check: &mut Check) -> Option<Option<Located<String>
         return Some(Some(Located { value: digest, span: raw.span() }));
     }
     let message = match digest.chars().find(|c| !c.is_ascii_hexdigit()) {
-        Some(stranger) => format!("a SHA-256 digest has no {stranger:?}"),
-        None => format!("a SHA-256 digest has 64 hex digits, this has {digits}"),
+        Some(stranger) => {
+            format!("invalid SHA-256 digest: expected hex digits, found {stranger:?}")
+        }
+        None => format!("invalid SHA-256 digest: expected 64 hex digits, found {digits}"),
     };
-    let help = "take it from `sha256sum FILE`, or leave the key out: the file is then not checked";
+    let help = "copy it from `sha256sum FILE`, or remove the key: the file is then not checked";
     check.problem(raw.span(), message, help);
     None
 }
@@ -146,13 +148,13 @@ fn limits(raw: &RawLimits, check: &mut Check) -> Option<StageLimits> {
     let default = StageLimits::default();
     let batch_time =
         check.duration(&raw.batch_time, Duration::from_millis(default.batch_ms_max), BATCH_TIMES);
-    // A record alone may not take longer than a whole batch.
+    // A single record may not take longer than a whole batch.
     let record_most = batch_time.unwrap_or(*BATCH_TIMES.end());
     let record_default = Duration::from_millis(default.record_ms_max).min(record_most);
     let record_times = *BATCH_TIMES.start()..=record_most;
     let record_time = check.duration(&raw.record_time, record_default, record_times);
     let host_time = optional_ms(&raw.host_time, BATCH_TIMES, check);
-    // Left out where it is the default, so that a revision does not get another id by that.
+    // The default is not stored, so that the id of a revision does not depend on whether it is written out.
     let configure_time = optional_ms(&raw.configure_time, BATCH_TIMES, check)
         .map(|time| time.filter(|ms| *ms != CONFIGURE_MS_MAX));
     let memory = check.size(&raw.memory, default.memory_bytes_max, MEMORY_BYTES);
@@ -176,7 +178,7 @@ fn limits(raw: &RawLimits, check: &mut Check) -> Option<StageLimits> {
     })
 }
 
-/// A time in milliseconds that need not be given.
+/// Reads an optional time in milliseconds.
 fn optional_ms(
     raw: &Maybe<DurationText>,
     allowed: RangeInclusive<Duration>,
@@ -215,7 +217,7 @@ fn routes(
             if sinks.iter().any(|earlier| earlier.value.as_str() == name) {
                 let message =
                     format!("route `{}` is bound to sink `{name}` twice", route.get_ref());
-                check.problem(sink.span(), message, "a sink gets each row once: delete this one");
+                check.problem(sink.span(), message, "delete one: a sink gets each row once");
                 sound = false;
             }
             sound &= names.check_sink(name, sink.span(), check);

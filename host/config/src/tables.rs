@@ -1,4 +1,4 @@
-//! What several sink types have in common: names of tables, ways to write to them, connection strings, and options.
+//! Parts of several sink types: names of tables, write modes, connection strings, and options.
 
 use std::collections::BTreeMap;
 
@@ -10,40 +10,40 @@ use super::{Key, KeyDefault, KeyForm};
 use crate::WriteMode;
 use shardmill_pg::PostgresServer;
 
-/// The key `create` of sinks that have tables.
+/// Key `create` of sinks with tables.
 pub const CREATE_KEY: Key = Key {
     name: "create",
     form: KeyForm::Flag,
     default: KeyDefault::Value("false"),
-    about: "Create the table from the route's columns when it is missing.",
+    about: "Create a missing table from the route's columns.",
 };
 
-/// The key `mode`, which [`write_mode`] reads.
+/// Key `mode`, which [`write_mode`] reads.
 pub const MODE_KEY: Key = Key {
     name: "mode",
     form: KeyForm::Text,
     default: KeyDefault::Value("\"append\""),
-    about: "What a row does where the table has one with its key: `append` adds it, and it is a dead letter where a \
-            unique index of the table refuses it; `upsert` sets the columns that it brings; `ignore` drops it.",
+    about: "What to do with a row whose key exists in the table: `append` adds it (a row that a unique index refuses \
+            becomes a dead letter); `upsert` sets the columns that it has; `ignore` drops it.",
 };
 
-/// The key `key`, which goes with `mode`.
+/// Key `key`, which belongs to `mode`.
 pub const KEY_KEY: Key = Key {
     name: "key",
     form: KeyForm::List,
     default: KeyDefault::None,
-    about: "The columns that make a row's key, for `upsert` and `ignore`; they have a unique index.",
+    about: "Columns of a row's key, for `upsert` and `ignore`; they need a unique index.",
 };
 
-/// The key `newest_by`, which goes with `mode`.
+/// Key `newest_by`, which belongs to `mode`.
 pub const NEWEST_BY_KEY: Key = Key {
     name: "newest_by",
     form: KeyForm::Text,
     default: KeyDefault::None,
-    about: "With `upsert`: a row wins over the one that is there unless its value in this column is smaller.",
+    about: "With `upsert`: a row replaces the existing one unless its value in this column is smaller.",
 };
 
-/// Reads a connection string; `port` is for the way out.
+/// Reads a connection string. `port` appears in the help text.
 pub fn connection(raw: &Spanned<Text>, port: u16, check: &mut Check) -> Option<String> {
     let url = &raw.get_ref().0;
     let Err(cause) = PostgresServer::parse(url) else { return Some(url.clone()) };
@@ -60,7 +60,7 @@ pub fn options(raw: Option<&BTreeMap<String, Text>>) -> BTreeMap<String, String>
     raw.into_iter().flatten().map(|(key, value)| (key.clone(), value.0.clone())).collect()
 }
 
-/// Reads `mode`, with the keys that belong to it.
+/// Reads `mode` with its keys.
 pub fn write_mode(
     mode: &Maybe<Text>,
     key: &[Spanned<Text>],
@@ -73,7 +73,7 @@ pub fn write_mode(
         let strays = [key.first().map(Spanned::span), newest_by.as_ref().map(Spanned::span)];
         for (name, span) in ["key", "newest_by"].into_iter().zip(strays) {
             if let Some(span) = span {
-                let message = format!("`{name}` does nothing while rows are appended");
+                let message = format!("`{name}` has no effect with mode = \"append\"");
                 check.problem(span, message, "add mode = \"upsert\", or leave it out");
                 return None;
             }
@@ -82,7 +82,7 @@ pub fn write_mode(
     }
     if key.is_empty() {
         let span = mode.as_ref().map(Spanned::span)?;
-        let message = format!("mode {word:?} needs the columns that make a row's key");
+        let message = format!("missing `key`: mode {word:?} needs the columns of a row's key");
         check.problem(span, message, "add for example key = [\"id\"]");
         return None;
     }
@@ -90,11 +90,7 @@ pub fn write_mode(
     for column in key {
         let name = check.filled(column, "column")?;
         if names.contains(&name) {
-            check.problem(
-                column.span(),
-                format!("column {name:?} is named twice"),
-                "once is enough",
-            );
+            check.problem(column.span(), format!("column {name:?} is named twice"), "delete one");
             return None;
         }
         names.push(name);
@@ -102,7 +98,7 @@ pub fn write_mode(
     match (word, newest_by) {
         ("ignore", Some(newest_by)) => {
             let message =
-                "`newest_by` says which row wins, and with mode \"ignore\" the first does";
+                "`newest_by` has no effect with mode \"ignore\", where the first row wins";
             check.problem(newest_by.span(), message, "use mode = \"upsert\", or leave it out");
             None
         }
@@ -115,29 +111,30 @@ pub fn write_mode(
     }
 }
 
-/// Reads the name of a table, with its schema or without.
+/// Reads the name of a table, with or without a schema.
 pub fn table(raw: &Spanned<Text>, check: &mut Check) -> Option<String> {
     let table = check.filled(raw, "table")?;
     if table.contains('\0') || table.split('.').any(str::is_empty) {
         let help = "write \"table\" or \"schema.table\"; it will be quoted";
-        check.problem(raw.span(), format!("{table:?} cannot name a table"), help);
+        check.problem(raw.span(), format!("not a valid table name: {table:?}"), help);
         return None;
     }
     Some(table)
 }
 
-/// The table that takes rows once more which `table` got before, by a change of this number that is rolled back.
+/// Table of a rerun: it takes rows again that `table` got before, after the rollback of a change.
 pub struct RerunTable {
-    /// The table: the same where the newest row of each key wins, else a new one beside it.
+    /// Table: the same one if the newest row of each key wins, else a new one beside it.
     pub table: String,
-    /// Whether it is created where it is missing.
+    /// Whether a missing table is created.
     pub create: bool,
-    /// Where that is, in words.
+    /// Place of the rows, in words.
     pub place: String,
 }
 
 impl RerunTable {
-    /// The table for rows of `table`, which goes by `create` and `mode`.
+    /// Chooses the table of a rerun for a sink with this table, `create` and `mode`. `number` is the number of the
+    /// change.
     pub fn of(table: &str, create: bool, mode: &WriteMode, number: i64) -> Self {
         if mode.keeps_newest() {
             let place = format!("in place, in table {table}");

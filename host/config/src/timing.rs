@@ -10,40 +10,40 @@ use super::check::Check;
 use super::raw::RawTiming;
 use super::shape::shaped;
 
-/// A pause below 10 ms would keep a core busy with asking; one above an hour helps nobody.
+/// A pause below 10 ms would keep a core busy with requests; one above an hour is of no use.
 const PAUSES: RangeInclusive<Duration> = Duration::from_millis(10)..=Duration::from_secs(3_600);
-/// A deadline of less than 50 ms would be missed by servers that are well.
+/// Healthy servers would miss a deadline of less than 50 ms.
 const DEADLINES: RangeInclusive<Duration> = Duration::from_millis(50)..=Duration::from_secs(86_400);
 
 /// Deadlines and pauses of a run. The defaults suit production; tests shorten them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Timing {
-    /// Time that a shutdown gives to lanes, copies of dead letters, checkpoints and intake together.
+    /// Time of a shutdown for lanes, copies of dead letters, checkpoints and the intake together.
     pub drain_max: Duration,
     /// Longest pause between two tries of anything that failed: a commit, a stage, dead letters, a lane.
     pub retry_pause_max: Duration,
-    /// Pause between two looks for new shards.
+    /// Pause between two searches for new shards.
     pub shard_sync_interval: Duration,
     /// Pause between two writes of a checkpoint that moves.
     pub checkpoint_interval: Duration,
-    /// Silence of the Kinesis API (and of STS) after which an attempt counts as failed.
+    /// Silence of the Kinesis API (and of STS) after which a try counts as failed.
     pub kinesis_silence_max: Duration,
-    /// Silence of a PostgreSQL server after which its connection counts as lost. Longer than a
-    /// `statement_timeout`, so that the server's own answer comes first.
+    /// Silence of a PostgreSQL server after which its connection counts as lost. Longer than a usual
+    /// `statement_timeout`, so that the error of the server comes first.
     pub postgres_silence_max: Duration,
     /// The same for Redshift, where one COPY may take many minutes.
     pub redshift_silence_max: Duration,
     /// Time without an answer after which a call is shown as blocked.
     pub call_blocked_after: Duration,
-    /// Time for which a lane waits for memory until that is shown as blocked.
+    /// Time after which a lane that waits for memory is shown as blocked.
     pub memory_blocked_after: Duration,
-    /// Time for which a lane is blocked until another may take its turn to go beyond the memory bound.
+    /// Time after which a blocked lane loses its turn to exceed the memory limit.
     pub memory_turn_max: Duration,
-    /// Time for which a lane is blocked until it gives its read-ahead back.
+    /// Time after which a blocked lane drops what it has read ahead.
     pub give_back_after: Duration,
-    /// Time that a candidate may take with all records of its trial.
+    /// Time of a candidate for all records of its trial.
     pub trial_max: Duration,
-    /// The same for the version at work: it is mostly a bad one that is to be replaced.
+    /// The same for the incumbent: the version that is replaced is often a bad one.
     pub trial_incumbent_max: Duration,
     /// Deadlines of connections to the admin, control and intake ports.
     pub http: HttpDeadlines,
@@ -52,13 +52,13 @@ pub struct Timing {
 /// Deadlines of a port's connections.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct HttpDeadlines {
-    /// Time for a request's head to arrive, from its first byte on.
+    /// Time for the head of a request to arrive, from its first byte on.
     pub head_max: Duration,
-    /// Time for a request's body to arrive, beside what its bytes may take; and time for which a client may
-    /// take nothing of an answer.
+    /// Time for the body of a request to arrive, in addition to the time that its size allows; and how long a client
+    /// may read nothing of an answer.
     pub body_max: Duration,
-    /// Time that a connection may stay without a request. Load balancers keep theirs for 60 s and answer
-    /// 502 when the server was quicker to close one.
+    /// How long a connection may be idle. Load balancers keep idle connections for 60 s, and answer 502 if the server
+    /// closes one earlier.
     pub idle_max: Duration,
 }
 

@@ -1,20 +1,20 @@
-//! What a row does where the table has one with its key: for the sinks that have tables.
+//! What a row does if the table already has a row with its key, for sinks with tables.
 
-/// How rows go into a table.
+/// How rows are written into a table.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub enum WriteMode {
-    /// Each is a new row. One whose key is there already is refused by the table.
+    /// Each is a new row. The table refuses a row whose key exists, if it has a unique index.
     #[default]
     Append,
-    /// A row takes the place of the one with its key: the columns that it brings are set.
+    /// A row with an existing key updates that row: the columns that it has are set.
     Upsert {
-        /// The columns that make the key; a unique index of the table.
+        /// Columns of the key, which have a unique index in the table.
         key: Vec<String>,
-        /// A column by which a row wins over the one that is there unless its value is smaller;
-        /// `None`: the row that comes last wins.
+        /// Column that decides which row wins: the new row, unless its value in this column is smaller; `None`: the
+        /// last row wins.
         newest_by: Option<String>,
     },
-    /// A row whose key is there is dropped.
+    /// A row with an existing key is dropped.
     Ignore {
         /// As above.
         key: Vec<String>,
@@ -22,7 +22,7 @@ pub enum WriteMode {
 }
 
 impl WriteMode {
-    /// The columns of the key; empty when rows are appended.
+    /// Returns the columns of the key; empty if rows are appended.
     pub fn key(&self) -> &[String] {
         match self {
             Self::Append => &[],
@@ -30,13 +30,13 @@ impl WriteMode {
         }
     }
 
-    /// Whether the newest row of each key wins, in whatever order rows come.
+    /// Whether the newest row of each key wins, in any order of the rows.
     pub(crate) fn keeps_newest(&self) -> bool {
         matches!(self, Self::Upsert { newest_by: Some(_), .. })
     }
 
-    /// The columns that each row must bring, and not as null: without them nobody knows which row of
-    /// the table is meant.
+    /// Returns the columns that must be present and not null in each row. Without them, a row cannot be matched with a
+    /// row of the table.
     pub fn required(&self) -> impl Iterator<Item = &str> {
         let newest_by = match self {
             Self::Upsert { newest_by, .. } => newest_by.as_deref(),
@@ -45,9 +45,9 @@ impl WriteMode {
         self.key().iter().map(String::as_str).chain(newest_by)
     }
 
-    /// What an `INSERT` of these columns does with a key that is there: from `ON CONFLICT` to the
-    /// statement's end, in the SQL that PostgreSQL and SQLite share. `table` and the names that
-    /// `quoted` gives are SQL already. Empty when rows are appended.
+    /// Returns the clause of an `INSERT` of these columns that handles existing keys: from `ON CONFLICT` to the end of
+    /// the statement, in the SQL that PostgreSQL and SQLite share. `table`, and the names that `quoted` returns, are
+    /// already quoted SQL. Empty if rows are appended.
     ///
     /// Sources: PostgreSQL, "INSERT", ON CONFLICT clause; SQLite, "UPSERT".
     pub fn on_conflict(

@@ -1,18 +1,17 @@
-//! The embedded stream: a Kinesis server of our own, in memory, on loopback.
+//! Embedded stream: a Kinesis server in memory, on the loopback interface, for tries and tests.
 //!
-//! Inside the process (`demo`, or `run` when no server is found), or as a process of its own
-//! (`shardmill stream serve`) that the other commands find by a lock and an address file in the
-//! state folder. The same SDK code path talks to it as to AWS.
+//! It runs inside the process (`demo`, or `run` when no server is found), or as a process of its own (`shardmill stream
+//! serve`), which the other commands find by a lock and an address file in the state folder. `kinesis` reads from it
+//! with the same code as from AWS.
 //!
-//! Credentials are not checked, so whoever could reach it would read and write every record: processes of
+//! Credentials are not checked, so everybody who can connect can read and write all records. Therefore processes of
 //! other users of the machine are refused, and so are pages in browsers.
 //!
-//! Its port may be another user's once it has ended. So who has found it looks at each call whether it still
-//! serves: [`Served`](shardmill_kinesis::served::Served).
+//! After it has ended, its port may belong to another user. So clients check at each call whether it still serves:
+//! [`Served`](shardmill_kinesis::served::Served).
 //!
-//! It serves the API of Kinesis and keeps records in memory only: it is for tries and tests. Records are read from it
-//! by `kinesis`, as from AWS. It uses `config`, `core`, `kinesis` for how a stream is found, and `ports`; its heavy
-//! dependencies are ferrokinesis and axum.
+//! This crate uses `config`, `core`, `kinesis` (where a served stream is found), and `ports`; its heavy dependencies
+//! are ferrokinesis and axum.
 
 use std::fs::File;
 use std::io::Read as _;
@@ -35,28 +34,28 @@ use shardmill_core::source::SourceError;
 use shardmill_kinesis::served::{FOLDER, address_path};
 use shardmill_ports::{PortRules, names};
 
-/// Shards that all embedded streams may have together.
+/// Most shards of all embedded streams together.
 const SHARDS_MAX: u32 = 10_000;
-/// The largest request: PutRecords takes 10 MiB, a third more as base64, and room for JSON.
+/// Most bytes of a request: PutRecords has 10 MiB, a third more as base64, and room for JSON.
 const REQUEST_BYTES_MAX: usize = 16 << 20;
-/// Connections at once: many times those of all clients on one machine.
+/// Most connections at once: many times those of all clients on one machine.
 const CONNECTIONS_MAX: usize = 4_096;
-/// Time that a connection may stay without a request: longer than clients keep theirs, so that none is closed
-/// under a request.
+/// Longest time of a connection without a request: longer than clients keep theirs, so that the server never closes one
+/// while a request is on its way.
 const IDLE_MAX: Duration = Duration::from_secs(600);
-/// Creating and deleting takes this long: enough to be seen, not to be waited for.
+/// Time that creating and deleting takes: long enough to be visible, short enough not to wait for.
 const TRANSITION_MS: u64 = 100;
 
-/// Whose processes may use a served stream.
+/// Users whose processes may use a served stream.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Users {
-    /// Those of the user who serves it, and root's.
+    /// The user who serves it, and root.
     Own,
-    /// All of this machine's.
+    /// All users of this machine.
     Any,
 }
 
-/// A served stream; it ends when this is dropped.
+/// A running server; it ends when this is dropped.
 pub struct EmbeddedStream {
     url: Url,
     stop: CancellationToken,
@@ -65,7 +64,7 @@ pub struct EmbeddedStream {
 }
 
 impl EmbeddedStream {
-    /// Serves on `127.0.0.1:port`; port 0 takes a free one.
+    /// Starts a server on `127.0.0.1:port`; port 0 selects a free one.
     ///
     /// # Errors
     /// [`SourceError::Embedded`] when the port is in use.
@@ -84,7 +83,7 @@ impl EmbeddedStream {
         Self::start_as(port, options, users).await
     }
 
-    /// Serves with options of the server's own, for tests: a short iterator life, throttled writes.
+    /// Starts a server with other options, for tests: iterators that expire early, throttled writes.
     ///
     /// # Errors
     /// [`SourceError::Embedded`] when the port is in use.
@@ -117,7 +116,7 @@ impl EmbeddedStream {
         let stop = CancellationToken::new();
         let stopped = stop.clone();
         let task = tokio::spawn(async move {
-            // Requests in hand are not waited for: a subscription goes on for minutes.
+            // Does not wait for running requests: a subscription lasts for minutes.
             let serve = shardmill_ports::serve(listener, app, rules, CancellationToken::new());
             tokio::select! {
                 () = serve => {}
@@ -127,7 +126,7 @@ impl EmbeddedStream {
         Ok(Self { url, stop, task: Some(task), _published: None })
     }
 
-    /// Serves, and lets other processes of this user find it by the state folder.
+    /// Starts a server that other processes of this user find by the state folder.
     ///
     /// # Errors
     /// [`SourceError::Embedded`] when another process serves there, or the port is in use.
@@ -135,7 +134,7 @@ impl EmbeddedStream {
         Self::serve_for(state_dir, port, Users::Own).await
     }
 
-    /// The same for these users' processes.
+    /// Starts a server that processes of these users may use, and find by the state folder.
     ///
     /// # Errors
     /// As [`EmbeddedStream::serve`].
@@ -148,12 +147,12 @@ impl EmbeddedStream {
         Ok(served)
     }
 
-    /// Where it is served.
+    /// Returns the URL of the server.
     pub fn url(&self) -> &Url {
         &self.url
     }
 
-    /// Serves until the process is told to stop.
+    /// Serves until `stop` is cancelled.
     pub async fn until(mut self, stop: &CancellationToken) {
         if let Some(task) = self.task.take() {
             tokio::select! {
@@ -164,7 +163,7 @@ impl EmbeddedStream {
     }
 }
 
-/// Refuses what a page in a browser sends, whatever name it came by.
+/// Refuses requests of pages in browsers, whatever host name they use.
 async fn refuse_pages(request: Request, next: Next) -> Response {
     if names::is_of_page(request.headers()) || !names::is_direct(&request, &[]) {
         let cause = "expected a request from a program, sent to an address or to localhost; requests from \
@@ -182,11 +181,11 @@ impl Drop for EmbeddedStream {
     }
 }
 
-/// The lock and the address file of a serving process.
+/// Lock and address file of a serving process.
 struct Published {
-    /// Keeps a second server out.
+    /// Prevents a second server on the same state folder.
     lock: File,
-    /// Locked, too: by that the others know that this process still serves there.
+    /// Address file, which is locked, too: the lock shows other processes that this one still serves.
     address: Option<File>,
 }
 
@@ -200,10 +199,10 @@ impl Published {
         let mut file = private::open_lock(&path).map_err(|cause| error(cause.to_string()))?;
         if file.try_lock().is_err() {
             let mut owner = String::new();
-            // Only for the message.
+            // Used only in the message.
             let _ = file.read_to_string(&mut owner);
             return Err(error(format!(
-                "process {} serves a stream from this state folder already; stop it, or set another \
+                "process {} already serves a stream from this state folder; stop it, or set another \
                  state_dir",
                 owner.trim()
             )));
@@ -226,7 +225,7 @@ impl Published {
 
 impl Drop for Published {
     fn drop(&mut self) {
-        // The locks are what counts; without its own the address is stale.
+        // The files stay, but an address file without a lock is stale.
         if let Some(address) = &self.address {
             let _ = address.unlock();
         }

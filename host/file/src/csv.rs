@@ -1,21 +1,21 @@
-//! Ends of CSV records: a line break within quotes is part of its field (RFC 4180, section 2.6). A source
-//! that cut there would make rows that were never in the file. Pure; no I/O.
+//! Finds the ends of CSV records. A line break within quotes is part of its field (RFC 4180, section 2.6); a source
+//! that ended a record there would make rows that are not in the file.
 
-/// Finds the end of the first record, its line end included; `None`: it is not in these bytes.
-/// `delimiter`: what stands between fields, where that is known.
+/// Finds the end of the first record, with its line end; `None`: the end is not in these bytes. `delimiter` is the byte
+/// between fields, if known.
 pub(super) fn record_end(bytes: &[u8], delimiter: Option<u8>) -> Option<usize> {
     let line_end = memchr::memchr(b'\n', bytes)? + 1;
-    // Nearly all records: a look at many bytes at a time.
+    // Nearly all records have no quote; `memchr` looks at many bytes at a time.
     match memchr::memchr(b'"', &bytes[..line_end]) {
         None => Some(line_end),
         Some(_) => RecordScan { delimiter, ..RecordScan::default() }.end(bytes),
     }
 }
 
-/// Looks for the end of one record in bytes that come in parts.
+/// Scanner that finds the end of one record in bytes that come in parts.
 ///
-/// A quote opens a field where one begins: at the start or after the delimiter; where that is not known, as it
-/// is the plugin's business, after `,` `;` tab or `|`. Any other quote is text, such as the inches of `5" pipe`.
+/// A quote opens a field only at the field's beginning: at the start or after the delimiter. If only the plugin knows
+/// the delimiter, `,`, `;`, tab and `|` count. Any other quote is text, such as the inches of `5" pipe`.
 #[derive(Default)]
 pub struct RecordScan {
     place: Place,
@@ -28,7 +28,7 @@ enum Place {
     FieldBegin,
     Plain,
     Quoted,
-    /// After a quote within quotes: it closes the field, or is the first of two that stand for one.
+    /// After a quote within quotes: it closes the field, or is the first of two that mean one quote.
     QuoteInQuotes,
 }
 
@@ -40,7 +40,8 @@ impl RecordScan {
         }
     }
 
-    /// Reads on. Gives the number of these bytes up to the record's end, its line end included.
+    /// Scans the next bytes. Returns the number of them up to the record's end, with its line end; `None`: it is not
+    /// here.
     pub fn end(&mut self, bytes: &[u8]) -> Option<usize> {
         for (at, byte) in bytes.iter().enumerate() {
             self.place = match (self.place, byte) {

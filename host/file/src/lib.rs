@@ -1,15 +1,20 @@
-//! The lines of a file, or of standard input, as one shard that ends by itself: for trying a
-//! pipeline, for backfills, for comparisons.
+//! File source: reads the lines of a file, or of standard input, as one shard that ends. It is for trying a pipeline,
+//! for backfills, and for comparisons.
 //!
-//! A position is the number of bytes up to and with the line's end, so that going on is a seek, and,
-//! as its sub-sequence number, the CRC-32 of the line, so that a file that was written over is not
-//! taken for the one that was read. A file that was appended to is read on where it was left. A file
-//! that took another's place is another stream: it is known by its path, its inode, and when it was
-//! made.
+//! The sequence number of a line is the number of bytes of the file up to the line's end, with the line end. So a
+//! resume is a seek. The sub-sequence number is the CRC-32 of the line. So a resume notices a file that was
+//! overwritten.
 //!
-//! A path and the limits of batches go in; batches come out, and the end of the source. What a line means is the
-//! plugin's business, except that a line break within the quotes of a CSV field is no end ([`csv`]). It uses `config`
-//! and `core`, and no heavy dependency.
+//! | the file, compared with the last line that was read | a resume |
+//! |---|---|
+//! | the line ends there | continues after it, also if lines were appended |
+//! | the line had no end, and now has one | continues after its line end |
+//! | the line had no end, and more text was appended to it | refused: a part of the line was delivered as a record |
+//! | other bytes, or the file is shorter | refused: the file was cut or overwritten |
+//! | another inode or creation time | it is another stream, read from its beginning |
+//!
+//! The plugin decides about the meaning of a line, with one exception: a line break within the quotes of a CSV field
+//! does not end a record ([`csv`]). This crate uses `config` and `core`, and no heavy dependency.
 //!
 //! ```
 //! use shardmill_file::csv::RecordScan;
@@ -41,27 +46,27 @@ use shardmill_core::source::{
     BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError,
 };
 
-/// UTF-8's byte order mark, which some editors and spreadsheets put in front of a file. It is no part of
-/// the first line (Unicode 15, section 23.8).
+/// UTF-8's byte order mark, which some editors and spreadsheets write at the start of a file. It is not part of the
+/// first line (Unicode 15, section 23.8).
 pub const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 
-/// The beginning of a text without its byte order mark.
+/// Returns a text without its byte order mark.
 pub fn without_mark(text: &[u8]) -> &[u8] {
     text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(text)
 }
 
-/// The one shard of a file.
+/// Id of the only shard of a file.
 const SHARD: &str = "file-000000000000";
-/// All lines have one key: they are one sequence.
+/// Partition key of all lines: they are one sequence.
 const PARTITION_KEY: Bytes = Bytes::from_static(b"file");
-/// The path that stands for standard input.
+/// Path that means standard input.
 const STANDARD_INPUT: &str = "-";
-/// The longest line, in bytes: as the largest record of a stream.
+/// Most bytes of a line: the same as of a stream's largest record.
 const LINE_BYTES_MAX: usize = 10 << 20;
-/// Batches that are read ahead.
+/// Number of batches that are read ahead.
 const BATCHES_AHEAD: usize = 1;
 
-/// A file as a source.
+/// Source of a file's lines.
 pub struct FileSource {
     config: FileConfig,
     batch: BatchLimits,
@@ -69,13 +74,13 @@ pub struct FileSource {
 }
 
 impl FileSource {
-    /// Looks at the file.
+    /// Makes a source, and looks at the file to identify it.
     ///
     /// # Errors
     /// [`SourceError::File`] when it cannot be read.
     pub fn new(config: &FileConfig, batch: BatchLimits) -> Result<Self, SourceError> {
         let identity = match is_standard_input(config) {
-            // What was read from it cannot be read again: each start reads another stream.
+            // Standard input cannot be read again, so each start reads another stream.
             true => StreamIdentity {
                 name: STANDARD_INPUT.into(),
                 arn: "file:-".into(),
@@ -86,10 +91,10 @@ impl FileSource {
         Ok(Self { config: config.clone(), batch, identity })
     }
 
-    /// Checks that the file can be opened; nothing is read.
+    /// Checks that the file can be opened. Reads nothing.
     ///
     /// # Errors
-    /// [`SourceError::File`] when it cannot.
+    /// [`SourceError::File`] when it cannot be opened.
     pub fn check(&self) -> Result<(), SourceError> {
         match is_standard_input(&self.config) {
             true => Ok(()),
@@ -97,10 +102,10 @@ impl FileSource {
         }
     }
 
-    /// Checks that a start could go on behind a line that was read.
+    /// Checks that a run could resume after a line that was read.
     ///
     /// # Errors
-    /// [`SourceError::File`] as of the start.
+    /// [`SourceError::File`], as the run would report it.
     pub fn check_after(&self, after: &Position) -> Result<(), SourceError> {
         match is_standard_input(&self.config) {
             true => Ok(()),
@@ -117,7 +122,7 @@ fn identity(config: &FileConfig) -> io::Result<StreamIdentity> {
     let path = config.path.canonicalize()?;
     let about = std::fs::metadata(&path)?;
     if !about.is_file() {
-        let cause = "it is no regular file; a pipe is read as standard input: path = \"-\"";
+        let cause = "not a regular file; to read a pipe, use standard input: path = \"-\"";
         return Err(io::Error::other(cause));
     }
     let made = about.created().ok().and_then(|made| made.duration_since(UNIX_EPOCH).ok());
@@ -160,8 +165,8 @@ impl ShardSource for FileSource {
     }
 }
 
-/// Reads the lines on a thread of its own: one that waits for standard input holds up nobody, and
-/// ends with the process.
+/// Reader of the lines, on a thread of its own. A thread that waits for standard input delays nothing else, and ends
+/// with the process.
 struct FileReader {
     batches: mpsc::Receiver<Result<NextBatch, SourceError>>,
 }
@@ -182,7 +187,7 @@ impl FileReader {
         std::thread::Builder::new()
             .name("file-reader".into())
             .spawn(read)
-            .map_err(|cause| failed(&config, "start to read", 0, &cause))?;
+            .map_err(|cause| failed(&config, "start reading", 0, &cause))?;
         Ok(Self { batches })
     }
 }
@@ -194,32 +199,32 @@ impl BatchReader for FileReader {
     }
 }
 
-/// An open file.
+/// Lines of an open file.
 struct Lines {
     config: FileConfig,
     shard: ShardKey,
     limits: BatchLimits,
     input: Box<dyn Read + Send>,
-    /// Lines that were read whole, and how much of them is handed over.
+    /// Whole lines that were read, and the number of their bytes that were taken.
     chunk: Bytes,
     taken: usize,
-    /// The beginning of a line whose end was not read yet.
+    /// Beginning of a line whose end was not read yet.
     rest: Vec<u8>,
-    /// Bytes of the file up to `taken`.
+    /// Offset of `taken` in the file.
     at: u64,
     skip_lines: u64,
     has_ended: bool,
     handed_over: Option<Position>,
     arrived_ms: u64,
-    /// How many the last batch had.
+    /// Number of lines of the last batch.
     lines_expected: usize,
 }
 
 /// A line that was read.
 struct Line {
-    /// Where it is in its chunk, without its end.
+    /// Range in its chunk, without the line end.
     place: Range<usize>,
-    /// Where it ends in the file, its line end included.
+    /// Offset of its end in the file, with the line end.
     end_at: u64,
 }
 
@@ -283,8 +288,8 @@ impl Lines {
         }))
     }
 
-    /// Makes records of lines of a chunk. Lines that are a small part of it are copied: each batch would keep all
-    /// of the chunk.
+    /// Makes records of lines of a chunk. Lines that are a small part of it are copied, so that a batch does not keep
+    /// the whole chunk in memory.
     fn records(&self, chunk: &Bytes, lines: &[Line]) -> Vec<Record> {
         let (Some(first), Some(last)) = (lines.first(), lines.last()) else { return Vec::new() };
         let begin = first.place.start;
@@ -308,7 +313,7 @@ impl Lines {
         lines.iter().map(record).collect()
     }
 
-    /// Reads on, up to the end of a line or of the file.
+    /// Reads the next chunk, up to the end of a line or of the file.
     fn fill(&mut self) -> Result<(), SourceError> {
         let mut buffer = std::mem::take(&mut self.rest);
         let complete = loop {
@@ -336,7 +341,7 @@ impl Lines {
         self.rest = buffer[complete..].to_vec();
         buffer.truncate(complete);
         if buffer.capacity() / 2 > complete {
-            // A pipe gives a line at a time: each would keep the room of a whole batch.
+            // A pipe gives a line at a time, and each would keep the capacity for a whole batch.
             buffer.shrink_to_fit();
         }
         self.chunk = buffer.into();
@@ -344,12 +349,12 @@ impl Lines {
         Ok(())
     }
 
-    /// Takes lines of the chunk, as many as a batch holds.
+    /// Takes lines from the chunk, as many as fit into a batch.
     fn take_lines(&mut self, lines: &mut Vec<Line>) -> Result<(), SourceError> {
         let mut bytes = 0;
         while self.taken < self.chunk.len() && lines.len() < self.limits.records_max {
             let left = &self.chunk[self.taken..];
-            // A quote behind a byte order mark begins a field.
+            // A quote after a byte order mark begins a field.
             let mark = match self.at {
                 0 => left.len() - without_mark(left).len(),
                 _ => 0,
@@ -361,7 +366,7 @@ impl Lines {
                 }
             };
             if end.is_none() && !self.has_ended {
-                // A quoted line break: the record goes on after what was read.
+                // A quoted line break: the record continues after the chunk.
                 if left.len() > LINE_BYTES_MAX {
                     return Err(self.quote_not_closed());
                 }
@@ -373,7 +378,7 @@ impl Lines {
                 break;
             }
             if end.is_none() && mark > 0 && mark == left.len() {
-                // Nothing but a byte order mark: no line yet.
+                // Only a byte order mark: not a line.
                 self.taken = self.chunk.len();
                 break;
             }
@@ -408,7 +413,9 @@ impl Lines {
     }
 
     fn line_too_long(&self) -> SourceError {
-        let cause = format!("a line has more than {LINE_BYTES_MAX} bytes; is it a file of lines?");
+        let cause = format!(
+            "a line has more than {LINE_BYTES_MAX} bytes: check that it is a file of lines"
+        );
         failed(&self.config, "read a line", self.at, &cause)
     }
 }
@@ -421,7 +428,7 @@ fn open_at(config: &FileConfig, at: u64) -> Result<File, SourceError> {
     opened.map_err(|cause| failed(config, "read", at, &cause))
 }
 
-/// Opens the file behind a line that was read, if that line is still there; gives where it is then.
+/// Opens the file after a line that was read, if that line is still there. Returns the offset, too.
 fn open_after(config: &FileConfig, after: &Position) -> Result<(File, u64), SourceError> {
     let at = after.sequence.as_str().parse().unwrap_or(u64::MAX);
     let file = open_at(config, 0)?;
@@ -430,24 +437,24 @@ fn open_after(config: &FileConfig, after: &Position) -> Result<(File, u64), Sour
     let cause = match found {
         LastRead::Ends => None,
         LastRead::GoesOn => Some(format!(
-            "expected the line that was read last to end there, found that it goes on: it had no line end \
-             when it was read, and that part of it was delivered as a record. End it where it was read, in \
+            "expected the end of the last line that was read, found that the line continues: it had no line \
+             end when it was read, and that part of it was delivered as a record. End the line at this byte, in \
              this same file: keep its first {at} bytes, then a line break, then the lines after that line \
-             (another file in its place would be read from its beginning). Nothing comes twice then; what was \
-             delivered of that line is to be corrected by other means"
+             (a new file in its place would be read from its beginning). Then no line is delivered twice. \
+             Correct the part that was delivered at its destination"
         )),
         LastRead::Gone => Some(
-            "expected the line that was read last to end there, found other bytes: the file was cut or \
-             written over. Put the old file back, or read this one under another path, which delivers all \
+            "expected the end of the last line that was read, found other bytes: the file was cut or \
+             overwritten. Put the old file back, or read this one under another path, which delivers all \
              of its lines"
                 .to_owned(),
         ),
     };
     if let Some(cause) = cause {
-        let what = format!("cannot go on at byte {at}");
+        let what = format!("cannot resume at byte {at}");
         return Err(SourceError::File { path: config.path.clone(), what, cause });
     }
-    // The last line had no end when it was read; it has one now.
+    // If the last line had no end when it was read and has one now, the line end is skipped.
     let mut around = [0; 2];
     let found =
         file.read_at(&mut around, at).map_err(|cause| failed(config, "read", at, &cause))?;
@@ -464,33 +471,33 @@ fn open_after(config: &FileConfig, after: &Position) -> Result<(File, u64), Sour
     Ok((open_at(config, at)?, at))
 }
 
-/// The record that was read last, in the file as it is now.
+/// State of the last record that was read, in the file as it is now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum LastRead {
-    /// It ends where it ended.
+    /// The record ends at the same place.
     Ends,
-    /// It is there, and more of its line follows.
+    /// The record is there, but more of its line follows.
     GoesOn,
-    /// Something else is there.
+    /// Other bytes are there.
     Gone,
 }
 
-/// Whether a record with this CRC-32 ends at `at`. A CSV record may have line breaks of its own: its
-/// beginning is searched for line by line.
+/// Checks whether a record with this CRC-32 ends at `at`. A CSV record may contain line breaks, so its beginning is
+/// searched line by line.
 fn record_ends_at(file: &File, at: u64, cut: FileCut, checksum: u64) -> io::Result<LastRead> {
     let length = file.metadata()?.len();
     if at == 0 || length < at {
         return Ok(LastRead::Gone);
     }
     let is = |payload: &[u8]| u64::from(crc32fast::hash(payload)) == checksum;
-    // Most lines are short: look back in growing steps.
+    // Most lines are short, so this looks back in growing steps.
     let mut back = 1 << 10;
     loop {
         let from = at.saturating_sub(back);
         let mut bytes = vec![0; (at - from) as usize];
         file.read_exact_at(&mut bytes, from)?;
         let is_ended = bytes.ends_with(b"\n");
-        // What follows an unfinished line must be its end, or nothing.
+        // After a line without an end there must be a line end, or nothing.
         let mut next = [0];
         let is_whole = is_ended
             || length == at
@@ -507,7 +514,7 @@ fn record_ends_at(file: &File, at: u64, cut: FileCut, checksum: u64) -> io::Resu
         let mut begins = memchr::memrchr_iter(b'\n', &bytes[..end]).map(|before| before + 1);
         let found = match cut {
             FileCut::Lines => begins.next().map(|begin| is(&bytes[begin..end])),
-            // The first line of a record with line breaks has a quote.
+            // A record with line breaks has a quote in its first line.
             FileCut::Csv { .. } => {
                 let mut lines_after = bytes.len();
                 begins
@@ -524,7 +531,7 @@ fn record_ends_at(file: &File, at: u64, cut: FileCut, checksum: u64) -> io::Resu
             Some(found) => return Ok(found_as(found)),
             None if from > 0 && back < LINE_BYTES_MAX as u64 * 2 => back *= 4,
             None if from > 0 => return Ok(LastRead::Gone),
-            // The file's first record, with a byte order mark or without: older versions kept it.
+            // The first record of the file, with or without a byte order mark: older versions kept the mark.
             None => {
                 return Ok(found_as(is(&bytes[..end]) || is(without_mark(&bytes[..end]))));
             }
