@@ -1,15 +1,25 @@
-//! Whether the state and the sinks agree, before the first record: pure decisions.
+//! Decides, before the first record, whether the state and the sinks agree. Pure functions.
 //!
-//! A sink holds the truth about itself, and the state remembers how far each sink was. A sink that
-//! stands before that, or knows nothing of a shard that the state knows of, was restored from a backup.
-//! A state with a lower number than a sink has seen was restored from an older copy.
+//! A sink's own position is the truth about its rows. The state only remembers how far each sink was, as of the
+//! last checkpoint, so a remembered position may lag but never lead. Each contradiction therefore has one
+//! explanation:
 //!
-//! | the sink has | the state remembers | the sink needs records |
-//! |---|---|---|
-//! | no position | nothing | from the checkpoint on: it is new |
-//! | no position | a position | it was restored: as configured |
-//! | a position below what is remembered, or below the checkpoint | | it was restored: as configured |
-//! | a position | | behind its position |
+//! | the sink has | the state remembers | so | the sink needs records |
+//! |---|---|---|---|
+//! | no position | nothing | it is new | after the checkpoint |
+//! | no position | a position | it was restored from a backup, or is another one | as `on_position_mismatch` says |
+//! | a position before the remembered one, or before the checkpoint | | the same | as `on_position_mismatch` says |
+//! | any other position | | they agree | after its position |
+//!
+//! | `on_position_mismatch` | a restored sink continues |
+//! |---|---|
+//! | not set | not at all: the start stops with an error |
+//! | `"sink"` | after its own position: the rows are read again |
+//! | `"checkpoint"` | after the checkpoint (or its own position, if later): the rows stay lost, and a hole is recorded |
+//!
+//! The reverse case, a state that is older than the sinks, is found by marks ([`age`]): each state has an id and
+//! counts its writes, and sinks keep the newest mark that they have seen. A state that finds a higher number of its
+//! own was restored from an older copy. Going on with it would run other revisions than before and repeat redrives.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fmt;
@@ -19,63 +29,65 @@ use shardmill_config::OnPositionMismatch;
 use shardmill_core::owner::{OwnerName, StateMark};
 use shardmill_core::record::{Position, ShardId, ShardStart, SinkName};
 
-/// Shards that an error or a warning names one by one.
+/// Number of shards that an error or a warning names.
 const NAMED_MAX: usize = 5;
 
-/// What is known of a shard.
+/// State of a shard in the state database.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ShardState {
     /// Every sink has everything up to here; `None`: nothing yet.
     pub checkpoint: Option<Position>,
-    /// The shard was closed and everything in it is settled.
+    /// The shard was closed, and every record in it has its outcome in every sink.
     pub ended: bool,
-    /// Where it was begun.
+    /// Where reading began.
     pub start: ShardStart,
-    /// Everything that had arrived by then was read and settled, in milliseconds since 1970.
+    /// Everything that had arrived by this time was read and has its outcome, in milliseconds since 1970.
     pub caught_up_ms: Option<i64>,
-    /// The checkpoint was here before a restored sink moved it back: up to here, revisions that ran
-    /// first may be pruned, and only restored sinks need records.
+    /// Set while a restored sink reads records again: the checkpoint before it was moved back. Up to here, the
+    /// revisions that ran first may be gone, and only restored sinks need records.
     pub reread_to: Option<Position>,
 }
 
-/// A sink that stands before what is remembered of it.
+/// A sink that stands before the position that is remembered of it.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mismatch {
     /// Where the sink stands; `None`: it has no position.
     pub stands: Option<Position>,
-    /// How far it was.
+    /// The remembered position.
     pub remembered: Position,
 }
 
 impl fmt::Display for Mismatch {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.stands {
-            Some(stands) => write!(f, "it stands at {stands} and was at {}", self.remembered),
-            None => write!(f, "it has no position and was at {}", self.remembered),
+            Some(stands) => {
+                write!(f, "expected position {} or later, found {stands}", self.remembered)
+            }
+            None => write!(f, "expected position {} or later, found none", self.remembered),
         }
     }
 }
 
-/// How far one sink is with one shard, by both accounts.
+/// Position of one sink in one shard, by both accounts.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Stands {
-    /// The sink's own position, or how far its rows were given up.
+    /// The sink's own position, or the end of its rows that were given up.
     pub stands: Option<Position>,
-    /// How far it was, as the state remembers.
+    /// The position that the state remembers.
     pub remembered: Option<Position>,
 }
 
-/// Decides after which record a sink needs records. `None`: from the start of the shard on.
+/// Decides after which record a sink needs records. `None`: from the start of the shard.
 ///
 /// # Errors
-/// [`Mismatch`] where the sink was restored and nobody has said whom to believe.
+/// [`Mismatch`] if the sink was restored and the configuration does not say whom to believe.
 pub fn agree(
     own: &Stands,
     checkpoint: Option<&Position>,
     policy: OnPositionMismatch,
 ) -> Result<Option<Position>, Mismatch> {
     let stands = own.stands.as_ref();
-    // A sink without any position, of which nothing is remembered, is new.
+    // A sink that has no position and of which none is remembered is new: the checkpoint says nothing about it.
     let of_checkpoint = stands.and(checkpoint);
     let remembered = own.remembered.as_ref().max(of_checkpoint);
     match remembered {
@@ -90,25 +102,25 @@ pub fn agree(
     }
 }
 
-/// A shard, as the stream lists it and as the state knows it.
+/// A shard, as the stream, the state and the sinks know it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ShardFacts {
     /// Its parents; `None`: the stream does not list the shard any more.
     pub listed_parents: Option<Vec<ShardId>>,
-    /// `None`: the state does not know it.
+    /// Its state; `None`: the state does not know it.
     pub state: Option<ShardState>,
     /// The exact sinks.
     pub sinks: BTreeMap<SinkName, Stands>,
 }
 
-/// A shard that is to be read once more.
+/// A shard that is read once more.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Reopened {
     /// The shard.
     pub shard: ShardId,
-    /// Its checkpoint from now on.
+    /// Its new checkpoint.
     pub checkpoint: Option<Position>,
-    /// Sinks that were restored, and where they stand: this is what is remembered from now on.
+    /// The restored sinks and where they stand: the new remembered positions.
     pub sinks: Vec<(SinkName, Option<Position>)>,
 }
 
@@ -119,34 +131,35 @@ pub struct Lost {
     pub sink: SinkName,
     /// The shard.
     pub shard: ShardId,
-    /// Where it stands, and where it stood.
+    /// Its own position and the remembered one.
     pub mismatch: Mismatch,
-    /// It stays without records up to here; `None`: it is given all of them after all.
+    /// End of the records that it stays without; `None`: it gets all of them after all.
     pub without_to: Option<Position>,
-    /// The stream does not list the shard any more; otherwise the configuration says to go on.
+    /// True: the stream does not list the shard any more. False: the configuration says to go on.
     pub is_unlisted: bool,
 }
 
-/// Consequences of a comparison of all shards.
+/// The result of comparing all shards.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct AgreementPlan {
-    /// Sinks that were restored, where nobody has said whom to believe.
+    /// Restored sinks for which the configuration does not say whom to believe.
     pub mismatches: Vec<(SinkName, ShardId, Mismatch)>,
-    /// Shards to read once more, children of such shards included.
+    /// Shards to read once more, and their descendants.
     pub reopened: Vec<Reopened>,
-    /// Sinks that are behind and stay so: in shards that are not listed any more, and where the
+    /// Sinks that are lagging and stay so: in shards that the stream does not list any more, and where the
     /// configuration says to go on from the checkpoint.
     pub lost: Vec<Lost>,
-    /// Shards that the state does not know and in which a sink has a position.
+    /// Shards that the state does not know and in which a sink has a position: the state was lost.
     pub adopted: Vec<ShardId>,
 }
 
-/// Compares what the state remembers with where the sinks stand, in every shard.
+/// Compares, in every shard, what the state remembers with where the sinks stand.
 pub fn compare(facts: &BTreeMap<ShardId, ShardFacts>, policy: OnPositionMismatch) -> AgreementPlan {
     let mut plan = AgreementPlan::default();
     let mut restored: BTreeMap<&ShardId, Vec<(&SinkName, &Stands)>> = BTreeMap::new();
     for (shard, own) in facts {
         let is_listed = own.listed_parents.is_some();
+        // A shard that the state does not know: it was lost, or the shard is new and no sink has anything of it.
         let Some(state) = &own.state else {
             if is_listed && own.sinks.values().any(|sink| sink.stands.is_some()) {
                 plan.adopted.push(shard.clone());
@@ -154,6 +167,7 @@ pub fn compare(facts: &BTreeMap<ShardId, ShardFacts>, policy: OnPositionMismatch
             continue;
         };
         for (sink, stands) in &own.sinks {
+            // Only a remembered position can be contradicted. A sink without one is new in this shard.
             let Some(remembered) = &stands.remembered else { continue };
             if stands.stands.as_ref() >= Some(remembered) {
                 continue;
@@ -161,6 +175,8 @@ pub fn compare(facts: &BTreeMap<ShardId, ShardFacts>, policy: OnPositionMismatch
             let mismatch =
                 Mismatch { stands: stands.stands.clone(), remembered: remembered.clone() };
             match (is_listed, policy) {
+                // If the stream does not list the shard any more, its records cannot be read again, whatever the
+                // policy.
                 (false, _) | (true, OnPositionMismatch::Checkpoint) => {
                     let without_to = match is_listed {
                         true => {
@@ -187,7 +203,7 @@ pub fn compare(facts: &BTreeMap<ShardId, ShardFacts>, policy: OnPositionMismatch
         }
     }
     let mut reopened: HashSet<&ShardId> = restored.keys().copied().collect();
-    // Descendants too, so that rows of one key come in their order.
+    // Descendants are read again too, so that the rows of one key reach the sink in their order.
     loop {
         let before = reopened.len();
         for (shard, own) in facts {
@@ -221,7 +237,7 @@ pub fn compare(facts: &BTreeMap<ShardId, ShardFacts>, policy: OnPositionMismatch
 }
 
 impl AgreementPlan {
-    /// The error for sinks that were restored, if there are any.
+    /// Returns the error for restored sinks, if there are any.
     pub fn refusal(&self) -> Option<String> {
         let (sink, _, _) = self.mismatches.first()?;
         let sinks: HashSet<&SinkName> = self.mismatches.iter().map(|(sink, ..)| sink).collect();
@@ -234,19 +250,19 @@ impl AgreementPlan {
             more => format!("; and {more} more"),
         };
         let who = match sinks.len() {
-            1 => format!("sink {sink} is"),
-            many => format!("{many} sinks are"),
+            1 => format!("sink {sink} has"),
+            many => format!("{many} sinks have"),
         };
         Some(format!(
-            "{who} behind what the pipeline's state remembers: {}{more}. Was the destination restored \
-             from a backup, is it another one than before, or did another application move the checkpoint? Set `on_position_mismatch = \
-             \"sink\"` under [pipeline] to read the missing records again (shards that have ended are \
-             opened again; other sinks skip what they have), or \"checkpoint\" to go on without them",
+            "{who} an earlier position than the pipeline's state remembers: {}{more}. Was the destination \
+             restored from a backup or replaced, or did another application move the checkpoint? Set \
+             `on_position_mismatch = \"sink\"` under [pipeline] to read the missing records again (ended \
+             shards are opened again; other sinks skip what they have), or \"checkpoint\" to go on without them",
             named.join("; ")
         ))
     }
 
-    /// The warning for rows that sinks stay without, if there are any.
+    /// Returns the warning for rows that sinks stay without, if there are any.
     pub fn loss(&self) -> Option<String> {
         let of = |is_unlisted: bool| {
             let lost: Vec<&Lost> = self
@@ -282,32 +298,38 @@ impl AgreementPlan {
     }
 }
 
-/// The mark of a state, as a row of a sink has it.
+/// A mark that a sink keeps beside the position of a shard.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MarkSeen {
     /// The sink.
     pub sink: SinkName,
     /// The mark.
     pub mark: StateMark,
-    /// Who wrote it.
+    /// The process that wrote it.
     pub owner: Option<OwnerName>,
-    /// It is of a shard that this state has begun.
+    /// The shard is one that this state has begun.
     pub is_of_known_shard: bool,
 }
 
-/// Whether the state is as new as what the sinks have seen.
+/// Result of comparing the state with the marks that sinks keep.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Age {
-    /// It is. These marks of other states are to be noted: this one goes on from there.
+    /// No sink has seen a newer state. The marks of other states that it continues from here, to be stored.
     Newest(Vec<StateMark>),
-    /// A sink has seen this state when it was newer: it was restored from an older copy.
+    /// A sink has seen a newer version of this state: this one was restored from an older copy.
     Older(MarkSeen),
-    /// Another state has written to shards that this one knows.
+    /// Another state has written to a shard that this one has begun too: two states share a sink.
     Another(MarkSeen),
 }
 
-/// Judges the state by the marks that sinks keep. `noted` are marks of other states that it has gone on
-/// from before.
+/// Judges the state by the marks that sinks keep. `noted`: marks of other states that it has already accepted.
+///
+/// | a mark in a sink | verdict |
+/// |---|---|
+/// | of this state, with a higher number than its own | older copy |
+/// | of another state, not higher than noted | accepted before |
+/// | of another state, in a shard that this state has begun | another state writes here |
+/// | of another state, in other shards | accepted now: the state was lost, and this one goes on |
 pub fn age(own: &StateMark, noted: &HashMap<String, i64>, seen: &[MarkSeen]) -> Age {
     let mut adopted: BTreeMap<String, i64> = BTreeMap::new();
     let mut another = None;
@@ -337,7 +359,7 @@ pub fn age(own: &StateMark, noted: &HashMap<String, i64>, seen: &[MarkSeen]) -> 
     }
 }
 
-/// Every mark, with the highest number of each state: what a person has said to go on from.
+/// Returns the highest mark of each state, for a person who chooses to go on from there.
 pub fn all_marks(seen: &[MarkSeen]) -> Vec<StateMark> {
     let mut highest: BTreeMap<String, i64> = BTreeMap::new();
     for one in seen {
@@ -348,19 +370,20 @@ pub fn all_marks(seen: &[MarkSeen]) -> Vec<StateMark> {
     highest.into_iter().map(mark).collect()
 }
 
-/// The times at which a shard was lost to other processes, and what follows.
+/// The times at which a shard was lost to other processes.
 #[derive(Debug, Default)]
 pub struct Losses {
     lost: Vec<(Instant, OwnerName)>,
 }
 
-/// How often a shard is lost to the same process until the later of the two stops,
+/// Number of times that a shard may be lost to the same process before the later of the two stops,
 pub(crate) const LOSSES_MAX: usize = 3;
-/// and in which time.
+/// counted within this time.
 pub(crate) const LOSSES_WITHIN: Duration = Duration::from_secs(60);
 
 impl Losses {
-    /// Notes that the shard was lost to `other` at `now`. True: this process must stop.
+    /// Notes that the shard was lost to `other` at `now`. Returns true if this process must stop: two processes
+    /// take the shard from each other, and this one started later.
     pub fn note(&mut self, own: &OwnerName, other: OwnerName, now: Instant) -> bool {
         if other == *own {
             return false;
@@ -382,14 +405,14 @@ mod tests {
         (number > 0).then(|| Position { sequence: SequenceNumber::from(number), sub_sequence: 0 })
     }
 
-    /// 0 stands for none.
+    /// In these arguments, 0 means "no position".
     fn stands(stands: u64, remembered: u64) -> Stands {
         Stands { stands: at(stands), remembered: at(remembered) }
     }
 
     #[test]
     fn fault_13_a_sink_lagging_or_absent_where_a_position_is_remembered_is_a_mismatch() {
-        // Stands, remembered, checkpoint; after which record it needs records by each policy.
+        // Stands, remembered, checkpoint; then the record after which it needs records, for each policy.
         let error = None;
         for (own, checkpoint, on_stop, on_sink, on_checkpoint) in [
             (stands(0, 0), 0, Some(0), Some(0), Some(0)),
@@ -460,9 +483,11 @@ mod tests {
         let plan = compare(&shards, Stop);
         assert!(plan.reopened.is_empty());
         let refusal = plan.refusal().expect("refused");
-        for part in
-            ["sink mart is behind", "shard 0: it stands at 20", "shard 2: it has no position"]
-        {
+        for part in [
+            "sink mart has an earlier position",
+            "shard 0: expected position 50 or later, found 20",
+            "shard 2: expected position 50 or later, found none",
+        ] {
             assert!(refusal.contains(part), "{refusal}");
         }
         let plan = compare(&shards, Checkpoint);
@@ -483,8 +508,8 @@ mod tests {
             let loss = plan.loss().expect("a warning");
             for part in [
                 "rows are lost",
-                "sink mart in shard 0: it stands at 20",
-                "shard 1: it has no position",
+                "sink mart in shard 0: expected position 50 or later, found 20",
+                "shard 1: expected position 60 or later, found none",
             ] {
                 assert!(loss.contains(part), "{loss}");
             }
@@ -518,7 +543,7 @@ mod tests {
         assert_eq!(newest, Age::Older(seen("own", 12, true)));
         assert_eq!(judge(&[seen("noted", 7, true)]), Age::Newest(Vec::new()));
         assert_eq!(judge(&[seen("noted", 8, true)]), Age::Another(seen("noted", 8, true)));
-        // A state that is new knows no shard: it goes on from what it finds.
+        // A new state knows no shard: it continues from what it finds.
         let found = judge(&[seen("b", 4, false), seen("b", 9, false), seen("a", 1, false)]);
         assert_eq!(found, Age::Newest(vec![mark("a", 1), mark("b", 9)]));
     }

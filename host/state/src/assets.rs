@@ -1,17 +1,17 @@
-//! The SQL files that the compiler reads: steps of migration, and for tests the schemas of earlier versions.
+//! SQL files that are compiled in: migration steps, and for tests the schemas of earlier versions.
 
-/// The step of the migration to version 2.
+/// Migration step to version 2.
 pub(crate) const TO_2: &str = include_str!("migrations/to_2.sql");
-/// The step of the migration to version 3.
+/// Migration step to version 3.
 pub(crate) const TO_3: &str = include_str!("migrations/to_3.sql");
-/// The step of the migration to version 4.
+/// Migration step to version 4.
 pub(crate) const TO_4: &str = include_str!("migrations/to_4.sql");
-/// The step of the migration to version 5.
+/// Migration step to version 5.
 pub(crate) const TO_5: &str = include_str!("migrations/to_5.sql");
-/// The step of the migration to version 6.
+/// Migration step to version 6.
 pub(crate) const TO_6: &str = include_str!("migrations/to_6.sql");
 
-/// The schema of each earlier version, as the commit that its first line names made it.
+/// The schema of each earlier version, as made by the commit that its first line names.
 #[cfg(test)]
 pub(crate) mod schemas {
     /// Version 1.

@@ -1,7 +1,21 @@
-//! Checkpoints: how far every sink is, at least, per shard.
+//! Checkpoints: per shard, the position up to which every sink has everything.
 //!
-//! The checkpoint is the minimum over the sinks and lags behind them. Beside it stand the last
-//! known position of each sink: the truth for sinks that keep none of their own.
+//! The checkpoint is the minimum over the sinks and lags behind them. Beside it lies the last known position of
+//! each sink. For a sink that keeps no position of its own (HTTP, Kinesis, stdout), that is its position.
+//!
+//! | what moves the checkpoint | direction |
+//! |---|---|
+//! | [`Checkpoints::advance`], by a lane | forward only; an older value is ignored |
+//! | [`Checkpoints::reopen`], for a restored sink at a start | back to where the sink stands |
+//!
+//! **Invariants.**
+//!
+//! - The start of a shard is durable before its first record ([`Checkpoints::record_look`]). All shards of one look at the
+//!   stream are stored together: after a crash, either each of them has its start, or none has. LATEST is resolved
+//!   once.
+//! - Positions are written after the sinks have committed, so they may lag but never lead.
+//! - A shard stays known after its end, as long as the stream may still list it and for a while after: until then
+//!   it says what a restored sink has lost ([`Checkpoints::forget_gone`]).
 
 use std::collections::{HashMap, HashSet};
 
@@ -20,18 +34,18 @@ use shardmill_core::record::{
 /// The last known position of each sink in each shard.
 pub type Remembered = HashMap<(ShardId, SinkName), Position>;
 
-/// The rows of all sinks that were given up, by shard and sink: from where the sink stood then.
+/// The position ranges that were given up, by shard and sink. Each begins where the sink stood at that time.
 pub type AllGivenUp = HashMap<(ShardId, SinkName), PositionRange>;
 
-/// The state of a stream's shards, as the state database has it.
+/// Everything that the state knows of a stream's shards.
 #[derive(Clone, Debug, Default)]
 pub struct KnownShards {
-    /// Shards that were begun, and those that a first start at LATEST passed over as ended.
+    /// Shards that were begun, and those that a first start at LATEST skipped: these count as ended.
     pub begun: HashMap<ShardId, ShardState>,
-    /// Shards that were ever listed. Empty: the stream is looked at for the first time, at least by a
-    /// version that notes this.
+    /// Shards that were ever listed. Empty: this is the first look at the stream, at least by a version that stores
+    /// them.
     pub seen: HashSet<ShardId>,
-    /// LATEST, as it was resolved at the first start, in milliseconds since 1970.
+    /// LATEST as resolved at the first start, in milliseconds since 1970.
     pub latest_ms: Option<i64>,
 }
 
@@ -41,7 +55,8 @@ impl KnownShards {
         self.begun.is_empty()
     }
 
-    /// LATEST, as it was resolved: by versions before this was noted, per shard.
+    /// Returns LATEST as it was resolved. Earlier versions stored it per shard only: then the earliest of these
+    /// counts.
     pub fn resolved_latest_ms(&self) -> Option<i64> {
         let of_shard = |state: &ShardState| match state.start {
             ShardStart::AtMs(at_ms) => Some(at_ms),
@@ -51,34 +66,34 @@ impl KnownShards {
     }
 }
 
-/// A look at a stream: all that is new is noted in one step, before any of it is read.
+/// Result of one look at a stream. It is stored in one step, before any new shard is read.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Look {
-    /// Shards that begin, where, and from when on none of their records may be missing.
+    /// New shards: where reading begins, and the time from which on no record may be missing.
     pub begun: Vec<(ShardId, ShardStart, Option<i64>)>,
-    /// Shards of which nothing is read: they count as read to their end.
+    /// Shards that are not read: they count as ended.
     pub passed_over: Vec<ShardId>,
     /// Shards that are listed for the first time.
     pub seen: Vec<ShardId>,
-    /// LATEST, when this look resolved it, in milliseconds since 1970.
+    /// LATEST, if this look resolved it, in milliseconds since 1970.
     pub latest_ms: Option<i64>,
 }
 
 impl Look {
-    /// Whether there is nothing to note.
+    /// Whether there is nothing to store.
     pub fn is_empty(&self) -> bool {
         *self == Self::default()
     }
 }
 
-/// How far a sink is with a shard.
+/// Position of a sink in a shard.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SinkMark {
     /// The sink.
     pub sink: SinkName,
-    /// It has everything up to here.
+    /// The sink has everything up to here.
     pub position: Position,
-    /// When that record arrived, in milliseconds since 1970, as far as it is known.
+    /// Arrival of that record at the stream, in milliseconds since 1970, if known.
     pub arrived_ms: Option<i64>,
 }
 
@@ -86,11 +101,11 @@ pub struct SinkMark {
 #[derive(Clone)]
 pub struct Checkpoints {
     store: StateStore,
-    /// Lanes write at the same time.
+    /// Lanes write at the same time: their entries share transactions.
     advances: GroupCommit<Advance>,
 }
 
-/// How far a shard's sinks are.
+/// One write of a shard's positions.
 #[derive(Clone)]
 struct Advance {
     stream: String,
@@ -105,6 +120,8 @@ impl BatchedEntry for Advance {
 
     fn write(&self, state: &rusqlite::Transaction<'_>) -> rusqlite::Result<()> {
         let Self { stream, shard, sinks, checkpoint, ended } = self;
+        // Overwritten without a comparison: only the lane that owns the shard writes here, and a restored sink
+        // starts again at a lower position.
         let mut upsert = state.prepare_cached(
             "INSERT INTO sink_position (sink, stream, shard, sequence, sub_sequence, arrived_ms)
              VALUES (?1, ?2, ?3, ?4, ?5, ?6)
@@ -116,6 +133,7 @@ impl BatchedEntry for Advance {
             let (sequence, sub) = columns(position);
             upsert.execute((sink.as_str(), stream, shard, sequence, sub, arrived_ms))?;
         }
+        // Forward only. [`Checkpoints::reopen`] moves it back, in a transaction of its own.
         if let Some((sequence, sub)) = checkpoint.as_ref().map(columns) {
             state
                 .prepare_cached(
@@ -135,12 +153,12 @@ impl BatchedEntry for Advance {
 }
 
 impl Checkpoints {
-    /// Over the pipeline's state database.
+    /// Creates a handle over the pipeline's state database.
     pub fn new(store: StateStore) -> Self {
         Self { advances: GroupCommit::new(store.clone()), store }
     }
 
-    /// Every shard of the stream that was ever begun.
+    /// Reads every shard of the stream that was ever begun.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -180,7 +198,7 @@ impl Checkpoints {
             .await
     }
 
-    /// All that is known of the stream's shards.
+    /// Reads everything that is known of the stream's shards.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -203,7 +221,7 @@ impl Checkpoints {
             .await
     }
 
-    /// Begins one shard, as a look at the stream would.
+    /// Begins one shard, as a look at the stream does.
     #[cfg(test)]
     pub(crate) async fn begin(
         &self,
@@ -214,15 +232,15 @@ impl Checkpoints {
         self.record_look(&shard.stream, Look { begun, ..Look::default() }).await
     }
 
-    /// Notes what a look at the stream found, all in one step: after a crash either every shard of
-    /// the look has its start, or none has. A shard that is known keeps what was noted first.
+    /// Stores what a look at the stream found, in one step: after a crash, either every shard of the look has its
+    /// start, or none has. A shard that is known already keeps its first start.
     ///
     /// # Errors
     /// [`StateError`]; none of these shards may be read then.
     pub async fn record_look(&self, stream: &StreamIdentity, look: Look) -> Result<(), StateError> {
         let stream = stream.key();
         self.store
-            .transact("note the start of shards", move |state| {
+            .transact("store where shards start", move |state| {
                 let mut begin = state.prepare_cached(
                     "INSERT INTO shard (stream, shard, start_at_ms, start_at_sequence, caught_up_ms)
                      VALUES (?1, ?2, ?3, ?4, ?5) ON CONFLICT DO NOTHING",
@@ -260,15 +278,14 @@ impl Checkpoints {
             .await
     }
 
-    /// Notes that everything that had arrived in a shard by `at_ms`, milliseconds since 1970, is
-    /// settled.
+    /// Stores that everything that had arrived in a shard by `at_ms` (milliseconds since 1970) has its outcome.
     ///
     /// # Errors
-    /// [`StateError`]; nothing is lost, an older note stands.
+    /// [`StateError`]; nothing is lost, the earlier time stays.
     pub async fn note_caught_up(&self, shard: &ShardKey, at_ms: i64) -> Result<(), StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         self.store
-            .transact("note that a shard is read", move |state| {
+            .transact("store that a shard has caught up", move |state| {
                 state
                     .prepare_cached(
                         "UPDATE shard SET caught_up_ms = ?3 WHERE stream = ?1 AND shard = ?2",
@@ -279,7 +296,7 @@ impl Checkpoints {
             .map(drop)
     }
 
-    /// The last known position of each sink.
+    /// Reads the last known position of each sink in a shard.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -305,14 +322,14 @@ impl Checkpoints {
             .await
     }
 
-    /// When the last record that each sink has arrived, in milliseconds since 1970.
+    /// Reads when the last record of each sink arrived at the stream, in milliseconds since 1970.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
     pub async fn arrivals(&self, shard: &ShardKey) -> Result<HashMap<SinkName, i64>, StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         self.store
-            .transact("read the arrivals of the sinks' last records", move |state| {
+            .transact("read when the sinks' last records arrived", move |state| {
                 let mut query = state.prepare_cached(
                     "SELECT sink, arrived_ms FROM sink_position
                      WHERE stream = ?1 AND shard = ?2 AND arrived_ms IS NOT NULL",
@@ -325,7 +342,7 @@ impl Checkpoints {
             .await
     }
 
-    /// How far each sink was in each shard of a stream, and which rows of each were given up last.
+    /// Reads how far each sink was in each shard of a stream, and the range of each that was given up last.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -357,14 +374,14 @@ impl Checkpoints {
                     let to_inclusive = position(row.get(2)?, row.get(3)?)?;
                     Ok((key, PositionRange { from_exclusive, to_inclusive }))
                 })?;
-                // The last of several counts: they come in order.
+                // They come in order, so of several ranges of one sink the last one stays.
                 Ok((known.collect::<rusqlite::Result<_>>()?, given_up.collect::<rusqlite::Result<_>>()?))
             })
             .await
     }
 
-    /// Opens shards once more for sinks that were restored: notes where these stand, moves the
-    /// checkpoints back, and forgets that the shards have ended. All of it in one step.
+    /// Opens shards once more for restored sinks: stores where these stand, moves the checkpoints back, and clears
+    /// the end of the shards. One transaction.
     ///
     /// # Errors
     /// [`StateError`]; nothing is changed then.
@@ -375,10 +392,11 @@ impl Checkpoints {
     ) -> Result<(), StateError> {
         let stream = stream.key();
         self.store
-            .transact("open shards again", move |state| {
+            .transact("reopen shards", move |state| {
                 for Reopened { shard, checkpoint, sinks } in &reopened {
                     let (sequence, sub) = checkpoint.as_ref().map(columns).unzip();
-                    // While a lane reads what only restored sinks need, old records are not settled.
+                    // While a lane reads what only restored sinks need, arrived records do not count as caught up.
+                    // The highest earlier checkpoint is kept in `reread_to`, also when a shard is reopened twice.
                     state.execute(
                         "UPDATE shard SET ended = 0, caught_up_ms = NULL,
                              reread_to = CASE WHEN sequence IS NULL
@@ -400,11 +418,11 @@ impl Checkpoints {
             .await
     }
 
-    /// Remembers that sinks stay without rows that they had: they stand where they stand from now on, and
-    /// the holes are on record.
+    /// Accepts that sinks stay without rows that they once had: where they stand becomes the remembered position,
+    /// and the holes are recorded. One transaction.
     ///
     /// # Errors
-    /// [`StateError`]; they are found again at the next start then.
+    /// [`StateError`]; the next start finds the same mismatch again then.
     pub async fn accept_losses(
         &self,
         stream: &StreamIdentity,
@@ -413,7 +431,7 @@ impl Checkpoints {
     ) -> Result<(), StateError> {
         let stream = stream.key();
         self.store
-            .transact("note where sinks stand", move |state| {
+            .transact("store the sinks' positions", move |state| {
                 for Lost { sink, shard, mismatch, .. } in &lost {
                     remember(state, (&stream, shard, sink), mismatch.stands.as_ref())?;
                 }
@@ -425,7 +443,7 @@ impl Checkpoints {
             .await
     }
 
-    /// Marks of other states that this one has gone on from.
+    /// Reads the marks of other states that this one has accepted and continues from.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -438,13 +456,13 @@ impl Checkpoints {
             .await
     }
 
-    /// Notes marks of other states: this one goes on from there.
+    /// Stores marks of other states that this one continues from. The highest number of each stays.
     ///
     /// # Errors
     /// [`StateError`]; no shard may be begun then.
     pub async fn note_marks(&self, marks: Vec<StateMark>) -> Result<(), StateError> {
         self.store
-            .transact("note the marks of other states", move |state| {
+            .transact("store the marks of other states", move |state| {
                 for mark in &marks {
                     state.execute(
                         "INSERT INTO seen_state VALUES (?1, ?2)
@@ -457,13 +475,14 @@ impl Checkpoints {
             .await
     }
 
-    /// Notes that letters that are here now may have been redriven by a newer state than this copy.
+    /// Marks all present dead letters as doubtful: this is an older copy of the state, and a newer one may have
+    /// redriven them.
     ///
     /// # Errors
     /// [`StateError`]; no shard may be begun then.
     pub async fn doubt_dead_letters(&self) -> Result<(), StateError> {
         self.store
-            .transact("note letters of an older copy", |state| {
+            .transact("mark the dead letters of an older copy", |state| {
                 state.execute("DELETE FROM doubtful_letters", [])?;
                 state.execute(
                     "INSERT INTO doubtful_letters SELECT max(rowid) FROM letters
@@ -475,7 +494,7 @@ impl Checkpoints {
             .map(drop)
     }
 
-    /// Writes the sinks' positions and the checkpoint, as one step. The checkpoint never goes back.
+    /// Stores the sinks' positions and the checkpoint in one step. The checkpoint never moves back here.
     ///
     /// # Errors
     /// [`StateError`]; nothing is lost, the checkpoint only lags longer.
@@ -490,8 +509,8 @@ impl Checkpoints {
         self.advances.write(Advance { stream, shard, sinks, checkpoint, ended }).await
     }
 
-    /// Forgets shards that were read to their end and that the stream has not listed for `kept_ms`: their
-    /// positions, owners and ledger. Until then they say what a restored sink has lost.
+    /// Deletes shards that were read to their end and that the stream has not listed for `kept_ms`: positions,
+    /// owners and ledger. Until then they tell what a restored sink has lost.
     ///
     /// # Errors
     /// [`StateError`]; nothing is lost, only space.
@@ -505,7 +524,7 @@ impl Checkpoints {
         let listed = serde_json::Value::from_iter(listed.iter().map(ShardId::as_str)).to_string();
         let (stream, gone_before) = (stream.key(), now_ms - kept_ms);
         self.store
-            .transact("forget shards that are gone", move |state| {
+            .transact("delete shards that are gone", move |state| {
                 let back =
                     "UPDATE shard SET gone_ms = NULL WHERE stream = ?1 AND gone_ms IS NOT NULL
                     AND shard IN (SELECT value FROM json_each(?2))";
@@ -530,7 +549,7 @@ impl Checkpoints {
             .await
     }
 
-    /// The checkpoint of one shard, if it was begun.
+    /// Reads the checkpoint of a shard; `None` if it has none yet.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -550,7 +569,7 @@ impl Checkpoints {
     }
 }
 
-/// Notes where a sink stands, which may be before what was remembered.
+/// Replaces the remembered position of a sink, which may move back.
 fn remember(
     state: &Transaction<'_>,
     (stream, shard, sink): (&str, &ShardId, &SinkName),
@@ -596,7 +615,7 @@ mod tests {
             written.expect("written");
         }
         let listed = [ShardId::from("listed")];
-        // (now, what is known then, with a keep of 10 ms)
+        // (now, the shards that are known then, with a retention of 10 ms)
         for (now_ms, listed, known) in [
             (0, &listed[..], ["gone", "listed", "unread"].as_slice()),
             (9, &listed, &["gone", "listed", "unread"]),

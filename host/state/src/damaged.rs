@@ -1,16 +1,16 @@
-//! Values of the state database that cannot be read: a disk, a copy that was cut or a hand has changed them.
-//! None of them is replaced by a default, because records would be lost or doubled without a word.
+//! Invalid values in the state database: a failing disk, a truncated copy or a person has changed them. None of
+//! them is replaced by a default, because records would be lost or doubled without a message.
 
 use rusqlite::types::{FromSql, FromSqlError, FromSqlResult, Type, ValueRef};
 use rusqlite::{Error, ErrorCode};
 
 use shardmill_core::record::Digest;
 
-/// The way out where a value or the whole file cannot be read.
-pub(super) const WAY_OUT: &str = "nothing was changed; the file is damaged: put the state folder back from a copy; without one, move it \
-     away: a start then goes on from the sinks' positions, and the dead letters are lost";
+/// The way out when a value or the whole file cannot be read.
+pub(super) const WAY_OUT: &str = "nothing was changed; the file is damaged: restore the state folder from a copy, or move it away: the \
+     next start then continues from the sinks' positions, and the dead letters are lost";
 
-/// Whether an error says that the file is damaged, rather than out of reach.
+/// Whether an error says that the file is damaged, as opposed to out of reach (locked, full disk, missing table).
 pub(super) fn is_damage(cause: &Error) -> bool {
     let code = cause.sqlite_error_code();
     matches!(code, Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase))
@@ -23,7 +23,7 @@ pub(super) fn is_damage(cause: &Error) -> bool {
         )
 }
 
-/// Describes an error in words of the state: the column by its name, and what was expected.
+/// Describes an error by the name of the column and the expected value.
 pub(super) fn describe(cause: &Error) -> String {
     match cause {
         Error::FromSqlConversionFailure(_, _, cause) => cause.to_string(),
@@ -38,12 +38,12 @@ pub(super) fn describe(cause: &Error) -> String {
     }
 }
 
-/// The error for a value of a column that is none of those which are written there.
+/// Returns the error for a value that is never written to this column.
 pub(super) fn invalid(column: usize, kind: Type, cause: impl Into<String>) -> Error {
     Error::FromSqlConversionFailure(column, kind, cause.into().into())
 }
 
-/// A column that is 0 or 1. SQLite has no type for that, and a number that is neither is not `true`.
+/// A column that is 0 or 1. SQLite has no boolean type; any other number is an error, not `true`.
 pub(super) struct Flag(pub(super) bool);
 
 impl FromSql for Flag {
@@ -67,7 +67,7 @@ pub(super) fn digest<'d, D: serde::Deserializer<'d>>(from: D) -> Result<String, 
     }
 }
 
-/// Looks whether the bytes of a component are those that its digest names.
+/// Checks that a component's bytes have the digest that names them.
 pub(super) fn validate_component(digest: &str, bytes: &[u8]) -> rusqlite::Result<()> {
     let found = Digest::of(bytes);
     match found.as_str() == digest {

@@ -1,20 +1,22 @@
-//! The log of letters that have become visible, in that order: what copies of them are made from.
+//! Log of dead letters in the order in which they became visible. Copies of dead letters (`[dead_letters]`) are
+//! made from it.
 //!
-//! A letter's own number says nothing of when it was shown, since some are hidden for a while. Triggers
-//! of the database number each when it is; one that is deleted is gone from the log as well. Letters of a
-//! redrive are numbered when it is finished, if they stay: until then nobody waits for them.
+//! The number of a dead letter does not say when it became visible, because some are pending for a while. So
+//! triggers of the database give each one a log number at that moment. A dead letter that is deleted disappears
+//! from the log as well. Dead letters of a redrive get a number when the redrive finishes, if they stay; the log
+//! does not wait for them.
 //!
-//! A record may have thousands of letters. The copy of one of them, the record's carrier, has the record whole;
-//! the copies of the others have its digest, unless the record is small. The carrier is the first letter of
-//! the record that was numbered. It is kept in the database, so a copy that is made once more has the same
-//! bytes.
+//! **Large records.** A record may have thousands of dead letters, and copying it with each of them would multiply
+//! it. The copy of one of them, the record's *carrier*, contains the record; the other copies contain its digest,
+//! unless the record is small. The carrier is the record's first dead letter in the log. The choice is stored, so
+//! that a copy that is made again has the same bytes.
 //!
-//! | what becomes of a carrier | the next one |
+//! | the carrier | next carrier |
 //! |---|---|
-//! | it stays, copied or not | none: later letters of the record have the digest |
-//! | it is deleted, and every sink has its copy | none |
-//! | it is deleted, and a sink may not have its copy | a letter that was numbered after it: a sink that has no copy of the carrier has none of that one |
-//! | the same, and there is no such letter | the next that is numbered |
+//! | stays | none: later dead letters of the record have the digest |
+//! | is deleted, and every sink has its copy | none |
+//! | is deleted, and a sink may lack its copy | a dead letter that was logged later: a sink without the first copy lacks this one too |
+//! | the same, and there is no later one | the record's next dead letter in the log |
 
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
@@ -30,22 +32,24 @@ use super::store::StateError;
 use shardmill_core::record::Column;
 use shardmill_core::record::{PipelineName, SequenceNumber, StreamIdentity};
 
-/// The name of the stream that letters are, once they are shown.
+/// Name of the stream that consists of visible dead letters.
 const STREAM: &str = "dead-letters";
-/// A record up to this length is in the copy of each of its letters: that costs little, and saves a look.
+/// A record up to this length is contained in the copy of each of its dead letters: that costs little, and saves
+/// readers a join.
 const REPEATED_BYTES_MAX: usize = 4 << 10;
 
-/// A letter with its place in the log.
+/// A dead letter with its log number.
 #[derive(Clone, Debug)]
 pub struct LoggedDeadLetter {
-    /// Its place, from 1.
+    /// Log number, from 1.
     pub number: u64,
-    /// The letter.
+    /// The dead letter.
     pub dead_letter: StoredDeadLetter,
 }
 
 impl DeadLetters {
-    /// The log as a stream. It is another one when the state database is: numbers begin anew then.
+    /// Returns the log as a stream. Another state database makes another stream, because its numbers start again
+    /// from 1.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -60,8 +64,9 @@ impl DeadLetters {
         Ok(StreamIdentity { name: STREAM.into(), arn, created_ms })
     }
 
-    /// Letters behind `after`, at most `limit`, in order, and none behind the one that passes `bytes`. With
-    /// the digest of a large record that the copy of another letter has.
+    /// Reads dead letters after the log number `after`, in order: at most `limit`, and none after the one with
+    /// which their size reaches `bytes`. Large records that the copy of another one contains are replaced by their
+    /// digest.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -99,7 +104,7 @@ impl DeadLetters {
                         digests.stand_in(&mut dead_letter, bytes, kind == AS_ORIGINAL);
                     }
                     occupied_bytes += dead_letter.original.len() + dead_letter.partition_key.len();
-                    // A plugin's key is as long as it likes.
+                    // The key counts too: a plugin may make it as long as it likes.
                     occupied_bytes += dead_letter.entered.len() + dead_letter.entered_key.len();
                     occupied_bytes += dead_letter.reason.len() + dead_letter.backtrace.len();
                     logged.push(LoggedDeadLetter { number: row.get(3)?, dead_letter });
@@ -112,15 +117,19 @@ impl DeadLetters {
             .await
     }
 
-    /// Forgets the log up to a number, whose letters everybody has. The letters stay.
+    /// Deletes the log up to a number that all sinks have reached. The dead letters stay.
     ///
     /// # Errors
-    /// [`StateError`]; nothing was forgotten.
+    /// [`StateError`]; nothing was deleted.
     pub async fn forget_log(&self, up_to: &SequenceNumber) -> Result<(), StateError> {
         let action = "shorten the log of dead letters";
         let up_to: i64 = up_to.as_str().parse().map_err(|error| {
-            let cause = format!("{up_to} is not a number of this log: {error}");
-            self.store.unreadable(action, cause, "nothing was changed; mend the copies' positions")
+            let cause = format!("invalid number {up_to} of the log of dead letters: {error}");
+            self.store.unreadable(
+                action,
+                cause,
+                "nothing was changed; correct the sinks' positions",
+            )
         })?;
         self.store
             .transact(action, move |state| {
@@ -131,11 +140,11 @@ impl DeadLetters {
     }
 }
 
-/// The digests of a record.
+/// Digests of a record.
 struct Digests {
-    /// Of its data.
+    /// Digest of its data.
     original: String,
-    /// Of its key and data, as they entered a place.
+    /// Digest of its key and data, as they entered a place.
     entered: String,
 }
 
@@ -150,7 +159,7 @@ impl Digests {
         })
     }
 
-    /// Puts them in the place of a letter's record, of that many bytes, and of what entered, if that is the
+    /// Replaces the record's data by its digest, for a record of `bytes` bytes; also what entered, if that is the
     /// record.
     fn stand_in(&self, dead_letter: &mut StoredDeadLetter, bytes: u64, entered_is_original: bool) {
         dead_letter.original_digest = Some(PayloadDigest { sha256: self.original.clone(), bytes });
@@ -162,7 +171,8 @@ impl Digests {
 }
 
 impl StoredDeadLetter {
-    /// All that is known of it, one JSON object: what `dlq export` writes, and what sinks of letters get.
+    /// Returns everything that is known of it as one JSON object: `dlq export` writes it, and the sinks of dead
+    /// letters get it.
     pub fn to_json(&self) -> Value {
         json!({
             "id": self.id,
@@ -184,7 +194,7 @@ impl StoredDeadLetter {
         })
     }
 
-    /// The columns of [`StoredDeadLetter::to_json`], for tables.
+    /// Returns the columns of [`StoredDeadLetter::to_json`], for tables.
     pub fn columns() -> Vec<Column> {
         let column = |(name, data_type): (&str, &str)| Column {
             name: name.into(),
@@ -221,8 +231,7 @@ fn payload_or_digest(bytes: &[u8], digest: Option<&PayloadDigest>) -> Value {
     }
 }
 
-/// Bytes in JSON, so that they can be had back as they were: as text, or in base64. PostgreSQL's
-/// documents hold no NUL.
+/// Encodes bytes in JSON without loss: as text, or in base64. PostgreSQL's jsonb cannot hold NUL.
 fn payload(bytes: &[u8]) -> Value {
     use base64::Engine as _;
     match std::str::from_utf8(bytes) {
@@ -272,7 +281,7 @@ mod tests {
         let id =
             redrives.begin(DeadLetterFilter::default()).await.expect("begun").expect("a letter");
         let own = ShardKey { stream: id.stream(&pipeline).into(), shard: id.shard(), pipeline };
-        // It failed again, elsewhere; then the redrive was broken off.
+        // It failed again, elsewhere; then the redrive was interrupted.
         let mut again = dead_letter(1);
         again.key.place = DeadLetterPlace::Sink("other".into());
         dead_letters.put(&own, vec![again], false).await.expect("written");
@@ -288,7 +297,7 @@ mod tests {
         let before = [of(1, "1", "sink:mart"), of(2, "2", "sink:mart")];
         assert_eq!(logged().await, before, "nothing waits for the redrive");
         assert_eq!(dead_letters.count().await.expect("counted"), 2);
-        // At its end the one that stays is numbered anew.
+        // When the redrive finishes, the one that stays gets a number.
         let moved = "UPDATE letters SET stream = 'dead-letters', shard = 'shard'
                      WHERE stream GLOB 'letters:*'";
         dead_letters.store.transact("move", |state| state.execute(moved, [])).await.expect("moved");
@@ -315,7 +324,7 @@ mod tests {
         assert_eq!(logged.len(), 2, "of eight letters");
     }
 
-    /// Letters of a record that is as long as this, one for each of its items.
+    /// Makes the dead letters of a record of this length, one for each of its items.
     fn of_record(
         sequence: u64,
         bytes: usize,
@@ -333,13 +342,13 @@ mod tests {
         (0..items).map(item).collect()
     }
 
-    /// The copies of all letters in the log.
+    /// Returns the copies of all dead letters in the log.
     async fn copies(dead_letters: &DeadLetters) -> Vec<(u64, Value)> {
         let logged = dead_letters.logged(0, 100, 1_000_000).await.expect("a log");
         logged.into_iter().map(|one| (one.number, one.dead_letter.to_json())).collect()
     }
 
-    /// The numbers of those that have the record whole.
+    /// Returns the numbers of the copies that contain the record.
     fn whole(copies: &[(u64, Value)]) -> Vec<u64> {
         let is_whole = |copy: &Value| copy["original"]["text"].is_string();
         copies.iter().filter(|(_, copy)| is_whole(copy)).map(|(number, _)| *number).collect()
@@ -367,16 +376,16 @@ mod tests {
         assert_eq!(before[1].1["original"], json!({ "sha256": digest, "bytes": 5_000 }));
         let digest = entered_digest(b"k", &original);
         assert_eq!(before[1].1["entered"], json!({ "sha256": digest, "bytes": 5_000 }));
-        // Whoever reads the rest gets the same, although the log begins later.
+        // A sink that reads the rest gets the same copies, although the log begins later.
         dead_letters.forget_log(&SequenceNumber::from(2)).await.expect("forgotten");
         assert_eq!(copies(&dead_letters).await, before[2..]);
-        // The copy of the carrier is there, the letter is not.
+        // The copy of the carrier exists, the dead letter does not.
         let ids = vec![before[0].1["id"].as_i64().expect("a number")];
         let purged =
             dead_letters.purge(DeadLetterFilter { ids, ..DeadLetterFilter::default() }).await;
         assert_eq!(purged.expect("purged"), (1, 0));
         assert_eq!(copies(&dead_letters).await, before[2..]);
-        // Of the same record, by a replay: a sink has it.
+        // The same record once more, by a replay: a sink already has it.
         put().await;
         assert_eq!(whole(&copies(&dead_letters).await), [5, 6, 7]);
     }
@@ -416,13 +425,13 @@ mod tests {
         dead_letters.put(&shard, vec![dead_letter(1)], true).await.expect("written");
         dead_letters.put(&shard, vec![dead_letter(2)], false).await.expect("written");
         assert_eq!(numbers(0).await, [(1, "2".into())]);
-        // Again, as by a replay: it is the same letter.
+        // Written again, as by a replay: it is the same dead letter.
         dead_letters.put(&shard, vec![dead_letter(2)], false).await.expect("written");
         let sink = SinkName::from("mart");
         dead_letters.confirm(&shard, &sink, &dead_letter(1).key.position).await.expect("settled");
         assert_eq!(numbers(0).await, [(1, "2".into()), (2, "1".into())]);
         assert_eq!(numbers(1).await, [(2, "1".into())]);
-        // What a redrive has delivered is an empty mark.
+        // A redriven one is an empty mark.
         let mark = "UPDATE letters SET held = 3 WHERE rowid = 1";
         let marked = dead_letters.store.transact("mark", |state| state.execute(mark, [])).await;
         assert_eq!((marked.ok(), numbers(0).await.len()), (Some(1), 1));

@@ -1,15 +1,26 @@
-//! How much the store of dead letters keeps.
+//! Decides how much of each dead letter is kept, and bounds the store of all dead letters.
 //!
-//! | of a letter | is kept |
+//! | part of a dead letter | kept as |
 //! |---|---|
-//! | the record as it was put | whole, once for all letters of the record |
-//! | what entered the place where it failed | not once more, where that is the record itself |
-//! | the same, of each record and place | the first 1 MiB; beyond that a digest alone |
-//! | reason and backtrace | up to 8 KiB each; of a run that rejects thousands of items, 128 bytes after 8 MiB |
+//! | the record as it was put on the stream | whole, once for all its dead letters (`letter_record`) |
+//! | key and payload that entered the failing place, if they are the record's | not once more (`AS_ORIGINAL`) |
+//! | the same, different from the record, up to 1 MiB per record and place | whole (`KEPT`) |
+//! | the same, beyond that 1 MiB | SHA-256 digest and length (`AS_DIGEST`) |
+//! | reason, backtrace, plugin name | up to 8 KiB each |
 //!
-//! What is kept as a digest is made again when a redrive needs it: by the stages before, of the revision that
-//! ran ([`StagesRun`]). The store as a whole has a bound, at which nothing more is written: whoever has letters to
-//! write waits, and says so.
+//! The engine also cuts each reason to 128 bytes once the reasons of one run exceed 8 MiB.
+//!
+//! A payload that is kept as a digest is computed again when a redrive needs it: the stages before the failing
+//! place run once more, in the revision that ran then ([`StagesRun`]). The digest verifies the result.
+//!
+//! The store as a whole has a bound ([`StoreBound`]). A write that would exceed it changes nothing and fails. The
+//! lane that has dead letters to write then waits and reports why, because a record without an outcome must not be
+//! passed. Three facts keep this from blocking for ever:
+//!
+//! - A write that does not enlarge the store always passes. A replay writes the same dead letters again, and the
+//!   bound may have been lowered since.
+//! - A redrive may use twice the bound: its dead letters replace those that it started from when it finishes.
+//! - The size is counted by triggers in the same transaction, so it is exact after a crash.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -28,35 +39,36 @@ use shardmill_core::metric;
 use shardmill_core::record::excerpt;
 use shardmill_core::record::{Batch, DeadLetterPlace, Entry, Position, RouteName};
 
-/// Bound on the kept payloads and keys that entered one place, of each record.
+/// Limit on the payloads and keys that are kept whole, in bytes, per record and place of failure. One record of 10
+/// MiB may become thousands of items that all fail.
 const ENTERED_BYTES_MAX: usize = 1 << 20;
-/// Overhead of a letter beside its texts and payloads, in bytes.
+/// Bytes counted for each dead letter in addition to its texts and payloads.
 pub(super) const DEAD_LETTER_BYTES: usize = 512;
-/// The bound where none is configured: this, or half of the disk that is free of other data.
+/// Default bound of the store, in bytes. On a small disk, half of the free space applies instead.
 const STORE_BYTES_MAX: u64 = 10 << 30;
 
-/// How what entered a letter's place is kept: itself,
+/// The key and payload that entered the place of failure are kept whole (column `entered_kind`).
 pub(super) const KEPT: u8 = 0;
-/// not, because it is the record as it was put,
+/// They are not kept, because they equal the record as it was put.
 pub(super) const AS_ORIGINAL: u8 = 1;
-/// or as a digest.
+/// They are kept as a digest only, because they are too large.
 pub(super) const AS_DIGEST: u8 = 2;
 
-/// What identifies a letter within its shard.
+/// Identifies a dead letter within its shard.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct DeadLetterKey {
     /// The record's position.
     pub position: Position,
-    /// Where it failed.
+    /// The stage or sink where it failed.
     pub place: DeadLetterPlace,
-    /// Its place among the record's items there, from 0.
+    /// Index of the failed item among the record's items at that place, from 0.
     pub output: u32,
 }
 
 /// A dead letter.
 #[derive(Clone, Debug)]
 pub struct DeadLetter {
-    /// What identifies it.
+    /// Identifies it within its shard.
     pub key: DeadLetterKey,
     /// The partition key that the record was put with.
     pub partition_key: Bytes,
@@ -64,43 +76,44 @@ pub struct DeadLetter {
     pub original: Bytes,
     /// The partition key that entered the failing place.
     pub entered_key: Bytes,
-    /// The payload that entered the failing place: what a redrive starts with.
+    /// The payload that entered the failing place. A redrive starts with it.
     pub entered: Bytes,
-    /// The route by which it came there.
+    /// The route by which it reached that place.
     pub route: RouteName,
     /// When the stream accepted the record, milliseconds since 1970.
     pub arrived_ms: u64,
-    /// The plugin's name and version; empty for a sink. Letters share it: one record may have thousands.
+    /// The plugin's name and version; empty for a sink. Shared, because one record may have thousands of dead
+    /// letters.
     pub plugin: Arc<str>,
     /// The plugin's digest; empty for a sink.
     pub digest: Arc<str>,
-    /// Why.
+    /// Reason of the failure.
     pub reason: String,
-    /// The plugin's stack where it trapped.
+    /// The plugin's backtrace, if it trapped.
     pub backtrace: String,
-    /// The run that brought it there.
+    /// The run that brought the record to that place.
     pub made: MadeBy,
 }
 
 /// The run that brought a record to the place where it failed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct MadeBy {
-    /// The revision.
+    /// Id of the revision that ran.
     pub revision: Arc<str>,
-    /// Where a redriven record entered, and by which route; `None`: it came from the source.
+    /// Place and route at which a redriven record entered; `None`: it came from the source.
     enters: Option<(DeadLetterPlace, RouteName)>,
-    /// Keeps the payload that entered a letter's place whole: it could not be made again.
+    /// The payload that entered the place of failure is kept whole, whatever its size: it cannot be computed again.
     keeps_whole: bool,
 }
 
 impl MadeBy {
-    /// A run from the source on.
+    /// Describes a run that starts at the source.
     #[cfg(test)]
     pub(super) fn at_source(revision: &str) -> Self {
         Self { revision: revision.into(), enters: None, keeps_whole: false }
     }
 
-    /// A run of a batch by a revision.
+    /// Describes the run of a batch by a revision.
     pub fn of(batch: &Batch, revision: &Arc<str>) -> Self {
         let revision = revision.clone();
         match &batch.entry {
@@ -114,19 +127,19 @@ impl MadeBy {
     }
 }
 
-/// A run of stages that what entered a letter's place came out of. Each begins with what the one before
-/// made; the first one with the record.
+/// One run of stages on the way to a dead letter's place. The first step starts with the record, each later one (a
+/// redrive) with the output of the step before. Stored as JSON in the column `made`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StagesRun {
     /// The revision that ran.
     pub revision: String,
-    /// The stage that it was redriven to; `None`: it came from the source.
+    /// The stage at which a redrive entered; `None`: the run started at the source.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub place: Option<String>,
     /// The route by which it entered that stage.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub route: Option<String>,
-    /// The digest of what the run made.
+    /// Digest of the run's output, as [`entered_digest`] computes it.
     pub sha256: String,
 }
 
@@ -140,7 +153,8 @@ impl StagesRun {
     }
 }
 
-/// The digest of a key and a payload: the SHA-256 of the key's length, the key and the payload, in hex.
+/// Computes the digest of a key and a payload: SHA-256 over the key's length, the key and the payload, in hex. The
+/// length keeps `("ab", "c")` and `("a", "bc")` apart.
 pub fn entered_digest(key: &[u8], payload: &[u8]) -> String {
     let mut hash = Sha256::new();
     hash.update((key.len() as u64).to_le_bytes());
@@ -149,27 +163,29 @@ pub fn entered_digest(key: &[u8], payload: &[u8]) -> String {
     hex::encode(hash.finalize())
 }
 
-/// Keeps letters of one shard: each record once, and of what entered as much as is kept.
+/// Prepares the dead letters of one shard for their rows: stores each record once, and decides how the payloads are
+/// kept.
 pub(super) struct Keeper<'t> {
     state: &'t Transaction<'t>,
     shard: (&'t str, &'t str),
-    /// The redrive whose records the letters are of.
+    /// The redrive that these dead letters belong to, if the shard is one.
     redrive: Option<i64>,
-    /// The letter before: most letters of a record come one after the other.
+    /// The previous dead letter. Those of one record are mostly neighbours, and those of one place within it: this
+    /// saves a query for each, and it counts what is kept per record and place.
     last: Option<Last>,
 }
 
-/// A letter that was kept.
+/// A dead letter that was kept, as far as the next one needs it.
 struct Last {
     sequence: String,
     sub_sequence: u64,
     record: Option<i64>,
     place: DeadLetterPlace,
-    /// Bytes that are kept of the payloads that entered there, of all letters of the record.
+    /// Bytes kept so far of the payloads that entered this place, over the neighbouring dead letters of the record.
     entered_bytes: usize,
 }
 
-/// The parts of a letter that go into its row.
+/// The parts of a dead letter that go into its row.
 pub(super) struct Kept<'l> {
     pub(super) record: Option<i64>,
     pub(super) kind: u8,
@@ -190,16 +206,18 @@ impl<'t> Keeper<'t> {
         Self { state, shard, redrive, last: None }
     }
 
-    /// Keeps the record of a letter, and decides which other parts are kept.
+    /// Stores the record of a dead letter, unless it is stored already, and decides how its other parts are kept.
     pub(super) fn keep<'l>(&mut self, dead_letter: &'l DeadLetter) -> rusqlite::Result<Kept<'l>> {
         let (sequence, sub) = columns(&dead_letter.key.position);
         let last =
             self.last.take().filter(|last| (&last.sequence, last.sub_sequence) == (&sequence, sub));
+        // The record is stored with its first dead letter. In a redrive it exists already, under the original.
         let record = match (&last, self.redrive) {
             (Some(last), _) => last.record,
             (None, Some(redrive)) => self.record_of_redriven(redrive, &sequence)?,
             (None, None) => Some(self.record(dead_letter, &sequence, sub)?),
         };
+        // In a redrive `original` is the redriven payload, not the record as it was put.
         let is_original = self.redrive.is_none()
             && dead_letter.entered == dead_letter.original
             && dead_letter.entered_key == dead_letter.partition_key;
@@ -212,12 +230,13 @@ impl<'t> Keeper<'t> {
         let kept = if kind == KEPT { bytes } else { 0 };
         let (place, entered_bytes) = (dead_letter.key.place.clone(), before + kept);
         self.last = Some(Last { sequence, sub_sequence: sub, record, place, entered_bytes });
+        // Digest and step are stored for what a redrive may have to compute again.
         let (digest, made) = match (is_original, dead_letter.made.keeps_whole) {
             (true, _) | (_, true) => (String::new(), String::new()),
             _ => {
                 let digest = entered_digest(&dead_letter.entered_key, &dead_letter.entered);
                 let step = [StagesRun::of(&dead_letter.made, digest.clone())];
-                // Texts alone: this cannot fail.
+                // Text only: serialising it cannot fail.
                 (digest, serde_json::to_string(&step).unwrap_or_default())
             }
         };
@@ -244,7 +263,7 @@ impl<'t> Keeper<'t> {
         })
     }
 
-    /// The number of a letter's record, which is written if it is the first letter of it.
+    /// Returns the row id of a dead letter's record, and inserts the record if this is its first dead letter.
     fn record(&self, dead_letter: &DeadLetter, sequence: &str, sub: u64) -> rusqlite::Result<i64> {
         let (stream, shard) = self.shard;
         let known = "SELECT id FROM letter_record
@@ -261,7 +280,8 @@ impl<'t> Keeper<'t> {
         self.state.prepare_cached(insert)?.insert((stream, shard, sequence, sub, key, original))
     }
 
-    /// The number of the record that a redriven letter is of.
+    /// Returns the row id of the record that a redriven dead letter came from. The redrive's own shard has no
+    /// records: its sequence numbers are ordinals of the redrive.
     fn record_of_redriven(&self, redrive: i64, sequence: &str) -> rusqlite::Result<Option<i64>> {
         let origin = "SELECT o.record FROM redrive r JOIN letters o ON o.id = r.letter
                       WHERE r.id = ?1 AND r.ordinal = CAST(ltrim(?2, '0') AS INTEGER)";
@@ -270,7 +290,7 @@ impl<'t> Keeper<'t> {
     }
 }
 
-/// The error for a letter of which it is not known how what entered is kept.
+/// Returns the error for an unknown value in the column `entered_kind`.
 pub(super) fn unknown_kind(column: usize, found: u8) -> rusqlite::Error {
     let cause = format!(
         "invalid entered_kind {found} of a dead letter: expected {KEPT}, {AS_ORIGINAL} or {AS_DIGEST}"
@@ -278,7 +298,7 @@ pub(super) fn unknown_kind(column: usize, found: u8) -> rusqlite::Error {
     invalid(column, rusqlite::types::Type::Integer, cause)
 }
 
-/// How what entered is kept: `before` bytes of the same record and place are kept already.
+/// Decides how the entered payload is kept. `before`: bytes that are kept already for the same record and place.
 fn kind(is_original: bool, keeps_whole: bool, before: usize, bytes: usize) -> u8 {
     match (is_original, keeps_whole) {
         (true, _) => AS_ORIGINAL,
@@ -288,14 +308,14 @@ fn kind(is_original: bool, keeps_whole: bool, before: usize, bytes: usize) -> u8
     }
 }
 
-/// The bound on the store as a whole.
+/// The bound on the store as a whole. Clones share one value, so that a reload changes it for all.
 #[derive(Clone)]
 pub(super) struct StoreBound {
     bytes_max: Arc<AtomicU64>,
-    /// The bound where none is configured.
+    /// The bound if none is configured.
     default_max: u64,
     is_nearly_full: Arc<AtomicBool>,
-    /// Its metrics are another store's of the process.
+    /// Another store of this process publishes the metrics, not this one.
     is_unmeasured: Arc<AtomicBool>,
 }
 
@@ -307,7 +327,7 @@ impl Default for StoreBound {
     }
 }
 
-/// The store would hold more than it may.
+/// A write was refused, because the store would exceed its bound.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct StoreFull {
     kept: u64,
@@ -316,11 +336,12 @@ pub(super) struct StoreFull {
 }
 
 impl StoreFull {
-    /// The way out. Room that others make does not help what is more than the store may hold by itself.
+    /// Returns what to do. Room made by a redrive or a purge does not help if one batch alone exceeds the bound:
+    /// only a higher bound does.
     pub(super) fn way_out(&self) -> String {
         match self.more > self.bytes_max {
             true => format!(
-                "nothing was written; what one batch brings is more than the store may hold: raise `bytes` under \
+                "nothing was written; the dead letters of one batch exceed the whole limit: raise `bytes` under \
                  [dead_letters] to {} or more",
                 ByteSize(self.kept.saturating_add(self.more))
             ),
@@ -333,7 +354,7 @@ impl StoreFull {
     pub(super) fn cause(&self) -> String {
         let Self { kept, more, bytes_max } = self;
         format!(
-            "the store of dead letters is full: it holds {} of at most {}, and {} more are to be written",
+            "the store of dead letters is full: it has {} of at most {}, and {} more must be written",
             ByteSize(*kept),
             ByteSize(*bytes_max),
             ByteSize(*more)
@@ -342,7 +363,7 @@ impl StoreFull {
 }
 
 impl StoreBound {
-    /// The bound of a store in `folder` that holds `kept` bytes, if none is configured.
+    /// Computes the bound of a store in `folder` that holds `kept` bytes: `configured`, or by the free disk.
     pub(super) fn of(folder: &Path, kept: u64, configured: Option<usize>) -> Self {
         let default_max = default_max(free_bytes(folder), kept);
         let bound = Self { default_max, ..Self::default() };
@@ -350,7 +371,7 @@ impl StoreBound {
         bound
     }
 
-    /// Changes what is configured.
+    /// Changes the configured bound.
     pub(super) fn set(&self, configured: Option<usize>) {
         let bytes_max = configured.map_or(self.default_max, |bytes| bytes as u64);
         self.bytes_max.store(bytes_max, Ordering::Release);
@@ -365,12 +386,16 @@ impl StoreBound {
         self.bytes_max.load(Ordering::Acquire)
     }
 
-    /// Writes letters of a stream, unless the store would hold more than it may then: nothing is changed in
-    /// that case. A write that makes the store no larger passes: the bound may be lower than it was when these
-    /// letters were written first. Gives what the store holds.
+    /// Writes dead letters of a stream, unless the store would exceed its bound: then nothing is changed. Returns
+    /// the bytes that the store holds afterwards.
     ///
-    /// `are_there`: whether all of the letters are there already. It is asked where the store is full, before
-    /// anything is written: a write that is rolled back costs as much as one that is kept.
+    /// A write that does not enlarge the store passes even when the store is over its bound: the bound may have
+    /// been lowered since these dead letters were first written, and a replay that cannot write them again would
+    /// never end.
+    ///
+    /// `are_there` says whether all of these dead letters exist already. It is called only if the store is full,
+    /// before anything is written: a write that is rolled back costs as much as one that is kept, and a blocked
+    /// lane retries often.
     pub(super) fn within(
         &self,
         state: &Transaction<'_>,
@@ -378,7 +403,8 @@ impl StoreBound {
         are_there: impl FnOnce() -> rusqlite::Result<bool>,
         write: impl FnOnce() -> rusqlite::Result<()>,
     ) -> rusqlite::Result<Result<u64, StoreFull>> {
-        // Letters of a redrive take the place of those that it came from when it ends.
+        // A redrive's dead letters replace the ones that it started from, but only when it finishes. Until then
+        // both exist.
         let bytes_max = match is_redrive_key(stream) {
             true => self.bytes_max().saturating_mul(2),
             false => self.bytes_max(),
@@ -387,6 +413,7 @@ impl StoreBound {
         if kept >= bytes_max && !are_there()? {
             return Ok(Err(StoreFull { kept, more: DEAD_LETTER_BYTES as u64, bytes_max }));
         }
+        // The size after the write is known only once it was made: payloads may replace shorter or longer ones.
         state.execute_batch("SAVEPOINT letters_written")?;
         write()?;
         let now = kept_bytes(state)?;
@@ -398,7 +425,7 @@ impl StoreBound {
         Ok(Ok(now))
     }
 
-    /// Shows what the store holds, and warns from 80 % on.
+    /// Publishes the store's size as metrics, and warns once when it reaches 80 % of the bound.
     pub(super) fn show(&self, kept: u64) {
         let bytes_max = self.bytes_max();
         let is_nearly_full = is_nearly_full(kept, bytes_max);
@@ -416,29 +443,29 @@ impl StoreBound {
     }
 }
 
-/// From 80 % on.
+/// Whether at least 80 % of the bound is used.
 fn is_nearly_full(kept: u64, bytes_max: u64) -> bool {
     kept >= bytes_max / 5 * 4
 }
 
-/// 10 GiB, or half of what is free for letters. What they hold already counts as free: the bound does not
-/// shrink with each start.
+/// Computes the default bound: 10 GiB, or half of the space that dead letters could use. Their present size counts
+/// as free space, so that the bound does not shrink at each start.
 fn default_max(free: Option<u64>, kept: u64) -> u64 {
     free.map_or(STORE_BYTES_MAX, |free| (free.saturating_add(kept) / 2).min(STORE_BYTES_MAX))
 }
 
-/// The bytes that are free on the disk of a folder, for processes without privileges.
+/// Returns the free bytes of the disk of a folder, as far as unprivileged processes may use them.
 fn free_bytes(folder: &Path) -> Option<u64> {
     use std::os::unix::ffi::OsStrExt as _;
     let folder = std::ffi::CString::new(folder.as_os_str().as_bytes()).ok()?;
-    // SAFETY: statvfs is plain data, for which zero is a value.
+    // SAFETY: statvfs is plain data, for which all zero bytes are a valid value.
     let mut found: libc::statvfs = unsafe { std::mem::zeroed() };
-    // SAFETY: the path ends with NUL, and `found` is written by the call alone.
+    // SAFETY: the path ends with NUL, and the call writes to `found` only.
     let done = unsafe { libc::statvfs(folder.as_ptr(), &raw mut found) };
     (done == 0).then(|| found.f_bavail.saturating_mul(found.f_frsize))
 }
 
-/// Gives the bytes that the store holds.
+/// Returns the bytes that the store holds, as the triggers have counted them.
 pub(super) fn kept_bytes(state: &Transaction<'_>) -> rusqlite::Result<u64> {
     let mut kept = state.prepare_cached("SELECT max(bytes, 0) FROM letter_store")?;
     kept.query_row([], |row| row.get(0))
@@ -510,7 +537,7 @@ mod tests {
             assert_eq!(refused.is_none(), passes, "{name}: {refused:?}");
             assert!(refused.is_none_or(|why| why.contains("is full")), "{name}");
         }
-        // Rows that are given up, none of which is there to be written.
+        // Giving up an empty range writes no dead letter, so a full store does not refuse it.
         let (sink, at) = (SinkName::from("mart"), dead_letter(9, "").key.position);
         let own = dead_letters.acquire_shard(&shard, &sink, None).await.expect("taken over");
         let range = PositionRange { from_exclusive: None, to_inclusive: at };

@@ -1,12 +1,15 @@
-//! Items that have a stage's dead letter already: they are not run again.
+//! Items that already have a dead letter of a stage. A replay does not run them again.
 //!
-//! A record that timed out once may succeed on replay; it would be lost between a sink that is past it and
-//! a letter that is gone.
+//! **Why.** A record that timed out once may succeed when it is replayed. A sink that is already past the record
+//! would not get its rows, another sink would, and a redrive of the dead letter would bring them once more.
 //!
-//! Behind a sink that was blocked for long there may be millions of such letters. So a lane that starts
-//! reads only how far they reach, and looks up those of each batch before it runs the batch. What is
-//! redriven or purged meanwhile leaves a mark while the checkpoint is below it
-//! ([`forget`](super::dead_letters::forget)): it is found all the same.
+//! **How much is read.** After a sink was blocked for a long time, millions of such dead letters may lie above the
+//! checkpoint. So a starting lane reads only up to which position they reach ([`DeadLetters::dead_lettered_to`]), and
+//! looks up those of each batch before it runs the batch ([`DeadLetters::dead_lettered_within`]).
+//!
+//! **Race.** A user may redrive or purge a dead letter while the lane is still below it. Then a mark stays in its
+//! place until the checkpoint has passed it ([`forget`](super::dead_letters::forget)), and the item counts as settled
+//! all the same.
 
 use std::collections::HashMap;
 
@@ -17,14 +20,14 @@ use super::dead_letters::{DeadLetters, REDRIVEN};
 use super::store::{StateError, columns, position as position_of};
 use shardmill_core::record::{DeadLetterPlace, Position, ShardKey, StageName};
 
-/// Items of a batch that have a stage's dead letter already. Takes four bytes for each, beside what it takes
-/// for each record.
+/// The items of a batch that already have a dead letter of a stage. Takes four bytes for each, besides an entry for
+/// each record.
 #[derive(Clone, Debug, Default)]
 pub struct DeadLetteredItems {
     of_record: HashMap<Position, Vec<OfPlace>>,
 }
 
-/// Items of a record at a stage.
+/// Settled items of a record at one stage.
 #[derive(Clone, Debug)]
 struct OfPlace {
     place: DeadLetterPlace,
@@ -33,12 +36,12 @@ struct OfPlace {
 }
 
 impl DeadLetteredItems {
-    /// Whether there are none.
+    /// Whether no item is settled.
     pub fn is_empty(&self) -> bool {
         self.of_record.is_empty()
     }
 
-    /// Whether an item has its letter.
+    /// Whether this item already has its dead letter.
     pub fn contains(&self, key: &DeadLetterKey) -> bool {
         let mut places = self.of_record.get(&key.position).into_iter().flatten();
         places.any(|own| own.place == key.place && own.outputs.binary_search(&key.output).is_ok())
@@ -53,7 +56,7 @@ impl DeadLetteredItems {
             places.len() - 1
         });
         let outputs = &mut places[at].outputs;
-        // As they come from the database, each belongs at the end.
+        // The database returns them in order, so each is appended at the end.
         if let Err(at) = outputs.binary_search(&output) {
             outputs.insert(at, output);
         }
@@ -69,8 +72,8 @@ impl FromIterator<DeadLetterKey> for DeadLetteredItems {
 }
 
 impl DeadLetters {
-    /// Gives the last record above a position of which a stage has made a letter. Marks of redriven letters
-    /// up to the position are deleted: nothing up to there is replayed any more.
+    /// Returns the last record after `above` that has a dead letter of a stage. Deletes the marks of redriven dead
+    /// letters up to `above`: nothing at or before that position is replayed any more.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -103,7 +106,8 @@ impl DeadLetters {
             .await
     }
 
-    /// Reads which items of the records from `first` to `last` have a stage's letter.
+    /// Reads which items of the records from `first` to `last`, both inclusive, already have a dead letter of a
+    /// stage.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -178,7 +182,7 @@ mod tests {
         assert!(DeadLetteredItems::default().is_empty() && !dead_lettered.is_empty());
     }
 
-    /// What a lane holds of them is a batch's, however many there are.
+    /// A lane holds those of one batch only, however many there are.
     #[tokio::test]
     async fn wall_04_dead_letters_above_the_start_are_read_a_batch_at_a_time() {
         const LAST: u64 = 2_500;

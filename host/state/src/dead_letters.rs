@@ -1,8 +1,22 @@
-//! Dead letters: every record that a stage or a table did not take, with all that a redrive needs.
+//! Dead letters: every record that a stage rejected or a sink refused, with everything that a redrive needs.
 //!
-//! Letters go first: they are durable before any sink commits the span that they belong to. Those of
-//! rows whose commit may not have happened are hidden at first (`pending.rs`). How much is kept of each, and
-//! of all of them, is decided in `dead_letter_store.rs`.
+//! **Invariant.** A dead letter is durable before any sink commits the position range that it belongs to. Otherwise
+//! a crash between the two would leave a record without an outcome.
+//!
+//! A dead letter is identified by stream, shard, position, place and output. Writing it again replaces it in its
+//! row: a replay produces the same dead letters once more, and their numbers must stay, because people and redrives
+//! use them.
+//!
+//! Its state is the column `pending`:
+//!
+//! | `pending` | meaning | who changes it |
+//! |---|---|---|
+//! | 0 | visible | a redrive or a purge deletes it |
+//! | 1 | pending: a sink refused the row, and its commit may not have happened | `pending.rs` |
+//! | 2 | pending: the row was given up, and the sink may have it after all | `pending.rs` |
+//! | 3 | mark: redriven or purged while a lane may still replay the record | `settled.rs` deletes it |
+//!
+//! How much is kept of each, and of all of them, is decided in `dead_letter_store.rs`.
 
 use std::collections::HashSet;
 use std::sync::Arc;
@@ -19,16 +33,16 @@ use shardmill_core::record::{
     DeadLetterPlace, Position, SequenceNumber, ShardId, ShardKey, SinkName, StageName,
 };
 
-/// How a letter is kept: shown,
+/// State of a dead letter (`pending`): visible.
 pub(super) const VISIBLE: u8 = 0;
-/// hidden until the sink's commit covers it,
+/// Pending until the sink's commit covers it.
 const PENDING: u8 = 1;
-/// or hidden until it is known that the sink did not get the row after all,
+/// Pending until it is known whether the sink got the row after all.
 pub(super) const GIVEN_UP: u8 = 2;
-/// or hidden, because its record has gone through a redrive: a replay must not run it again.
+/// Only a mark: the record has gone through a redrive or was purged, and a replay must not run it again.
 pub(super) const REDRIVEN: u8 = 3;
 
-/// A record as it entered the stage that did not take it.
+/// A record as it entered the stage that rejected it.
 #[derive(Clone, Debug)]
 pub struct EnteredRecord {
     /// Its partition key.
@@ -41,10 +55,10 @@ pub struct EnteredRecord {
     pub arrived_ms: u64,
 }
 
-/// A letter as it is kept.
+/// A dead letter as it is stored.
 #[derive(Clone, Debug)]
 pub struct StoredDeadLetter {
-    /// Its number in the store: stays while it is there.
+    /// Its number in the store. It stays the same as long as the dead letter exists.
     pub id: i64,
     /// The stream, by its key.
     pub stream: String,
@@ -58,15 +72,15 @@ pub struct StoredDeadLetter {
     pub place: String,
     /// The partition key that the record was put with.
     pub partition_key: Vec<u8>,
-    /// The record's data as it was put; empty where a copy has its digest.
+    /// The record's data as it was put. Empty in a copy that has its digest instead.
     pub original: Vec<u8>,
-    /// The digest that a copy has in its place, because the copy of another letter has it whole.
+    /// In a copy: the digest of the record's data, because the copy of another dead letter has the data.
     pub original_digest: Option<PayloadDigest>,
     /// The partition key that entered the failing place; empty where a digest is kept.
     pub entered_key: Vec<u8>,
     /// The payload that entered the failing place; empty where a digest is kept.
     pub entered: Vec<u8>,
-    /// The digest that is kept in their place where they are too large.
+    /// The digest of what entered, if it was too large to be kept.
     pub entered_digest: Option<PayloadDigest>,
     /// When the stream took the record, in milliseconds since 1970.
     pub arrived_ms: u64,
@@ -74,15 +88,15 @@ pub struct StoredDeadLetter {
     pub plugin: String,
     /// The plugin's digest; empty for a sink.
     pub digest: String,
-    /// Why.
+    /// Reason of the failure.
     pub reason: String,
-    /// The plugin's stack where it trapped.
+    /// The plugin's backtrace, if it trapped.
     pub backtrace: String,
-    /// When the letter was written, in milliseconds since 1970.
+    /// Time at which it was written, in milliseconds since 1970.
     pub written_ms: i64,
 }
 
-/// A digest in place of a payload.
+/// A digest that stands for a payload.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PayloadDigest {
     /// SHA-256 in hex: of a record's data, or of what entered a place with its key
@@ -92,7 +106,7 @@ pub struct PayloadDigest {
     pub bytes: u64,
 }
 
-/// The columns that [`StoredDeadLetter::read`] reads, with the record where a condition holds.
+/// The columns that [`StoredDeadLetter::read`] reads. The record's data is read only if the condition holds.
 macro_rules! dead_letter_columns {
     ($original_if:literal) => {
         concat!(
@@ -109,13 +123,13 @@ macro_rules! dead_letter_columns {
 /// The columns that [`StoredDeadLetter::read`] reads.
 pub(super) const DEAD_LETTER_COLUMNS: &str = dead_letter_columns!("");
 
-/// The same of a letter with its `carrier`, for a copy: without a record longer than `?3` that the copy of
-/// another letter has.
+/// The same for a copy, with the column `carrier`: the data of a record longer than `?3` is left out if the copy of
+/// another dead letter has it.
 pub(super) const COPIED_COLUMNS: &str = dead_letter_columns!(
     " AND (coalesce(carrier, letters.id) = letters.id OR length(original) <= ?3)"
 );
 
-/// The same without payloads: many of them may not fit into memory.
+/// The same without payloads and backtraces: many of them may not fit into memory.
 const DEAD_LETTER_HEADS: &str =
     "letters.id, stream, shard, ltrim(sequence, '0'), sub_sequence, place,
     x'', x'', 0, x'', x'', entered_digest, entered_bytes, arrived_ms, plugin, digest, reason, '',
@@ -163,12 +177,12 @@ impl StoredDeadLetter {
     }
 }
 
-/// Which letters are meant: those for which all of it holds. Empty: all.
+/// Selects dead letters: those that match every given criterion. Empty: all.
 #[derive(Clone, Debug, Default)]
 pub struct DeadLetterFilter {
-    /// Letters by their numbers; empty: any.
+    /// Numbers of dead letters; empty: any.
     pub ids: Vec<i64>,
-    /// Where they failed.
+    /// The place where they failed.
     pub place: Option<DeadLetterPlace>,
     /// The shard.
     pub shard: Option<String>,
@@ -177,21 +191,21 @@ pub struct DeadLetterFilter {
 }
 
 impl DeadLetterFilter {
-    /// Whether it names no letter in particular.
+    /// Whether it has no criterion.
     pub fn is_empty(&self) -> bool {
         let Self { ids, place, shard, reason } = self;
         ids.is_empty() && place.is_none() && shard.is_none() && reason.is_none()
     }
 }
 
-/// The condition of a [`DeadLetterFilter`] in SQL, with its four values. Letters of an unfinished redrive do not
-/// count: they stay or go when it is finished, and until then the letters that they came from are there.
+/// The condition of a [`DeadLetterFilter`] in SQL, with four parameters. Dead letters in the shard of an unfinished
+/// redrive never match: the ones that they came from still exist, and `finish` decides which stay.
 pub(super) const MATCHES: &str =
     "held = 0 AND stream NOT GLOB 'letters:*' AND (?1 IS NULL OR place = ?1) AND (?2 IS NULL OR shard = ?2)
     AND (?3 IS NULL OR instr(reason, ?3) > 0)
     AND (?4 = '[]' OR rowid IN (SELECT value FROM json_each(?4)))";
 
-/// The values of [`MATCHES`].
+/// The parameters of [`MATCHES`].
 pub(super) type Wanted = (Option<String>, Option<String>, Option<String>, String);
 
 pub(super) fn wanted(filter: DeadLetterFilter) -> Wanted {
@@ -208,12 +222,12 @@ pub struct DeadLetters {
 }
 
 impl DeadLetters {
-    /// Over the pipeline's state database.
+    /// Creates a handle over the pipeline's state database.
     pub fn new(store: StateStore) -> Self {
         Self { store, bound: StoreBound::default() }
     }
 
-    /// The same with a bound on what all of them hold: `configured`, or by the free disk.
+    /// Adds a bound on the size of all dead letters: `configured`, or by the free disk.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -229,12 +243,12 @@ impl DeadLetters {
         self.bound.set(configured);
     }
 
-    /// Leaves the metrics of what they hold to other letters of this process.
+    /// Leaves the metrics of the store's size to another handle of this process.
     pub fn leave_metrics(&self) {
         self.bound.leave_metrics();
     }
 
-    /// Gives the bytes that all of them hold.
+    /// Returns the bytes that all of them take.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -242,7 +256,7 @@ impl DeadLetters {
         self.store.transact("measure the dead letters", kept_bytes).await
     }
 
-    /// Shows what they hold: another process may have changed it.
+    /// Publishes the size of the store: another process may have changed it.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -252,7 +266,7 @@ impl DeadLetters {
         Ok(())
     }
 
-    /// Shows the outcome of a write of letters, or gives its error.
+    /// Publishes the size after a write, or returns its error.
     pub(super) fn written(
         &self,
         action: &'static str,
@@ -267,18 +281,18 @@ impl DeadLetters {
         }
     }
 
-    /// Writes letters, durable on return. A letter that is there already is replaced. `pending` hides
-    /// them until [`DeadLetters::confirm`].
+    /// Writes dead letters, durable on return. One that exists is replaced. `pending`: they stay pending until
+    /// [`DeadLetters::confirm`].
     ///
     /// # Errors
-    /// [`StateError`]; the span must not be committed then.
+    /// [`StateError`]; the position range must not be committed then.
     pub async fn put(
         &self,
         shard: &ShardKey,
         dead_letters: impl Into<Arc<Vec<DeadLetter>>>,
         pending: bool,
     ) -> Result<(), StateError> {
-        // Shared with a caller that tries again: a copy of many would be larger than what they are of.
+        // Shared with a caller that may retry: a copy of thousands would be larger than their records.
         let dead_letters: Arc<Vec<DeadLetter>> = dead_letters.into();
         if dead_letters.is_empty() {
             return Ok(());
@@ -287,7 +301,7 @@ impl DeadLetters {
         let (action, bound) = ("write dead letters", self.bound.clone());
         let written = self.store.transact(action, move |state| {
             let kept = if pending { PENDING } else { VISIBLE };
-            // In its place, so that its number stays.
+            // Updated in its row, so that its number stays.
             let on_conflict = "DO UPDATE SET held = excluded.held, record = excluded.record,
                 entered_kind = excluded.entered_kind, entered_key = excluded.entered_key,
                 entered = excluded.entered, entered_bytes = excluded.entered_bytes,
@@ -303,7 +317,7 @@ impl DeadLetters {
         self.written(action, written.await?)
     }
 
-    /// The last record of which a stage has made a letter: it was run, and by the revision of that time.
+    /// Returns the last record that has a dead letter of a stage. It was run, by the revision of that time.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -328,8 +342,8 @@ impl DeadLetters {
             .await
     }
 
-    /// The rows after a position that are visible letters of a sink, by position and ordinal. There are some
-    /// where the sink was restored from a backup: such a row has its outcome, and is not for the sink.
+    /// Reads the rows after a position that are visible dead letters of a sink, by position and output. Such rows
+    /// exist if the sink was restored from a backup: each has its outcome, and must not be given to the sink again.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -358,7 +372,7 @@ impl DeadLetters {
             .await
     }
 
-    /// The visible letters that a filter means, oldest first, at most `limit`.
+    /// Reads the visible dead letters that match a filter, oldest first, at most `limit`.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -370,7 +384,7 @@ impl DeadLetters {
         self.select_columns(DEAD_LETTER_COLUMNS, filter, limit).await
     }
 
-    /// The same without payloads and backtraces.
+    /// Reads the same without payloads and backtraces.
     ///
     /// # Errors
     /// As [`DeadLetters::select`].
@@ -402,7 +416,7 @@ impl DeadLetters {
             .await
     }
 
-    /// The numbers of the visible letters that a filter means, oldest first.
+    /// Reads the numbers of the visible dead letters that match a filter, oldest first.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -418,7 +432,7 @@ impl DeadLetters {
             .await
     }
 
-    /// How many visible letters a filter means.
+    /// Counts the visible dead letters that match a filter.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -432,9 +446,8 @@ impl DeadLetters {
             .await
     }
 
-    /// Deletes the visible letters that a filter means, but for those on their way in a redrive; gives
-    /// how many there were.
-    /// Gives how many were deleted, and how many were left because a redrive that was broken off has them.
+    /// Deletes the visible dead letters that match a filter. Returns how many were deleted, and how many were left
+    /// because an interrupted redrive has them.
     ///
     /// # Errors
     /// [`StateError`]; nothing is deleted then.
@@ -442,7 +455,7 @@ impl DeadLetters {
         let wanted = wanted(filter);
         self.store
             .transact("delete dead letters", move |state| {
-                // What a redrive has left for a sink that is gone waits for nobody else.
+                // The rest of a finished redrive (for a place that is gone) blocks nothing and may be purged.
                 let mut found = state.prepare(&format!(
                     "SELECT rowid, rowid IN (
                          SELECT letter FROM redrive WHERE id NOT IN (SELECT id FROM redrive_rest))
@@ -458,8 +471,8 @@ impl DeadLetters {
             .await
     }
 
-    /// Gives the payloads that a stage did not take, oldest first, at most `limit`; without those kept as
-    /// a digest.
+    /// Reads the payloads that a stage rejected, oldest first, at most `limit`. Those kept as a digest are left
+    /// out.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -491,7 +504,7 @@ impl DeadLetters {
             .await
     }
 
-    /// What failed, of every visible letter.
+    /// Lists the failed item of every visible dead letter.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -516,7 +529,7 @@ impl DeadLetters {
             .await
     }
 
-    /// How many letters are visible.
+    /// Counts the visible dead letters.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -525,8 +538,9 @@ impl DeadLetters {
     }
 }
 
-/// Deletes a letter. Of one of a stage a mark stays while a lane may read its record again: sinks that are
-/// behind must not get what the others will never have.
+/// Deletes a dead letter. If it is of a stage and the checkpoint has not passed its record, an empty mark stays in
+/// its place ([`REDRIVEN`]): a lane may replay the record for sinks that are lagging, and they must not get rows
+/// that the other sinks will never have.
 pub(super) fn forget(state: &Transaction<'_>, dead_letter: i64) -> rusqlite::Result<()> {
     state
         .prepare_cached(
@@ -538,15 +552,16 @@ pub(super) fn forget(state: &Transaction<'_>, dead_letter: i64) -> rusqlite::Res
                  AND (s.ended <> 0 OR (s.sequence, s.sub_sequence) >= (d.sequence, d.sub_sequence)))",
         )?
         .execute((dead_letter, REDRIVEN, DEAD_LETTER_BYTES))?;
+    // A dead letter of a stage that became a mark above stays; all others go.
     state
         .prepare_cached("DELETE FROM letters WHERE rowid = ?1 AND held <> ?2")?
         .execute((dead_letter, REDRIVEN))?;
-    // Its number may be given again.
+    // The row id may be used again.
     state.prepare_cached("DELETE FROM redrive WHERE letter = ?1")?.execute([dead_letter])?;
     Ok(())
 }
 
-/// Whether all of the letters are there already.
+/// Whether all of these dead letters exist already.
 pub(super) fn are_there(
     state: &Transaction<'_>,
     (stream, shard): (&str, &str),
@@ -566,7 +581,7 @@ pub(super) fn are_there(
     Ok(true)
 }
 
-/// Inserts letters, `kept` shown or hidden; `on_conflict` says what becomes of one that is there.
+/// Inserts dead letters with the state `kept`. `on_conflict`: the SQL action for one that exists already.
 pub(super) fn insert(
     state: &Transaction<'_>,
     (stream, shard): (&str, &str),

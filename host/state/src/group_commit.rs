@@ -1,5 +1,19 @@
-//! Writes of many lanes, in one transaction: each commit waits for the disk, and lanes write at the same
-//! time.
+//! Group commit: entries of many lanes are written in one transaction.
+//!
+//! Each commit waits for the disk, and lanes write checkpoints at the same time. Every writer adds its entry to a
+//! list and asks for the connection. Whoever gets it first writes all entries of the list and reports the outcome
+//! to each writer.
+//!
+//! The races:
+//!
+//! - **A writer is dropped before its entry is taken.** Its channel is closed, so the entry is left out: a write
+//!   that was abandoned is never made later.
+//! - **The writer that got the connection is dropped.** The write runs on a blocking thread and reports to all
+//!   others.
+//! - **The thread panics.** All channels close without an outcome. The writers start over; an entry that was
+//!   written after all is written twice, so [`BatchedEntry`] must be idempotent.
+//! - **A writer gets the connection although its entry was just written.** The connection is free a moment before
+//!   the outcome arrives. It writes what has gathered since, possibly nothing, and then receives its own outcome.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -8,16 +22,16 @@ use tokio::sync::oneshot;
 
 use super::store::{StateError, StateStore};
 
-/// An entry that can be written with others. To write it twice changes nothing.
+/// An entry that is written together with others. Writing it twice must change nothing.
 pub(super) trait BatchedEntry: Clone + Send + 'static {
-    /// For messages: the failed action.
+    /// The action that error messages name.
     const ACTION: &'static str;
 
-    /// Writes it.
+    /// Writes it within a transaction.
     fn write(&self, state: &Transaction<'_>) -> rusqlite::Result<()>;
 }
 
-/// Entries that wait to be written. Whoever comes to the database first writes what all of them have.
+/// Entries that wait to be written. Whoever gets the database first writes all of them.
 pub(super) struct GroupCommit<E> {
     store: StateStore,
     waiting: Arc<Mutex<Vec<Waiting<E>>>>,
@@ -25,7 +39,7 @@ pub(super) struct GroupCommit<E> {
 
 struct Waiting<E> {
     entry: E,
-    /// Told what became of it. Closed: nobody waits any more, and it is not written.
+    /// Receives the outcome. Closed: nobody waits any more, and the entry is not written.
     done: oneshot::Sender<Result<(), StateError>>,
 }
 
@@ -49,6 +63,8 @@ impl<E: BatchedEntry> GroupCommit<E> {
             let (done, mut written) = oneshot::channel();
             self.lock().push(Waiting { entry: entry.clone(), done });
             tokio::select! {
+                // The outcome first: if another writer has written this entry meanwhile, the connection is not
+                // needed.
                 biased;
                 outcome = &mut written => match outcome {
                     Ok(outcome) => return outcome,
@@ -56,7 +72,7 @@ impl<E: BatchedEntry> GroupCommit<E> {
                 },
                 connection = self.store.turn() => {
                     let own = self.clone();
-                    // It tells all who wait, also when the one who began it has gone.
+                    // It reports to all who wait, even if this future is dropped.
                     tokio::task::spawn_blocking(move || own.write_waiting(connection));
                 }
             }
@@ -70,6 +86,7 @@ impl<E: BatchedEntry> GroupCommit<E> {
 
     fn write_waiting(&self, connection: tokio::sync::OwnedMutexGuard<rusqlite::Connection>) {
         let mut taken = std::mem::take(&mut *self.lock());
+        // Abandoned entries are left out: their writers got no answer, and may have decided otherwise.
         taken.retain(|waiting| !waiting.done.is_closed());
         let write_all = |state: &Transaction<'_>| {
             taken.iter().try_for_each(|waiting| waiting.entry.write(state))
@@ -110,7 +127,7 @@ mod tests {
         let schema = "CREATE TABLE mark (n INTEGER)";
         store.transact("make a table", |state| state.execute_batch(schema)).await.expect("made");
         let group = GroupCommit::new(store.clone());
-        // While somebody else has the database, all of them gather.
+        // While another task has the database, all entries gather.
         let turn = store.turn().await;
         let writes = (0..500).map(|n| group.write(Mark(n)));
         let all = futures::future::join_all(writes);

@@ -1,9 +1,15 @@
-//! Holes: stretches of a shard that a sink was never given, on record.
+//! Holes: recorded ranges of records that a sink was never given.
 //!
-//! Every record has an outcome in every sink that it is routed to, except where a hole says that it
-//! has not: the sink was not there at that time, the records were gone, or a person chose to go on
-//! without them. A hole is written in the same step as what makes it, and is named by `check`, the
-//! start of `run`, `objects verify` and `replay` until it is filled.
+//! **Invariant.** Every record has an outcome in every sink that it is routed to (delivered, filtered or dead
+//! letter), except in a hole. A hole has one of three reasons: the sink was not configured at that time, the
+//! records were gone from the stream, or a person chose to go on without them.
+//!
+//! A hole is written in the same transaction as the decision that makes it. Written later, a crash in between would
+//! leave missing rows without a trace. `check`, the start of `run`, `objects verify` and `replay` name each hole
+//! until it is filled.
+//!
+//! A filled hole keeps its row: the sink's own position still lies before it, and the lane has to skip the same
+//! range at each start ([`Holes::end_around`]).
 
 use std::fmt;
 
@@ -13,7 +19,7 @@ use serde::Serialize;
 use super::store::{StateError, StateStore, columns, now_ms, position};
 use shardmill_core::record::{Position, ShardId, ShardKey, SinkName};
 
-/// Records of a shard that a sink was not given: `(from, to]`.
+/// Position range of a shard that a sink was not given: `(from, to]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Hole {
     /// The sink; `None`: every sink.
@@ -22,13 +28,13 @@ pub struct Hole {
     pub shard: ShardKey,
     /// Exclusive; `None`: from the shard's beginning.
     pub from_exclusive: Option<Position>,
-    /// Inclusive; `None`: not known, or to the shard's end.
+    /// Inclusive; `None`: unknown, or up to the shard's end.
     pub to_inclusive: Option<Position>,
-    /// Why, as a clause that follows a colon.
+    /// Reason, worded as a clause that follows a colon.
     pub why: String,
 }
 
-/// A hole as it is on record.
+/// A hole as it is stored.
 #[derive(Clone, Debug, Serialize)]
 pub struct RecordedHole {
     /// Its number: later ones have greater numbers.
@@ -42,17 +48,17 @@ pub struct RecordedHole {
     /// Exclusive; `None`: from the shard's beginning.
     #[serde(serialize_with = "super::as_text")]
     pub from_exclusive: Option<Position>,
-    /// Inclusive; `None`: not known, or to the shard's end.
+    /// Inclusive; `None`: unknown, or up to the shard's end.
     #[serde(serialize_with = "super::as_text")]
     pub to_inclusive: Option<Position>,
-    /// Why.
+    /// Reason.
     pub why: String,
     /// When it was recorded, in milliseconds since 1970.
     pub recorded_ms: i64,
 }
 
 impl RecordedHole {
-    /// Whether a sink lacks these records.
+    /// Whether this sink lacks the records of the hole.
     pub fn concerns(&self, sink: &SinkName) -> bool {
         self.sink.as_ref().is_none_or(|own| own == sink)
     }
@@ -85,21 +91,21 @@ pub struct Holes {
 }
 
 impl Holes {
-    /// Over the pipeline's state database.
+    /// Creates a handle over the pipeline's state database.
     pub fn new(store: StateStore) -> Self {
         Self { store }
     }
 
-    /// Records a hole; one that is on record already stays as it is. Gives its number.
+    /// Records a hole and returns its number. The same range of the same sink is recorded once: the first entry
+    /// stays.
     ///
     /// # Errors
-    /// [`StateError`]; the records must not be passed over then.
+    /// [`StateError`]; the records must not be skipped then.
     pub async fn record(&self, hole: Hole) -> Result<i64, StateError> {
         self.store.transact("record a hole", move |state| insert(state, &hole)).await
     }
 
-    /// The holes that are not filled, oldest first: those of one sink, with those of every sink, or
-    /// all.
+    /// Lists the holes that are not filled, oldest first: with `sink`, its own and those of every sink; else all.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -118,21 +124,21 @@ impl Holes {
             .await
     }
 
-    /// Notes that a hole is filled: it is not named any more. False: there is no such hole.
+    /// Marks a hole as filled: it is not reported any more. Returns false if no open hole has this number.
     ///
     /// # Errors
-    /// [`StateError`]; it is named still.
+    /// [`StateError`]; it is still reported then.
     pub async fn fill(&self, number: i64) -> Result<bool, StateError> {
         self.store
-            .transact("note that a hole is filled", move |state| {
+            .transact("mark a hole as filled", move |state| {
                 let fill = "UPDATE hole SET filled_ms = ?2 WHERE number = ?1 AND filled_ms IS NULL";
                 Ok(state.execute(fill, (number, now_ms()))? > 0)
             })
             .await
     }
 
-    /// Where a sink that stands at a position goes on: past the hole that begins at or before it, or
-    /// `None` where it stands in no hole of its own.
+    /// Returns where a sink at position `at` continues: the end of its hole that begins at or before `at` and ends
+    /// after it. `None`: the sink stands in no hole of its own.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -146,7 +152,7 @@ impl Holes {
         let (sink, (sequence, sub)) = (sink.to_string(), at.map(columns).unwrap_or_default());
         self.store
             .transact("read the holes", move |state| {
-                // A hole that is filled lies beside the sink's position still.
+                // Filled holes count too: filling one (`replay`) does not move the sink's own position.
                 let mut query = state.prepare_cached(
                     "SELECT to_sequence, to_sub FROM hole
                      WHERE stream = ?1 AND shard = ?2 AND sink = ?3
@@ -163,14 +169,15 @@ impl Holes {
     }
 }
 
-/// Records a hole within a transaction; one that is on record already stays as it is.
+/// Records a hole within a transaction, unless it is recorded already. Returns its number.
 pub(super) fn insert(state: &Transaction<'_>, hole: &Hole) -> rusqlite::Result<i64> {
     let sink = hole.sink.as_ref().map_or("", SinkName::as_str);
     let (from, from_sub) = hole.from_exclusive.as_ref().map(columns).unwrap_or_default();
     let (to, to_sub) = hole.to_inclusive.as_ref().map(columns).unwrap_or_default();
     let (stream, shard) = (hole.shard.stream.key(), hole.shard.shard.as_str());
     let key = (sink, stream, shard, from, from_sub, to, to_sub);
-    // A number that was tried is never given again: looked for first, so that numbers have no gaps.
+    // Looked up first: an insert that fails on the key would use up a number (AUTOINCREMENT), and numbers would
+    // have gaps.
     let known = state.query_row(
         "SELECT number FROM hole WHERE sink = ?1 AND stream = ?2 AND shard = ?3
          AND from_sequence = ?4 AND from_sub = ?5 AND to_sequence = ?6 AND to_sub = ?7",

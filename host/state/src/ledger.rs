@@ -1,10 +1,27 @@
-//! The revision ledger: which revision runs from which position on, per shard.
+//! The ledger: which revision runs from which position on, per shard.
 //!
-//! A replay runs the revision that ran first. With sinks at different positions, a record that is
-//! replayed by other code could be routed to a sink that is already past it, and be lost. So each
-//! start with other plugins, configurations or bindings is a swap at a recorded position (the
-//! highest that any sink has), durable before its first record; at or below it the stored
-//! revision runs, from the stored bytes.
+//! **Invariant.** A record that is read again runs in the revision that ran it first. Sinks stand at different
+//! positions. If a replay used other code, it could route a record to a sink whose position is already past it:
+//! that row would be lost.
+//!
+//! So each start with other plugins, configurations or bindings counts as a change at a recorded position, like a
+//! swap. A row `(shard, position, revision)` says that the revision runs the records after that position. Steps and
+//! their order:
+//!
+//! 1. [`Ledger::store_revision`] stores the revision and the bytes of its components. A row that names a revision without its
+//!    bytes could not be run after a restart.
+//! 2. [`Ledger::record`] writes the row, durable before the revision's first record runs. A crash between the two
+//!    leaves a revision that nothing names, which costs only space.
+//! 3. The engine runs the revision, and delivers.
+//! 4. [`Ledger::prune`] deletes components once no replay, no undo and no redrive can need them.
+//!
+//! | position of a record | runs in |
+//! |---|---|
+//! | at or before the last outcome (a sink's position, or a stage's dead letter) | the stored revision, from the stored bytes |
+//! | after it | the new revision |
+//! | any, in a shard without a row | the new revision: the first row of a shard begins at its beginning |
+//!
+//! Many lanes change at the same time, so their rows are written in one transaction ([`Together`]).
 
 use rusqlite::OptionalExtension as _;
 use serde::Serialize;
@@ -17,34 +34,34 @@ use super::store::{StateError, StateStore, columns, now_ms, position};
 use crate::RevisionSpec;
 use shardmill_core::record::{Position, ShardId, ShardKey};
 
-/// Components' bytes, by their digests.
+/// Bytes of components, each with its digest.
 pub type Components = Vec<(String, Bytes)>;
 
-/// Changes whose components are kept, so that they can be undone.
+/// Number of the latest changes whose previous revisions stay complete, so that a rollback can run them.
 const CHANGES_UNDOABLE: u32 = 16;
 
-/// A revision and the position after which it runs.
+/// A revision, and the position after which it runs.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Segment {
     /// Exclusive; `None`: from the shard's beginning.
     pub from_exclusive: Option<Position>,
-    /// The id of the revision.
+    /// Id of the revision.
     pub revision: String,
 }
 
-/// What runs a record, or ran it.
+/// The revision that runs a record, or ran it.
 #[derive(Clone, Debug)]
 pub struct Ran {
-    /// The id of the revision.
+    /// Id of the revision.
     pub revision: String,
-    /// What it is.
+    /// Its specification.
     pub spec: RevisionSpec,
-    /// Some sink has settled the record, as of the last checkpoint: it was run. Otherwise another
-    /// revision may still come before it.
+    /// At least one sink's position has passed the record, as of the last checkpoint: so it was run. Otherwise a
+    /// change may still put another revision in its place.
     pub is_committed: bool,
 }
 
-/// A segment with its shard, for people.
+/// A segment with its shard and time, for reports.
 #[derive(Clone, Debug, Serialize)]
 pub struct LedgerEntry {
     /// The shard.
@@ -52,7 +69,7 @@ pub struct LedgerEntry {
     /// Exclusive; `None`: from the shard's beginning.
     #[serde(serialize_with = "super::as_text")]
     pub from_exclusive: Option<Position>,
-    /// The id of the revision.
+    /// Id of the revision.
     #[serde(rename = "generation")]
     pub revision: String,
     /// When it was recorded, in milliseconds since 1970.
@@ -66,7 +83,7 @@ pub struct LedgerEntry {
 #[derive(Clone)]
 pub struct Ledger {
     store: StateStore,
-    /// Lanes change together.
+    /// Rows that lanes write at the same time share a transaction.
     rows: GroupCommit<Row>,
 }
 
@@ -81,7 +98,7 @@ struct Row {
 }
 
 impl BatchedEntry for Row {
-    const ACTION: &'static str = "write the generation ledger";
+    const ACTION: &'static str = "write the ledger of revisions";
 
     fn write(&self, state: &rusqlite::Transaction<'_>) -> rusqlite::Result<()> {
         let Self { stream, shard, sequence, sub, revision } = self;
@@ -103,16 +120,16 @@ impl BatchedEntry for Row {
 }
 
 impl Ledger {
-    /// Over the pipeline's state database.
+    /// Creates a handle over the pipeline's state database.
     pub fn new(store: StateStore) -> Self {
         Self { rows: GroupCommit::new(store.clone()), store }
     }
 
-    /// Stores a revision and its components' bytes, those that are not stored yet, so that a replay can
+    /// Stores a revision and the bytes of its components, as far as they are not stored yet, so that a replay can
     /// run it.
     ///
     /// # Errors
-    /// [`StateError`]; no record may run through it then.
+    /// [`StateError`]; no record may run through the revision then.
     pub async fn store_revision(
         &self,
         spec: &RevisionSpec,
@@ -120,7 +137,7 @@ impl Ledger {
     ) -> Result<(), StateError> {
         let (id, json) = (spec.id(), spec.to_json());
         self.store
-            .transact("store a generation", move |state| {
+            .transact("store a revision", move |state| {
                 for (digest, bytes) in &components {
                     state.execute(
                         "INSERT INTO component VALUES (?1, ?2) ON CONFLICT DO NOTHING",
@@ -136,14 +153,14 @@ impl Ledger {
             .map(drop)
     }
 
-    /// The stored specification of a revision.
+    /// Reads the stored specification of a revision.
     ///
     /// # Errors
     /// [`StateError`] when it is missing or cannot be read.
     pub async fn spec(&self, id: &str) -> Result<RevisionSpec, StateError> {
         let id = id.to_owned();
         self.store
-            .transact("read a stored generation", move |state| {
+            .transact("read a stored revision", move |state| {
                 let query = "SELECT spec FROM generation WHERE id = ?1";
                 let json: String = state.query_row(query, [&id], |row| row.get(0))?;
                 read_spec(&id, &json)
@@ -151,14 +168,14 @@ impl Ledger {
             .await
     }
 
-    /// The shard's segments by ascending position.
+    /// Reads the shard's segments by ascending position.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
     pub async fn segments(&self, shard: &ShardKey) -> Result<Vec<Segment>, StateError> {
         let (stream, shard) = (shard.stream.key(), shard.shard.to_string());
         self.store
-            .transact("read the generation ledger", move |state| {
+            .transact("read the ledger of revisions", move |state| {
                 let mut query = state.prepare_cached(
                     "SELECT sequence, sub_sequence, generation FROM ledger
                      WHERE stream = ?1 AND shard = ?2 ORDER BY sequence, sub_sequence",
@@ -176,14 +193,14 @@ impl Ledger {
             .await
     }
 
-    /// Every segment of every shard that was read, by stream, shard and ascending position. Redrives are
-    /// no part of it: their shards are of no stream.
+    /// Reads all segments of all shards, by stream, shard and ascending position. Redrives are left out: their
+    /// shards belong to no stream.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
     pub async fn history(&self) -> Result<Vec<LedgerEntry>, StateError> {
         self.store
-            .transact("read the generation ledger", |state| {
+            .transact("read the ledger of revisions", |state| {
                 let mut query = state.prepare(&format!(
                     "SELECT shard, sequence, sub_sequence, generation, recorded_ms, stream FROM ledger
                      WHERE stream NOT GLOB '{REDRIVES}'
@@ -208,8 +225,8 @@ impl Ledger {
             .await
     }
 
-    /// The revision that a record was run by, or is due to be run by; of streams that had the shard, the
-    /// one that was read last.
+    /// Returns the revision that ran a record, or that would run it now. If several streams had a shard of this
+    /// name, the one whose key sorts last counts: of one ARN, the stream that was created last.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -222,7 +239,7 @@ impl Ledger {
         let (sequence, sub) = columns(at);
         let found = self
             .store
-            .transact("read the generation ledger", move |state| {
+            .transact("read the ledger of revisions", move |state| {
                 let mut query = state.prepare(
                     "SELECT generation, EXISTS(SELECT 1 FROM sink_position s
                          WHERE s.stream = ledger.stream AND s.shard = ?1
@@ -245,10 +262,10 @@ impl Ledger {
         }
     }
 
-    /// Records that a revision runs from here on. A segment at the same place or behind it is
-    /// replaced: no sink has anything of it.
+    /// Records that a revision runs after a position. A segment at the same position or after it is replaced: it
+    /// was recorded for records that no sink has anything of.
     ///
-    /// Lanes change together: what several have to record goes to the disk at once.
+    /// Writing the same segment twice changes nothing, so rows of several lanes can share a transaction.
     ///
     /// # Errors
     /// [`StateError`]; the revision must not run then.
@@ -264,25 +281,29 @@ impl Ledger {
         self.rows.write(row).await
     }
 
-    /// Forgets the components that nothing needs any more: those of revisions whose last segment the
-    /// checkpoints of all shards have passed, which none of the last changes could be undone to, and which
-    /// no dead letter needs to make again what entered where it failed. The
-    /// ledger's rows of shards stay: they are history. Those of redrives that are finished go: nothing is
-    /// read by them again.
+    /// Deletes the components that nothing can need any more. A component stays while it belongs to
+    ///
+    /// - `current`, the revision that runs now,
+    /// - a revision whose segment the checkpoint of a shard has not passed (ended shards excepted),
+    /// - the revision before one of the last 16 promoted changes, so that the change can be undone,
+    /// - a revision that has to compute a dead letter's payload again.
+    ///
+    /// The rows of the ledger stay as history, except those of finished redrives: nothing reads these again.
     ///
     /// # Errors
-    /// [`StateError`]; nothing is lost, only space.
+    /// [`StateError`]; nothing is lost, only space. A revision that cannot be read stops the pruning, because
+    /// nobody knows which components it needs.
     pub async fn prune(&self, current: &RevisionSpec) -> Result<(), StateError> {
         let current_digests: Vec<String> = current.digests().map(str::to_owned).collect();
         self.store
-            .transact("prune the generation ledger", move |state| {
+            .transact("prune the ledger of revisions", move |state| {
                 state.execute(
                     "DELETE FROM ledger WHERE stream GLOB 'letters:*' AND NOT EXISTS (
                          SELECT 1 FROM redrive WHERE ledger.stream GLOB '*@' || redrive.id)",
                     [],
                 )?;
-                // A segment is needed until a checkpoint has reached the segment after it. Positions
-                // are compared whole: records of one aggregate share their sequence number.
+                // A segment is needed until the checkpoint has reached the next segment. Positions are compared
+                // with their sub-sequence: records of one aggregate share their sequence number.
                 let mut needed = state.prepare(
                     "SELECT DISTINCT g.id, g.spec FROM ledger l
                      JOIN generation g ON g.id = l.generation
@@ -305,7 +326,7 @@ impl Ledger {
                 })?;
                 for revision in needed {
                     let (id, spec) = revision?;
-                    // Of one that cannot be read, nobody knows which components it needs.
+                    // It is unknown which components an unreadable revision needs, so this is an error.
                     let spec = read_spec(&id, &spec)?;
                     digests.extend(spec.digests().map(str::to_owned));
                 }
@@ -357,12 +378,12 @@ mod tests {
 
     #[tokio::test]
     async fn fault_21_a_component_is_kept_until_the_checkpoint_has_passed_its_last_record() {
-        // Where the next revision begins, where the checkpoint stands, and whether the first
-        // revision may have to run a record again.
+        // Where the next revision begins, where the checkpoint stands, and whether the first revision may have to
+        // run a record again.
         for (next, checkpoint, needed) in [
             (at(10, 5), None, true),
             (at(10, 5), at(9, 0), true),
-            // The checkpoint stands within the aggregate that the first revision ran a part of.
+            // The checkpoint stands within the aggregate of which the first revision ran a part.
             (at(10, 5), at(10, 0), true),
             (at(10, 5), at(10, 4), true),
             (at(10, 5), at(10, 5), false),

@@ -1,13 +1,14 @@
-//! What is settled: checkpoints, the revision ledger and the dead letters of one pipeline.
+//! The state of one pipeline: checkpoints, the ledger of revisions, dead letters, changes and holes.
 //!
-//! All of it lies in one SQLite database in the state directory ([`StateStore`]). A sink that keeps
-//! its own position is the truth about itself; what is kept here is the minimum over the sinks (the
-//! checkpoint), the positions of sinks that keep none, which revision ran from which sequence on,
-//! and every record that a stage or a table did not take.
+//! All of it lies in one SQLite database in the state directory ([`StateStore`]). A sink that keeps its own
+//! position is the truth about its rows. The state holds the minimum over the sinks (the checkpoint), the positions
+//! of sinks that keep none, which revision ran from which position on, and every record that a stage rejected or a
+//! sink refused.
 //!
-//! It decides as little as it can: what is written, the engine says. Two decisions are here, as functions without I/O,
-//! because they are about what is stored: whether sinks and state agree ([`agreement`]), and what a dead letter keeps.
-//! It runs no plugin and asks no sink. It uses `config` and `core`; its one heavy dependency is rusqlite.
+//! This crate decides as little as possible: the engine says what is written. Two decisions are here, as functions
+//! without I/O, because they are about what is stored: whether sinks and state agree ([`agreement`]), and how much
+//! of a dead letter is kept. It runs no plugin and asks no sink. It uses `config` and `core`; its one heavy
+//! dependency is rusqlite.
 //!
 //! ```
 //! use std::sync::Arc;
@@ -89,7 +90,7 @@ pub use store::{StateError, StateStore, needed_components};
 pub use swaps::{Change, ChangeKind, ChangeOutcome, Changes, NewChange, Running};
 pub use variables::{ChangedVariables, Variables};
 
-/// A position in reports: as text.
+/// Serialises a position as text, for reports.
 fn as_text<S: serde::Serializer>(
     position: &Option<shardmill_core::record::Position>,
     to: S,

@@ -14,11 +14,11 @@ use rusqlite::{Connection, TransactionBehavior};
 
 use super::assets;
 
-/// A version of the schema, and the step that makes it from the version before.
+/// A version of the schema, with the step that leads to it from the version before.
 struct Version {
     /// Its number, as in `user_version`.
     number: i64,
-    /// What makes it from the version before; the first one from an empty database.
+    /// SQL that leads to it from the version before; for the first one, from an empty database.
     step: &'static str,
     /// The column that the last commit of this version added. Builds between two versions wrote the same number
     /// before the schema was complete; their databases lack it.
@@ -31,8 +31,7 @@ struct Column {
     column: &'static str,
 }
 
-/// All versions that are supported, in order. Version 1 was replaced within hours of the first draft, and nothing
-/// migrates it.
+/// All supported versions, in order. Version 1 existed for hours only and is not supported.
 const VERSIONS: [Version; 5] = [
     Version {
         number: 2,
@@ -91,9 +90,9 @@ pub(super) enum NotMigrated {
          build between two versions wrote it"
     )]
     Unfinished {
-        /// The version that it says it has.
+        /// The version that it claims to have.
         version: i64,
-        /// The table in which the column is missing, or which is missing itself.
+        /// The table that lacks the column, or is missing itself.
         table: &'static str,
         /// The missing column.
         column: &'static str,
@@ -101,27 +100,27 @@ pub(super) enum NotMigrated {
 }
 
 impl NotMigrated {
-    /// How a user goes on from here.
+    /// Returns what the user can do.
     pub(super) fn way_out(&self) -> &'static str {
         match self {
             Self::Sql(_) => "free the disk, or set `state_dir` elsewhere",
             Self::Newer { .. } => "run the version of shardmill that wrote it",
             Self::Unsupported { .. } | Self::Unfinished { .. } => {
                 "run the version of shardmill that wrote it, or set `state_dir` elsewhere: a start with a new \
-                 state goes on from the sinks' positions, without the dead letters of this one"
+                 state continues from the sinks' positions, without the dead letters of this one"
             }
         }
     }
 }
 
-/// Brings a database to the newest version, an empty one as well.
+/// Brings a database to the newest version; an empty one too.
 ///
 /// # Errors
 /// [`NotMigrated`]; nothing was changed then.
 pub(super) fn migrate(connection: &mut Connection) -> Result<(), NotMigrated> {
     if version(connection)? != NEWEST {
         let change = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
-        // Read again within the transaction: another process may have been first.
+        // Read again within the transaction: another process may have migrated it meanwhile.
         for missing in steps_after(&change, version(&change)?)? {
             change.execute_batch(missing.step)?;
             change.pragma_update(None, "user_version", missing.number)?;
@@ -131,7 +130,7 @@ pub(super) fn migrate(connection: &mut Connection) -> Result<(), NotMigrated> {
     steps_after(connection, version(connection)?).map(drop)
 }
 
-/// The version of a database; 0: it is empty.
+/// Reads the version of a database; 0: it is empty.
 ///
 /// # Errors
 /// The database cannot be read.
@@ -139,7 +138,7 @@ pub(super) fn version(connection: &Connection) -> rusqlite::Result<i64> {
     connection.query_row("PRAGMA user_version", [], |row| row.get(0))
 }
 
-/// Gives the versions that follow `found`, the version of a database, after a check that its schema is complete.
+/// Returns the versions after `found`, the version of a database, after checking that its schema is complete.
 fn steps_after(connection: &Connection, found: i64) -> Result<&'static [Version], NotMigrated> {
     const ALL: &[Version] = &VERSIONS;
     if found == 0 {

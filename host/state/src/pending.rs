@@ -1,12 +1,33 @@
-//! Letters that are hidden until it is known what became of their rows.
+//! Pending dead letters: hidden until it is known what became of their rows.
 //!
-//! A *refused* row's letter is hidden until the sink's commit covers it. If the commit never happened,
-//! the letter is deleted when the shard is taken over: the row comes again.
+//! Two kinds are pending (column `held` of `letters`):
 //!
-//! A sink that is out of reach may be *given up* for a span: its rows become letters, and the lane goes
-//! on. If the sink keeps its own position, nobody knows yet whether the last try has landed after all.
-//! So these letters are hidden too, until the sink has answered: all tries began at one position and
-//! at most one of them landed, so where the sink stands then says which.
+//! | kind | written when | becomes visible when | deleted when |
+//! |---|---|---|---|
+//! | refused (1) | the sink refuses the row | the sink's position has passed it | the shard is acquired with the position before it |
+//! | given up (2) | the sink is out of reach for too long | the sink answers and lacks the row | the sink answers and has the row |
+//!
+//! **Refused rows.** The dead letter is durable before the commit, so that a crash between the two loses nothing.
+//! If it were visible at once, a redrive could deliver the row although the commit never happened and the row comes
+//! again: so it is deleted when the shard is acquired with a position before the row.
+//!
+//! **Rows that were given up.** The lane writes their dead letters and goes on without the sink. Nobody knows yet
+//! whether the last attempt has landed: its reply may have been lost. All attempts since the sink stopped answering
+//! begin at the same position; a later one reaches further and leaves out the rows that were given up before. The
+//! sink accepts a commit only at its own position, so at most one attempt landed. Where the sink stands when it
+//! answers says which:
+//!
+//! | the sink stands | so | dead letters |
+//! |---|---|---|
+//! | where all attempts begin | none landed | all become visible |
+//! | where an attempt ends | this one landed | those after the end of the attempt before are deleted, the others become visible |
+//! | before the beginning | a backup was restored | all become visible; the sink is given the range again |
+//!
+//! A sink without a position of its own (HTTP, stdout) cannot answer this: its dead letters are visible at once.
+//!
+//! **Race of two owners.** [`DeadLetters::acquire_shard`] raises an epoch per shard and sink. [`DeadLetters::give_up`]
+//! checks it in the same transaction: an earlier owner of the shard cannot give up rows that the new owner
+//! delivers.
 
 use rusqlite::Transaction;
 
@@ -15,20 +36,22 @@ use super::dead_letters::{DeadLetters, GIVEN_UP, VISIBLE, are_there, insert};
 use super::store::{StateError, columns, position as position_of};
 use shardmill_core::record::{DeadLetterPlace, Position, PositionRange, ShardKey, SinkName};
 
-/// Who may give up a sink's rows, and how far that went.
+/// The right to give up a sink's rows in a shard, and how far that went before.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AcquiredShard {
-    /// Grows with each owner of the shard's rows for the sink.
+    /// Epoch of this owner: grows with each acquisition of the shard for the sink.
     pub epoch: i64,
     /// Rows up to here were given up: the sink needs none of them.
     pub given_up_to: Option<Position>,
 }
 
 impl DeadLetters {
-    /// Gives rows up that a sink was not able to take: writes their letters and that the sink needs
-    /// nothing of the span, durable on return. The span begins where the sink stands: one that stands before
-    /// that later was restored from a backup, and needs more. `sink_keeps_position`: the letters show once
-    /// the sink has answered, else at once. False: the shard has another owner, nothing was written.
+    /// Gives up rows that a sink could not take: writes their dead letters, and that the sink needs nothing of the
+    /// range. Durable on return. Returns false if the shard has another owner by now: nothing was written.
+    ///
+    /// The range begins where the sink stands. If the sink is found before that later, it was restored from a
+    /// backup and needs more. `sink_keeps_position`: the dead letters stay pending until the sink has answered;
+    /// otherwise they are visible at once.
     ///
     /// # Errors
     /// [`StateError`]; nothing was given up then.
@@ -45,7 +68,7 @@ impl DeadLetters {
         let sink = sink.to_string();
         let (sequence, sub) = columns(&range.to_inclusive);
         let (from, from_sub) = range.from_exclusive.as_ref().map(columns).unwrap_or_default();
-        let (action, bound) = ("give rows up", self.bound.clone());
+        let (action, bound) = ("give up rows", self.bound.clone());
         let given_up = self
             .store
             .transact(action, move |state| {
@@ -65,7 +88,8 @@ impl DeadLetters {
                 if written.is_err() {
                     return Ok(Some(written));
                 }
-                // What the table itself refused is no matter of where the sink stands.
+                // Rows that the table itself refused do not depend on where the sink stands: they become visible
+                // now.
                 show_refused(state, (&stream, &shard), &place, (&sequence, sub))?;
                 state
                     .prepare_cached(
@@ -82,9 +106,10 @@ impl DeadLetters {
         }
     }
 
-    /// Settles what is hidden of a sink's letters, where its position is known and earlier owners of
-    /// the shard can no longer commit: refused rows above it will come again, rows that were given up
-    /// and are there after all have no letter. Earlier owners can give up nothing from here on.
+    /// Resolves the pending dead letters of a sink when its shard is acquired. The caller knows the sink's
+    /// position, and has fenced earlier owners: they can no longer commit. Refused rows after the position will
+    /// come again, so their dead letters are deleted. Rows that were given up and are in the sink after all lose
+    /// their dead letters; the others become visible. From here on, earlier owners cannot give up rows.
     ///
     /// # Errors
     /// [`StateError`]; nothing was changed.
@@ -99,7 +124,9 @@ impl DeadLetters {
         let place = DeadLetterPlace::Sink(sink.clone()).to_string();
         let sink = sink.to_string();
         self.store
-            .transact("settle held dead letters", move |state| {
+            .transact("resolve pending dead letters", move |state| {
+                // The order matters. What the position covers is committed and becomes visible; what is still
+                // pending after that was never committed, and comes again.
                 show_refused(state, (&stream, &shard), &place, (&sequence, sub))?;
                 state
                     .prepare_cached(
@@ -107,9 +134,9 @@ impl DeadLetters {
                          AND place = ?3 AND held = 1",
                     )?
                     .execute((&stream, &shard, &place))?;
-                // A sink that stands where a try would have ended has the rows of that try: those
-                // behind the try before.
-                // Where it stands before that, it was restored: what was given up says nothing any more.
+                // Ranges that begin after the sink's position: it was restored, and they say nothing about it any
+                // more. What remains is compared below. A sink that stands at the end of a range has the rows of
+                // that attempt: those after the end of the range before.
                 state
                     .prepare_cached(
                         "DELETE FROM given_up WHERE stream = ?1 AND shard = ?2 AND sink = ?3
@@ -136,7 +163,9 @@ impl DeadLetters {
                         )?
                         .execute((&stream, &shard, &place, &sequence, sub, from, from_sub))?;
                 }
+                // Everything that is left was not in the sink.
                 reached(state, (&stream, &shard, &sink), &place, &end)?;
+                // In the same transaction as the decisions above: an earlier owner that gives up rows now fails.
                 let epoch = state
                     .prepare_cached(
                         "INSERT INTO sink_owner VALUES (?1, ?2, ?3, 1)
@@ -152,11 +181,11 @@ impl DeadLetters {
             .await
     }
 
-    /// Shows the hidden letters after a commit up to `up_to`, which began where the sink stood: so
-    /// nothing that was given up meanwhile has landed.
+    /// Makes the pending dead letters visible after a commit up to `up_to`. The commit began where the sink stood,
+    /// so no attempt that was given up meanwhile has landed.
     ///
     /// # Errors
-    /// [`StateError`]; the letters stay hidden and are settled when the shard is taken over.
+    /// [`StateError`]; the dead letters stay pending and are resolved when the shard is acquired next.
     pub async fn confirm(
         &self,
         shard: &ShardKey,
@@ -168,7 +197,7 @@ impl DeadLetters {
         let place = DeadLetterPlace::Sink(sink.clone()).to_string();
         let sink = sink.to_string();
         self.store
-            .transact("settle held dead letters", move |state| {
+            .transact("resolve pending dead letters", move |state| {
                 show_refused(state, (&stream, &shard), &place, (&sequence, sub))?;
                 reached(state, (&stream, &shard, &sink), &place, &(sequence, sub))
             })
@@ -176,7 +205,7 @@ impl DeadLetters {
     }
 }
 
-/// Shows the letters of rows that a sink refused, up to a position.
+/// Makes the dead letters of refused rows visible, up to a position.
 fn show_refused(
     state: &Transaction<'_>,
     (stream, shard): (&str, &str),
@@ -192,8 +221,8 @@ fn show_refused(
     Ok(())
 }
 
-/// The sink has answered and stands at `end`: shows what was given up, and forgets how far that went
-/// where the sink is past it.
+/// Makes all dead letters of given-up rows visible, because the sink has answered and stands at `end`. Forgets the
+/// ranges that it is past.
 fn reached(
     state: &Transaction<'_>,
     (stream, shard, sink): (&str, &str, &str),
@@ -237,7 +266,7 @@ mod tests {
         let whose = (&shard, &sink);
         let given_up = dead_letters.give_up(whose, own.epoch, &range, Vec::new(), true).await;
         assert_eq!(given_up.map_err(|error| error.to_string()), Ok(true));
-        // It stands where it stood; then a backup of before is put back.
+        // The sink stands where it stood; then an earlier backup is restored.
         for (stands, expected) in [(at(5), Some(at(9))), (at(3), None), (at(5), None)] {
             let own =
                 dead_letters.acquire_shard(&shard, &sink, Some(&stands)).await.expect("taken over");

@@ -1,9 +1,27 @@
-//! Redrives: dead letters that are on their way again.
+//! Redrives: dead letters that are run through the pipeline once more.
 //!
-//! A redrive is a shard of its own, whose records are the letters, numbered in the order of their keys'
-//! records; so the sinks keep positions of it, and one that was broken off goes on where it was. What
-//! fails again is a letter of that shard first. At the end, in one transaction, it takes the place of
-//! the letter that it came from, and the letters that went through are gone.
+//! A redrive is a shard of its own. Its records are dead letters, numbered from 1 (ordinals) in the order of their
+//! records. So everything that a shard has works for it: sinks keep positions of it, it has a checkpoint, and a
+//! redrive that was interrupted continues where it was. An item that fails again is first a dead letter of the
+//! redrive's shard.
+//!
+//! **Invariant.** Until [`Redrives::finish`], the original dead letters stay as they are, so that an interrupted
+//! redrive loses nothing. `finish` changes all of them in one transaction, and only after the checkpoint of the
+//! redrive has reached its last ordinal and no dead letter of it is pending: then each has an outcome.
+//!
+//! | a dead letter in the redrive | after `finish` |
+//! |---|---|
+//! | went through | deleted; at a stage, a mark stays while a lane may replay its record (`forget` in `dead_letters.rs`) |
+//! | failed again at the same place | keeps its number, with the newest reason and plugin |
+//! | failed elsewhere, or became several items that failed | new dead letters of its own record, with `output` from 2^31 on |
+//! | enters at a place that is gone (`without`) | stays in the redrive, as its rest |
+//!
+//! **Doubled rows.** Sinks may have got a dead letter's rows from an interrupted redrive or a replay. The table
+//! `letter_delivered` notes that per dead letter and sink, and a redrive leaves these sinks out.
+//!
+//! **Races.** The redrive runs beside the pipeline, which may write new dead letters: `begin` selects its own once.
+//! A purge leaves out those that an unfinished redrive has. A sink or stage may be gone when an interrupted redrive
+//! continues: `release` and `leave_out` take the affected dead letters out, and note which sinks have their rows.
 
 use std::collections::HashSet;
 use std::num::ParseIntError;
@@ -21,23 +39,24 @@ use shardmill_core::record::{
     ShardKey, SinkName, StreamIdentity,
 };
 
-/// The name of the stream that letters are.
+/// Name of the stream of a redrive.
 pub const REDRIVE_STREAM: &str = "letters";
-/// The first number of letters that a redrive made among the items that their record has in a place.
+/// First `output` number of dead letters that a redrive made. A replay of the record counts its items from 0, and
+/// must not take one of them for these.
 const OUTPUT_OF_REDRIVE: u32 = 1 << 31;
 
-/// A redrive: when it was begun, in milliseconds since 1970, and what its positions are keyed by.
+/// Id of a redrive: its start in milliseconds since 1970. Its positions are keyed by it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RedriveId(i64);
 
 impl RedriveId {
-    /// The stream that its letters are.
+    /// Returns the stream whose records are its dead letters.
     pub fn stream(self, pipeline: &PipelineName) -> StreamIdentity {
         let arn = format!("{ARN_PREFIX}{pipeline}").into();
         StreamIdentity { name: REDRIVE_STREAM.into(), arn, created_ms: self.0 }
     }
 
-    /// Its shard.
+    /// Returns its shard.
     pub fn shard(self) -> ShardId {
         ShardId::from(REDRIVE_SHARD)
     }
@@ -51,49 +70,50 @@ impl RedriveId {
     }
 }
 
-/// Whether a stream is the letters of a redrive.
+/// Whether a stream consists of the dead letters of a redrive.
 pub fn is_redrive(stream: &StreamIdentity) -> bool {
     is_redrive_key(&stream.arn)
 }
 
-/// A redrive that has letters still.
+/// A redrive that still has dead letters.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UnfinishedRedrive {
-    /// Which.
+    /// Its id.
     pub id: RedriveId,
-    /// It was finished without some places: what it has is left for these, and waits for nobody else.
+    /// It was finished without some places that are gone. The dead letters that enter there are left, and block
+    /// nothing.
     pub is_rest: bool,
 }
 
-/// A letter on its way.
+/// A dead letter in a redrive.
 #[derive(Clone, Debug)]
 pub struct RedriveRecord {
-    /// Its place in the redrive.
+    /// Its ordinal in the redrive, from 1.
     pub ordinal: u64,
-    /// Where it failed, and enters again.
+    /// The place where it failed, and enters again.
     pub place: DeadLetterPlace,
-    /// The route by which it came there; empty: not known.
+    /// The route by which it reached that place; empty: unknown.
     pub route: RouteName,
-    /// Where its record is in its own shard.
+    /// Position of its record in its own shard.
     pub origin: Position,
-    /// The partition key that entered there.
+    /// The partition key that entered the place.
     pub key: Vec<u8>,
-    /// The payload that entered there.
+    /// The payload that entered the place.
     pub payload: Vec<u8>,
-    /// Key and payload are not kept, and must be made again.
+    /// Set if key and payload are kept as a digest only: they must be computed again.
     pub lost: Option<Box<LostPayload>>,
-    /// Rows that it becomes cannot be made again: their letters are kept whole.
+    /// Rows that it becomes cannot be computed again, so their dead letters keep them whole.
     pub keeps_whole: bool,
     /// When the stream took the record, in milliseconds since 1970.
     pub arrived_ms: u64,
-    /// Sinks that have its rows already.
+    /// Sinks that already have its rows.
     pub delivered_to: Vec<SinkName>,
 }
 
-/// A payload that is kept as a digest.
+/// The inputs for computing a payload again that is kept as a digest.
 #[derive(Clone, Debug)]
 pub struct LostPayload {
-    /// The letter's number.
+    /// Number of the dead letter.
     pub dead_letter: i64,
     /// The shard of its record.
     pub shard: ShardId,
@@ -101,21 +121,21 @@ pub struct LostPayload {
     pub partition_key: Vec<u8>,
     /// The record's data as it was put.
     pub original: Vec<u8>,
-    /// The expected digest of what entered.
+    /// Expected digest of the key and payload that entered.
     pub sha256: String,
-    /// The runs that made it, the first one first.
+    /// The runs that produced it, in order.
     pub steps: Vec<StagesRun>,
 }
 
-/// What became of a redrive's letters.
+/// Counts of a finished redrive.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct Redriven {
-    /// Letters that were on their way.
+    /// Dead letters that were redriven.
     #[serde(rename = "letters")]
     pub dead_letters: u64,
-    /// Letters that are there in their place: a letter may fail again, or have become rows that do.
+    /// Dead letters that exist instead of them: one may fail again, or become rows of which several fail.
     pub failed_again: u64,
-    /// Letters that were left out, because what they enter is gone. They stay.
+    /// Dead letters that were left out and stay, because the place that they enter is gone.
     pub left: u64,
 }
 
@@ -127,12 +147,12 @@ pub struct Redrives {
 }
 
 impl Redrives {
-    /// Over the pipeline's state database.
+    /// Creates a handle over the pipeline's state database.
     pub fn new(store: StateStore, pipeline: PipelineName) -> Self {
         Self { store, pipeline }
     }
 
-    /// The redrives that have letters still, the oldest first: at most one was broken off, the others are
+    /// Lists the redrives that still have dead letters, oldest first. At most one was interrupted, the others are
     /// rests.
     ///
     /// # Errors
@@ -140,7 +160,7 @@ impl Redrives {
     pub async fn unfinished(&self) -> Result<Vec<UnfinishedRedrive>, StateError> {
         self.store
             .transact("look for redrives", |state| {
-                // A rest whose letters were all purged is none.
+                // A rest whose dead letters were all purged is finished.
                 state.execute(
                     "DELETE FROM redrive_rest WHERE id NOT IN (SELECT id FROM redrive)",
                     [],
@@ -157,14 +177,14 @@ impl Redrives {
             .await
     }
 
-    /// Whether a lane of the redrive was begun: some of it may be in the sinks.
+    /// Whether a lane of the redrive has started: sinks may already have some of its rows.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
     pub async fn has_run(&self, id: RedriveId) -> Result<bool, StateError> {
         let (stream, _) = self.redrive_key(id);
         self.store
-            .transact("look whether a redrive has run", move |state| {
+            .transact("check whether a redrive has run", move |state| {
                 let begun = "SELECT EXISTS(SELECT 1 FROM shard WHERE stream = ?1)
                              OR EXISTS(SELECT 1 FROM sink_position WHERE stream = ?1)";
                 state.query_row(begun, [stream], |row| row.get(0))
@@ -172,13 +192,13 @@ impl Redrives {
             .await
     }
 
-    /// Notes the sinks that a redrive is about to run with.
+    /// Stores the sinks that a redrive is about to run with.
     ///
     /// # Errors
     /// [`StateError`]; it must not run then.
     pub async fn note_sinks(&self, id: RedriveId, sinks: Vec<SinkName>) -> Result<(), StateError> {
         self.store
-            .transact("note the sinks of a redrive", move |state| {
+            .transact("store the sinks of a redrive", move |state| {
                 let mut insert =
                     state.prepare_cached("INSERT OR IGNORE INTO redrive_sink VALUES (?1, ?2)")?;
                 sinks.iter().try_for_each(|sink| insert.execute((id.0, sink.as_str())).map(drop))
@@ -186,7 +206,7 @@ impl Redrives {
             .await
     }
 
-    /// The sinks that a redrive has run with and that may not have all of its rows, as far as is known.
+    /// Lists the sinks that the redrive has run with and that may lack some of its rows, as far as the state knows.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -208,12 +228,12 @@ impl Redrives {
             .await
     }
 
-    /// Lets letters go that entered at places that are gone, where they were not run by every sink of
-    /// `positions` (how far each is with the redrive): they are letters as before, for those sinks alone
-    /// that did not have them.
+    /// Takes dead letters out of a redrive that enter at `places`, which are gone, unless all sinks of `positions`
+    /// have run them. `positions`: how far each sink is with the redrive. They become ordinary dead letters again;
+    /// the sinks that have their rows are noted, so that a later redrive leaves these out.
     ///
     /// # Errors
-    /// [`StateError`]; the redrive is as it was.
+    /// [`StateError`]; the redrive is unchanged.
     pub async fn release(
         &self,
         id: RedriveId,
@@ -221,9 +241,10 @@ impl Redrives {
         positions: Vec<(SinkName, Option<Position>)>,
     ) -> Result<(), StateError> {
         let (stream, _) = self.redrive_key(id);
-        let reached = self.reached(&positions, "leave letters out of a redrive")?;
+        let reached = self.reached(&positions, "leave dead letters out of a redrive")?;
         self.store
-            .transact("leave letters out of a redrive", move |state| {
+            .transact("leave dead letters out of a redrive", move |state| {
+                // Dead letters that every sink has run are complete: `finish` resolves them.
                 let all_have = reached.iter().map(|(_, reached)| *reached).min().unwrap_or(0);
                 let places = serde_json::Value::from(places).to_string();
                 let mut released = state.prepare(
@@ -240,7 +261,7 @@ impl Redrives {
                             (dead_letter, sink.as_str()),
                         )?;
                     }
-                    // Run again, it fails again.
+                    // Its failures in this redrive go with it: they come again when it is redriven.
                     state.execute(
                         "DELETE FROM letters WHERE stream = ?1
                          AND CAST(ltrim(sequence, '0') AS INTEGER) = ?2",
@@ -253,8 +274,8 @@ impl Redrives {
             .await
     }
 
-    /// Begins a redrive of the visible letters that a filter means; `None` where there are none. The
-    /// letters stay where they are until it is finished.
+    /// Begins a redrive of the visible dead letters that match a filter; `None` if there are none. They stay where
+    /// they are until it is finished.
     ///
     /// # Errors
     /// [`StateError`]; nothing was begun.
@@ -262,7 +283,7 @@ impl Redrives {
         let (place, shard, reason, ids) = wanted(filter);
         self.store
             .transact("begin a redrive", move |state| {
-                // Two may be begun within one millisecond, or the clock may have been set back.
+                // The id must be new, even if two redrives begin within one millisecond or the clock was set back.
                 let last: Option<i64> =
                     state.query_row("SELECT max(id) FROM redrive", [], |row| row.get(0))?;
                 let id = now_ms().max(last.map_or(0, |last| last + 1));
@@ -280,8 +301,8 @@ impl Redrives {
             .await
     }
 
-    /// How many of the letters that a filter means were in an older copy of the state with which the
-    /// pipeline goes on: they may have been redriven since that copy was made.
+    /// Counts the dead letters matching a filter that came from an older copy of the state with which the pipeline
+    /// went on: they may have been redriven since that copy was made.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -298,7 +319,7 @@ impl Redrives {
             .await
     }
 
-    /// The places that a redrive's letters enter, each once, as text.
+    /// Lists the places at which a redrive's dead letters enter, as text, each once.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -314,7 +335,7 @@ impl Redrives {
             .await
     }
 
-    /// Whether some of its letters have what entered their place as a digest only.
+    /// Whether the redrive has dead letters whose payload is kept as a digest only.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -328,9 +349,9 @@ impl Redrives {
             .await
     }
 
-    /// Letters behind `after`, at most `limit`, in order, and none behind the one that passes `bytes` of
-    /// what is read: payloads, keys, and the records that payloads are made again of. Letters that were purged
-    /// meanwhile are left out, and those that enter at the places of `without`.
+    /// Reads dead letters of a redrive after the ordinal `after`, in order: at most `limit`, and none after the one
+    /// with which the sum of their sizes exceeds `bytes`. The size counts payloads, keys, and the records that
+    /// payloads are computed from. Purged ones are skipped, and those that enter at the places of `without`.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -343,10 +364,11 @@ impl Redrives {
     ) -> Result<Vec<RedriveRecord>, StateError> {
         let without = serde_json::Value::from(without).to_string();
         self.store
-            .transact("read a redrive's letters", move |state| {
+            .transact("read the dead letters of a redrive", move |state| {
                 let mut query = state.prepare_cached(
-                    // By length first: together, payloads may not fit into memory. A record of 10 MiB is
-                    // read for each of its letters that is kept as a digest, however little entered.
+                    // The sizes are added up before anything is read: together, the payloads may exceed the memory.
+                    // A record of 10 MiB is read once for each of its dead letters that is kept as a digest,
+                    // however small its payload was.
                     "WITH next AS (
                          SELECT ordinal, letter, length(d.entered) + length(d.entered_key)
                              + coalesce(length(r.original) + length(r.partition_key), 0)
@@ -370,7 +392,7 @@ impl Redrives {
                 let dead_letters = query.query_map((id.0, after, limit, bytes, without), |row| {
                     let place: String = row.get(1)?;
                     let place = DeadLetterPlace::parse(&place).ok_or_else(|| {
-                        let cause = format!("{place:?} is no place of a letter");
+                        let cause = format!("invalid place {place:?} of a dead letter: expected stage:NAME or sink:NAME");
                         rusqlite::Error::FromSqlConversionFailure(
                             1,
                             rusqlite::types::Type::Text,
@@ -426,11 +448,11 @@ impl Redrives {
             .await
     }
 
-    /// Leaves a letter out of a redrive: it stays as it is, for the sinks alone that do not have it. `reached`
-    /// says how far each sink was before the redrive ran now, as the sinks themselves have it.
+    /// Takes one dead letter out of a redrive: it stays as it is, for the sinks that do not have its rows.
+    /// `reached`: how far each sink was when this run of the redrive began, by its own account.
     ///
     /// # Errors
-    /// [`StateError`]; the redrive is as it was.
+    /// [`StateError`]; the redrive is unchanged.
     pub async fn leave_out(
         &self,
         id: RedriveId,
@@ -438,7 +460,7 @@ impl Redrives {
         reached: Vec<(SinkName, Option<Position>)>,
     ) -> Result<(), StateError> {
         let (stream, _) = self.redrive_key(id);
-        let action = "leave a letter out of a redrive";
+        let action = "leave a dead letter out of a redrive";
         let reached = self.reached(&reached, action)?;
         self.store
             .transact(action, move |state| {
@@ -454,7 +476,7 @@ impl Redrives {
                         )?;
                     }
                 }
-                // As noted since.
+                // Sinks may have got further in this run: their positions in the state say so.
                 state.execute(
                     "INSERT OR IGNORE INTO letter_delivered
                      SELECT ?2, sink FROM sink_position WHERE stream = ?1
@@ -476,10 +498,10 @@ impl Redrives {
             .await
     }
 
-    /// Gives a redrive up that nothing of has run: its letters are as if it had not been begun.
+    /// Cancels a redrive of which nothing has run: its dead letters are as if it had not begun.
     ///
     /// # Errors
-    /// [`StateError`]; it is there still.
+    /// [`StateError`]; it still exists then.
     pub async fn cancel(&self, id: RedriveId) -> Result<(), StateError> {
         self.store
             .transact("cancel a redrive", move |state| {
@@ -490,12 +512,12 @@ impl Redrives {
             .map(drop)
     }
 
-    /// Ends a redrive whose every letter has its outcome in the sinks or among the letters, but for those
-    /// that enter at the places of `without`, which stay as its rest. `None`: it has not come to its end
-    /// yet, and must be run again.
+    /// Finishes a redrive. All of its dead letters must have an outcome in the sinks or as dead letters, except
+    /// those that enter at the places of `without`, which stay as its rest. `None`: some have no outcome yet, so it
+    /// must run again.
     ///
     /// # Errors
-    /// [`StateError`]; it is unfinished still, and nothing of it is lost or run twice.
+    /// [`StateError`]; the redrive is still unfinished, and nothing of it is lost or run twice.
     pub async fn finish(
         &self,
         id: RedriveId,
@@ -508,12 +530,12 @@ impl Redrives {
             .await
     }
 
-    /// What positions of a redrive are keyed by.
+    /// Returns the key of a redrive's positions.
     pub fn key(&self, id: RedriveId) -> ShardKey {
         id.key(&self.pipeline)
     }
 
-    /// How far each sink is in a redrive, as the number of the letter that it had last.
+    /// Converts each sink's position in a redrive to the ordinal that it reached.
     fn reached(
         &self,
         positions: &[(SinkName, Option<Position>)],
@@ -523,7 +545,7 @@ impl Redrives {
             let ordinal = ordinal_of(at.as_ref()).map_err(|error| {
                 let at = at.as_ref().map(Position::to_string).unwrap_or_default();
                 let cause = format!(
-                    "invalid position {at} of sink {sink}: expected the number of a letter: {error}"
+                    "invalid position {at} of sink {sink}: expected the number of a dead letter: {error}"
                 );
                 self.store.unreadable(action, cause, damaged::WAY_OUT)
             })?;
@@ -538,22 +560,22 @@ impl Redrives {
     }
 }
 
-/// The place of a letter in its redrive, by the position of it; 0 before the first.
+/// Returns the ordinal at a position of a redrive; 0 before the first.
 fn ordinal_of(at: Option<&Position>) -> Result<u64, ParseIntError> {
     at.map_or(Ok(0), |at| at.sequence.as_str().parse())
 }
 
-/// Reads the runs that made a payload.
+/// Parses the stored runs that produced a payload.
 fn steps(json: &str) -> rusqlite::Result<Vec<StagesRun>> {
     serde_json::from_str(json).map_err(|error| {
-        let cause = format!("how a dead letter was made cannot be read: {error}");
+        let cause = format!("invalid column made of a dead letter: {error}");
         let text = rusqlite::types::Type::Text;
         rusqlite::Error::FromSqlConversionFailure(11, text, cause.into())
     })
 }
 
-/// The runs that made what a redriven letter has become elsewhere: those of the letter, then the redrive's.
-/// Empty: they are not known, and it is kept whole.
+/// Returns, as JSON, the runs that led from the original record to a dead letter that a redrive made: those of
+/// `origin`, then the redrive's own. Empty: they are unknown, and the payload is kept whole.
 fn joined_steps(state: &Transaction<'_>, origin: i64, own: &str) -> rusqlite::Result<String> {
     let query = "SELECT entered_kind, made FROM letters WHERE id = ?1";
     let (kind, before): (u8, String) =
@@ -565,7 +587,7 @@ fn joined_steps(state: &Transaction<'_>, origin: i64, own: &str) -> rusqlite::Re
         return Ok(String::new());
     }
     let joined = [steps(&before)?, steps(own)?].concat();
-    // Texts alone: this cannot fail.
+    // Text only: serialising it cannot fail.
     Ok(serde_json::to_string(&joined).unwrap_or_default())
 }
 
@@ -579,6 +601,8 @@ fn finish(
                  WHERE redrive.id = ?1 AND place NOT IN (SELECT value FROM json_each(?2))";
     let (dead_letters, last): (u64, Option<u64>) =
         state.query_row(whole, (id.0, without), |row| Ok((row.get(0)?, row.get(1)?)))?;
+    // The checkpoint must have reached the last ordinal: every sink has everything. A pending dead letter may still
+    // be deleted, if its row turns out to be in the sink.
     let reached = "SELECT sequence, sub_sequence FROM shard
                    WHERE stream = ?1 AND shard = ?2 AND sequence IS NOT NULL";
     let reached = state
@@ -591,6 +615,7 @@ fn finish(
     if reached < end || pending > 0 {
         return Ok(None);
     }
+    // Every dead letter of the redrive's shard, with the original that it came from.
     let mut failed = state.prepare(
         "SELECT f.rowid, f.sequence, f.place, o.rowid, o.place, f.made
          FROM letters f
@@ -606,14 +631,16 @@ fn finish(
         failed.collect::<rusqlite::Result<_>>()?;
     let mut kept = HashSet::new();
     let failed_again = failed.len() as u64;
+    // First the new failures get their place, then everything else of the redrive is deleted: an original that
+    // failed again at its own place must be known by then (`kept`).
     for (dead_letter, place, origin, origin_place, made) in failed {
-        // What a sink has of the one it has of the other.
+        // A sink that has the rows of the original has those of the new dead letter too.
         state.execute(
             "INSERT OR IGNORE INTO letter_delivered
              SELECT ?1, sink FROM letter_delivered WHERE letter = ?2",
             (dead_letter, origin),
         )?;
-        // What the record was when it was put is the first letter's to say.
+        // The original dead letter knows the record as it was put; the redrive saw its ordinal instead.
         state.execute(
             "UPDATE letters SET made = ?3, (record, arrived_ms) =
                  (SELECT record, arrived_ms FROM letters WHERE rowid = ?2)
@@ -621,7 +648,7 @@ fn finish(
             (dead_letter, origin, joined_steps(state, origin, &made)?),
         )?;
         if place == origin_place && kept.insert(origin) {
-            // The same again: it keeps its number, and has the newest reason.
+            // It failed in the same way: the original keeps its number and takes over the newest reason.
             state.execute(
                 "UPDATE letters SET (plugin, digest, reason, backtrace, written_ms) =
                      (SELECT plugin, digest, reason, backtrace, written_ms FROM letters
@@ -632,8 +659,9 @@ fn finish(
             state.execute("DELETE FROM letters WHERE rowid = ?1", [dead_letter])?;
             continue;
         }
-        // After the letters that the same record has there, by a number that no item of a first run has: a
-        // replay counts its items from 0, and would take one of them for this letter.
+        // It becomes a dead letter of the original record, numbered after those that a redrive made before. No item
+        // of a first run has such a number: a replay counts its items from 0, and would otherwise replace this dead
+        // letter.
         state.execute(
             "UPDATE letters AS f SET (stream, shard, sequence, sub_sequence, output) =
                  (SELECT o.stream, o.shard, o.sequence, o.sub_sequence, coalesce((
@@ -653,18 +681,19 @@ fn finish(
     let gone: Vec<i64> =
         gone.query_map((id.0, without), |row| row.get(0))?.collect::<rusqlite::Result<_>>()?;
     for dead_letter in gone {
+        // Only taken out of the redrive: it failed again and stays.
         if kept.contains(&dead_letter) {
             state.execute("DELETE FROM redrive WHERE letter = ?1", [dead_letter])?;
         } else {
-            // Deletes it from the redrive as well.
+            // This deletes it from the redrive too.
             forget(state, dead_letter)?;
         }
     }
     let left: u64 =
         state.query_row("SELECT count(*) FROM redrive WHERE id = ?1", [id.0], |row| row.get(0))?;
     if left > 0 {
-        // What the sinks have of it stays known, so that a row that is there is not written again when the
-        // rest is run. The checkpoint does not: what is left may lie before it.
+        // The sinks' positions stay, so that rows which they have are not written again when the rest runs. The
+        // checkpoint does not: the rest may lie before it.
         state.execute("INSERT OR IGNORE INTO redrive_rest VALUES (?1)", [id.0])?;
         state.execute("DELETE FROM shard WHERE stream = ?1", [stream])?;
         state.execute("DELETE FROM ledger WHERE stream = ?1", [stream])?;
@@ -673,7 +702,7 @@ fn finish(
     }
     state.execute("DELETE FROM redrive_rest WHERE id = ?1", [id.0])?;
     state.execute("DELETE FROM redrive_sink WHERE id = ?1", [id.0])?;
-    // Its positions are of no use to anybody, and what ran it need not be kept.
+    // Nothing reads its positions again, and the revision that ran it need not be kept.
     for table in ["shard", "sink_position", "sink_owner", "given_up", "sink_removed", "ledger"] {
         state.execute(&format!("DELETE FROM {table} WHERE stream = ?1"), [stream])?;
     }
@@ -728,7 +757,7 @@ mod tests {
         let redriven = redrives.finish(id, &[]).await.expect("finished");
         assert_eq!(redriven, Some(Redriven { dead_letters: 1, failed_again: 0, left: 0 }));
         assert_eq!(dead_letters.count().await.expect("counted"), 0);
-        // While a sink stands before the record, and no longer.
+        // The mark counts while a sink stands before the record, and no longer.
         for (above, expected) in [(at(6), true), (at(7), false), (at(6), false)] {
             let to = dead_letters.dead_lettered_to(&shard, Some(&above)).await.expect("read");
             let dead_lettered =
@@ -741,7 +770,7 @@ mod tests {
         }
     }
 
-    /// Small payloads, each of which is made again of a record of a mebibyte; and keys of one.
+    /// Small payloads that are each computed from a record of 1 MiB, and keys of 1 MiB.
     #[tokio::test]
     async fn wall_04_a_redrive_reads_no_more_bytes_at_once_than_it_may() {
         const MIB: usize = 1 << 20;

@@ -1,16 +1,16 @@
-//! The keys of the streams that redrives are: by them the rest of the state tells letters from records.
+//! Keys of the streams of redrives. By them, the rest of the state distinguishes dead letters from records.
 
-/// What the ARN of such a stream begins with.
+/// Prefix of the ARN of such a stream.
 pub(super) const ARN_PREFIX: &str = "letters:";
-/// What the keys of such streams look like, as SQLite's GLOB has it.
+/// Pattern that matches the keys of such streams, for GLOB in SQLite.
 pub(super) const REDRIVES: &str = "letters:*";
 
-/// Whether a stream's key is that of a redrive's letters.
+/// Whether this is the key of a redrive's stream.
 pub(super) fn is_redrive_key(key: &str) -> bool {
     key.starts_with(ARN_PREFIX)
 }
 
-/// The number of the redrive that such a key is of.
+/// Returns the number of the redrive with this key.
 pub(super) fn redrive_of(key: &str) -> Option<i64> {
     key.rsplit_once('@')?.1.parse().ok()
 }

@@ -1,11 +1,11 @@
-//! How many records were rejected lately: a broken plugin must not drain a stream into the dead
-//! letters.
+//! Limits how many records may be rejected. A broken plugin must not drain a whole stream into the dead letters:
+//! over the limit, its lane is blocked.
 
 use std::collections::VecDeque;
 
 use shardmill_config::RejectedMax;
 
-/// Records that the share is counted over.
+/// Number of records over which the share of rejections is counted.
 const WINDOW_RECORDS: usize = 1_000;
 
 /// The outcomes of a lane's last 1,000 records.
@@ -18,13 +18,13 @@ pub struct RejectionWindow {
 }
 
 impl RejectionWindow {
-    /// An empty window.
+    /// Creates an empty window.
     pub fn new(limits: RejectedMax) -> Self {
         let outcomes = VecDeque::with_capacity(WINDOW_RECORDS);
         Self { limits, outcomes, rejected: 0, in_a_row: 0 }
     }
 
-    /// Counts records that went through.
+    /// Counts records that were not rejected.
     pub fn accept(&mut self, records: usize) {
         for _ in 0..records.min(WINDOW_RECORDS) {
             // Only a rejection can pass a limit.
@@ -35,7 +35,7 @@ impl RejectionWindow {
     /// Counts one record.
     ///
     /// # Errors
-    /// Which limit is passed, in words.
+    /// The limit that is exceeded, in words.
     pub fn count(&mut self, rejected: bool) -> Result<(), String> {
         if self.outcomes.len() == WINDOW_RECORDS && self.outcomes.pop_front() == Some(true) {
             self.rejected -= 1;
@@ -76,7 +76,7 @@ mod tests {
         assert!(window.count(true).is_ok());
         assert!(window.count(true).is_ok());
         assert!((0..999).all(|_| window.count(false).is_ok()));
-        // By now both are out of the last 1,000.
+        // Both are older than the last 1,000 records now.
         assert!((0..2).all(|_| window.count(true).is_ok()));
         assert!(window.count(true).is_err());
     }

@@ -1,9 +1,17 @@
-//! What replays have put into tables: rows of records whose dead letters are still there.
+//! Replays that put rows into tables whose records still have dead letters.
 //!
-//! `replay --swap` makes the rows of a window again, those of records that were dead letters too. A redrive
-//! must not bring them to that sink once more. So before a replay replaces rows, it notes here which letters
-//! it has brought to the sink. The note is pending until the replay's transaction is known to have landed: a
-//! row of its own in the database, written by that transaction, says so.
+//! `replay --swap` makes all rows of a time window again, also those of records that had become dead letters. A
+//! later redrive must not bring these rows to that sink a second time. So dead letters are linked to what the
+//! replay delivered:
+//!
+//! 1. [`Replays::begin`] stores, as pending, which dead letters the replay brings to the sink.
+//! 2. The replay replaces the rows in one transaction of the destination, which also writes a row with the replay's
+//!    id.
+//! 3. [`Replays::confirm`] or [`Replays::cancel`] resolves the pending entry: the row with the id is there, or it
+//!    is not and never will be.
+//!
+//! A crash between any two steps leaves a pending entry. The next command looks for the row with its id and
+//! resolves it.
 
 use std::collections::{HashMap, HashSet};
 use std::ops::Range;
@@ -13,31 +21,31 @@ use rusqlite::Transaction;
 use super::store::{StateError, StateStore, now_ms};
 use shardmill_core::record::{DeadLetterPlace, ReplayId, ShardId, SinkName, StreamIdentity};
 
-/// A replay of which it is not known whether its rows are there.
+/// A replay of which it is unknown whether its rows are in the table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PendingReplay {
-    /// Which.
+    /// Its id.
     pub id: ReplayId,
-    /// The sink whose table it was about.
+    /// The sink of the table.
     pub sink: SinkName,
 }
 
-/// An item of a record that failed in a replay too.
+/// An item of a record that failed in the replay too.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct FailedInReplay {
     /// The shard.
     pub shard: ShardId,
     /// The sequence number, zero-padded.
     pub sequence: String,
-    /// The position within an aggregate.
+    /// The position within an aggregated record.
     pub sub_sequence: u64,
-    /// Where, by the names of the pipeline that was replayed.
+    /// The place where it failed, by the names of the replayed pipeline.
     pub place: String,
-    /// Its place among the record's items there.
+    /// Index of the failed item among the record's items at that place.
     pub output: u32,
 }
 
-/// The record of an item: shard, zero-padded sequence number, position within an aggregate.
+/// Key of an item's record: shard, zero-padded sequence number, position within an aggregate.
 type RecordKey = (String, String, u64);
 
 /// The replays of a pipeline.
@@ -47,12 +55,12 @@ pub struct Replays {
 }
 
 impl Replays {
-    /// Over the pipeline's state database.
+    /// Creates a handle over the pipeline's state database.
     pub fn new(store: StateStore) -> Self {
         Self { store }
     }
 
-    /// The replays that were neither confirmed nor cancelled.
+    /// Lists the replays that were neither confirmed nor cancelled.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -69,8 +77,8 @@ impl Replays {
             .await
     }
 
-    /// The records of a window that have letters of which the replay has some as well: whether they have
-    /// rows decides what [`Replays::begin`] notes of them.
+    /// Returns the records of a window that have dead letters both in the pipeline and in the replay, by shard and
+    /// zero-padded sequence number. Whether they have rows as well decides what [`Replays::begin`] stores for them.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -97,9 +105,9 @@ impl Replays {
             .await
     }
 
-    /// Notes, as pending, the letters of a window whose rows a replay brings to a sink. `failed` is what
-    /// failed in it, `with_rows` says of records that failed there whether they have rows as well (shard and
-    /// zero-padded sequence number).
+    /// Stores, as pending, the dead letters of a window whose rows a replay brings to a sink. `failed`: the items
+    /// that failed in the replay. `with_rows`: the records of these that have rows as well, by shard and
+    /// zero-padded sequence number.
     ///
     /// # Errors
     /// [`StateError`]; no row may be replaced then.
@@ -112,7 +120,7 @@ impl Replays {
     ) -> Result<ReplayId, StateError> {
         let (stream, sink) = (stream.key(), sink.clone());
         self.store
-            .transact("note what a replay brings", move |state| {
+            .transact("store the dead letters of a replay", move |state| {
                 let last: Option<i64> =
                     state.query_row("SELECT max(id) FROM replay", [], |row| row.get(0))?;
                 let id = now_ms().max(last.map_or(0, |last| last + 1));
@@ -124,7 +132,7 @@ impl Replays {
                 for WindowDeadLetter { number, item } in
                     dead_letters_of(state, &stream, &window_ms)?
                 {
-                    // A row for another sink alone is none of this replay's.
+                    // The dead letter of another sink: this replay does not deliver it.
                     if item.place.starts_with("sink:") && item.place != place {
                         continue;
                     }
@@ -135,20 +143,21 @@ impl Replays {
             .await
     }
 
-    /// The replay's rows are there: redrives bring its letters to the other sinks only.
+    /// Confirms that the replay's rows are in the table: from now on, redrives bring its dead letters to the other
+    /// sinks only.
     ///
     /// # Errors
-    /// [`StateError`]; it is pending still.
+    /// [`StateError`]; it is still pending.
     pub async fn confirm(&self, id: ReplayId) -> Result<(), StateError> {
         self.store
-            .transact("note what a replay has brought", move |state| {
+            .transact("confirm a replay", move |state| {
                 state.execute(
                     "INSERT OR IGNORE INTO letter_delivered
                      SELECT letter, sink FROM replay_letter JOIN replay ON replay.id = replay
                      WHERE replay = ?1 AND delivered <> 0",
                     [id.0],
                 )?;
-                // What an earlier replay had brought is replaced.
+                // This replay has replaced the rows of earlier ones: what it did not deliver is not there any more.
                 state.execute(
                     "DELETE FROM letter_delivered WHERE (letter, sink) IN (
                          SELECT letter, sink FROM replay_letter JOIN replay ON replay.id = replay
@@ -160,12 +169,12 @@ impl Replays {
             .await
     }
 
-    /// The replay's rows are not there and will not be.
+    /// Cancels a replay whose rows are not in the table and will not be.
     ///
     /// # Errors
-    /// [`StateError`]; it is pending still.
+    /// [`StateError`]; it is still pending.
     pub async fn cancel(&self, id: ReplayId) -> Result<(), StateError> {
-        self.store.transact("forget a replay", move |state| forget(state, id)).await
+        self.store.transact("cancel a replay", move |state| forget(state, id)).await
     }
 }
 
@@ -175,13 +184,14 @@ fn forget(state: &Transaction<'_>, id: ReplayId) -> rusqlite::Result<()> {
     Ok(())
 }
 
-/// A letter of a window.
+/// A dead letter whose record lies in the window.
 struct WindowDeadLetter {
     number: i64,
     item: FailedInReplay,
 }
 
-/// The letters of a window, hidden ones too: a sink that is past the window is about to show them.
+/// Reads the dead letters of a window, including pending ones: a sink that is past the window is about to show
+/// them.
 fn dead_letters_of(
     state: &Transaction<'_>,
     stream: &str,
@@ -210,7 +220,7 @@ impl FailedInReplay {
     }
 }
 
-/// Failures of a replay, by record.
+/// The items that failed in a replay, by record.
 struct Failed<'f>(HashMap<RecordKey, Vec<&'f FailedInReplay>>);
 
 impl<'f> Failed<'f> {
@@ -222,14 +232,14 @@ impl<'f> Failed<'f> {
         Self(by_record)
     }
 
-    /// Whether the sink has by a replay what a letter's item becomes today.
+    /// Whether the replay has brought to the sink what a dead letter's item becomes today.
     ///
-    /// | the record in the replay | the letter's rows |
+    /// | the record in the replay | rows of the dead letter |
     /// |---|---|
     /// | did not fail | are there |
     /// | failed with this very item | are missing |
-    /// | failed otherwise, without a row | are missing |
-    /// | failed otherwise, with a row | are there, but for what the replay was allowed to leave out |
+    /// | failed with another item, and has no row | are missing |
+    /// | failed with another item, and has a row | are there, except what the replay was allowed to leave out |
     fn is_delivered(&self, item: &FailedInReplay, with_rows: &HashSet<(String, String)>) -> bool {
         let Some(failed) = self.0.get(&item.record()) else { return true };
         let is_same = failed.contains(&item);

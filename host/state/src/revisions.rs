@@ -1,15 +1,15 @@
-//! Stored revisions that are rewritten, and all that names them.
+//! Rewrites stored revisions, and everything that names them.
 
 use rusqlite::Transaction;
 
 use crate::RevisionSpec;
 
-/// Rewrites every stored revision that `edit` changes (it gives true then), and the record of what runs. A
-/// revision's id follows from what it says, so whatever names it gets the new id. Gives how many were
-/// changed.
+/// Rewrites every stored revision for which `edit` returns true, and the record of what runs. The id of a revision
+/// is the digest of its content, so everything that names a changed one (ledger, changes, variables, dead letters)
+/// gets the new id. Returns how many were changed.
 ///
 /// # Errors
-/// The database's, and when a revision cannot be read.
+/// The database's, or a revision that cannot be read.
 pub(super) fn rewrite(
     state: &Transaction<'_>,
     mut edit: impl FnMut(&mut RevisionSpec) -> bool,
@@ -47,7 +47,7 @@ pub(super) fn rewrite(
         query.query_map([], |row| Ok((row.get::<_, String>(0)?, row.get::<_, String>(1)?)))?;
     for (declared, running) in running.collect::<rusqlite::Result<Vec<_>>>()? {
         let mut edited = |json: &str| {
-            let mut spec = read("the record of what runs", json)?;
+            let mut spec = read("the record of the running revision", json)?;
             rewritten += usize::from(edit(&mut spec));
             Ok::<_, rusqlite::Error>(spec.to_json())
         };

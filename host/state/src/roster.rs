@@ -1,8 +1,9 @@
-//! Which sinks a pipeline has had: where their rows went, how far they were, and which were removed.
+//! Record of the sinks that a pipeline has had: where their rows went, how far they were, and which were removed.
 //!
-//! A sink's name is what its positions, letters and claims are kept under. So a name that goes, comes
-//! back, or turns up on another's destination is a decision, and each is recorded in one step with what
-//! follows from it (`lane/roster.rs` decides, this keeps).
+//! Positions, dead letters and claims are kept under a sink's name. So it is a decision if a name disappears, comes
+//! back, or appears on the destination of another sink. Each decision is stored in one transaction with its
+//! consequences (holes, deleted positions), so that a crash never leaves one without the other. `lane/roster.rs` of
+//! the engine decides; this module stores.
 
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -13,7 +14,7 @@ use super::store::{StateError, StateStore, columns, now_ms, position};
 pub use shardmill_config::one_spelling;
 use shardmill_core::record::{DeadLetterPlace, Position, ShardId, SinkName, StreamIdentity};
 
-/// Tables with a column `sink` whose rows move with a sink's name.
+/// Tables with a column `sink`. Their rows follow when a sink is renamed.
 const TABLES_BY_SINK: [&str; 8] = [
     "sink_position",
     "sink_owner",
@@ -25,36 +26,36 @@ const TABLES_BY_SINK: [&str; 8] = [
     "redrive_sink",
 ];
 
-/// A sink's removal.
+/// Removal of a sink.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Removed {
-    /// When it was removed, in milliseconds since 1970.
+    /// Time of the removal, in milliseconds since 1970.
     pub removed_ms: i64,
-    /// Where it was in each shard that had been begun: it had everything up to there; `None`: nothing.
+    /// Its position in each shard that had been begun; `None`: it had nothing of the shard.
     pub at: BTreeMap<ShardId, Option<Position>>,
 }
 
-/// What the state knows of sinks, in one stream.
+/// Everything that the state knows of the sinks of one stream.
 #[derive(Clone, Debug, Default)]
 pub struct KnownSinks {
-    /// Where each sink's rows went when it ran last.
+    /// Destination of each sink when it ran last.
     pub destinations: BTreeMap<SinkName, String>,
-    /// How far each is, as of the last checkpoint.
+    /// Position of each sink, as of the last checkpoint.
     pub positions: BTreeMap<SinkName, BTreeMap<ShardId, Position>>,
     /// Sinks that were removed and have not come back.
     pub removed: BTreeMap<SinkName, Removed>,
-    /// The checkpoint of each shard that was begun.
+    /// Checkpoint of each shard that was begun.
     pub checkpoints: BTreeMap<ShardId, Option<Position>>,
 }
 
 impl KnownSinks {
-    /// Every name on record.
+    /// Returns every name that is known.
     pub fn names(&self) -> BTreeSet<&SinkName> {
         let Self { destinations, positions, removed, checkpoints: _ } = self;
         destinations.keys().chain(positions.keys()).chain(removed.keys()).collect()
     }
 
-    /// Where a sink is in a shard, or was when it was removed.
+    /// Returns a sink's position in a shard; for a removed sink, the one at its removal.
     pub fn stands(&self, sink: &SinkName, shard: &ShardId) -> Option<&Position> {
         let position = self.positions.get(sink).and_then(|shards| shards.get(shard));
         let removed = || self.removed.get(sink)?.at.get(shard)?.as_ref();
@@ -62,32 +63,32 @@ impl KnownSinks {
     }
 }
 
-/// What is decided of sinks at a start or a reload.
+/// Decisions about sinks at a start or a reload.
 #[derive(Clone, Debug, Default)]
 pub struct RosterChange {
-    /// Sinks that were removed, with where each was in each shard that was begun.
+    /// Removed sinks, each with its position in each shard that was begun.
     pub removed: Vec<(SinkName, BTreeMap<ShardId, Option<Position>>)>,
     /// Sinks that have come back.
     pub returned: Vec<SinkName>,
-    /// What those that came back were not given.
+    /// Ranges that the returned sinks were not given.
     pub holes: Vec<Hole>,
-    /// Where the rows of the sinks that run go; empty for a redrive, whose sinks are the pipeline's.
+    /// Destinations of the sinks that run. Empty for a redrive, which runs with the pipeline's sinks.
     pub destinations: Vec<(SinkName, String)>,
 }
 
-/// The record of a pipeline's sinks.
+/// The stored record of a pipeline's sinks.
 #[derive(Clone)]
 pub struct Roster {
     store: StateStore,
 }
 
 impl Roster {
-    /// Over the pipeline's state database.
+    /// Creates a handle over the pipeline's state database.
     pub fn new(store: StateStore) -> Self {
         Self { store }
     }
 
-    /// What is known of sinks in a stream.
+    /// Reads what is known of the sinks of a stream.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -95,13 +96,13 @@ impl Roster {
         self.known_in(stream.key()).await
     }
 
-    /// The streams that were read, by their keys; redrives excepted.
+    /// Lists the streams that were read, by their keys; redrives are left out.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
     pub async fn streams(&self) -> Result<Vec<String>, StateError> {
         self.store
-            .transact("read which streams there were", |state| {
+            .transact("read the known streams", |state| {
                 let mut query = state.prepare("SELECT DISTINCT stream FROM shard")?;
                 let streams = query.query_map([], |row| row.get::<_, String>(0))?;
                 let streams = streams.collect::<rusqlite::Result<Vec<_>>>()?;
@@ -110,13 +111,13 @@ impl Roster {
             .await
     }
 
-    /// What is known of sinks in a stream, by its key.
+    /// Reads what is known of the sinks of a stream, by its key.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
     pub async fn known_in(&self, stream: String) -> Result<KnownSinks, StateError> {
         self.store
-            .transact("read which sinks there were", move |state| {
+            .transact("read the known sinks", move |state| {
                 let mut known = KnownSinks::default();
                 let mut query =
                     state.prepare("SELECT sink, destination, removed_ms FROM sink_known")?;
@@ -173,10 +174,10 @@ impl Roster {
             .await
     }
 
-    /// Records what was decided, as one step.
+    /// Stores the decisions in one transaction.
     ///
     /// # Errors
-    /// [`StateError`]; nothing was recorded, and no record may be read then.
+    /// [`StateError`]; nothing was stored, and no record may be read then.
     pub async fn record(
         &self,
         stream: &StreamIdentity,
@@ -184,7 +185,7 @@ impl Roster {
     ) -> Result<(), StateError> {
         let stream = stream.key();
         self.store
-            .transact("record which sinks there are", move |state| {
+            .transact("record the sinks", move |state| {
                 let RosterChange { removed, returned, holes, destinations } = &change;
                 let is_pipeline = !destinations.is_empty();
                 for (sink, shards) in removed {
@@ -203,8 +204,8 @@ impl Roster {
                             (sink.as_str(), &stream, shard.as_str(), sequence, sub, now_ms()),
                         )?;
                     }
-                    // The old position counts no more, neither as one that lags nor as a sink's that
-                    // comes back.
+                    // The old position must not count any more: it would hold the checkpoint back, and a returning
+                    // sink would start there.
                     state.execute(
                         "DELETE FROM sink_position WHERE stream = ?1 AND sink = ?2",
                         (&stream, sink.as_str()),
@@ -233,22 +234,23 @@ impl Roster {
             .await
     }
 
-    /// Moves all that is kept under a sink's name to another name, as one step: positions, holes, places
-    /// of dead letters, and the bindings of every revision that may have to run again.
+    /// Moves everything that is kept under a sink's name to another name, in one transaction: positions, holes,
+    /// places of dead letters, and the bindings of every revision that may have to run again.
     ///
     /// # Errors
     /// [`StateError`]; nothing was moved.
     pub async fn rename(&self, old: &SinkName, new: &SinkName) -> Result<(), StateError> {
         let (old, new) = (old.clone(), new.clone());
         self.store
-            .transact("move a sink's records to its new name", move |state| {
+            .transact("rename a sink", move |state| {
                 for table in TABLES_BY_SINK {
-                    // What the new name has is of a start that was refused, before its first record.
+                    // Rows under the new name come from a start that was refused before its first record: they are
+                    // replaced.
                     let rename = format!("UPDATE OR REPLACE {table} SET sink = ?2 WHERE sink = ?1");
                     state.execute(&rename, (old.as_str(), new.as_str()))?;
                 }
                 let place = |sink: &SinkName| DeadLetterPlace::Sink(sink.clone()).to_string();
-                // A letter of a sink that had the new name before keeps its place.
+                // The dead letter of an earlier sink with the new name stays where it is.
                 state.execute(
                     "UPDATE OR IGNORE letters SET place = ?2 WHERE place = ?1",
                     (place(&old), place(&new)),

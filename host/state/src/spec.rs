@@ -1,7 +1,7 @@
-//! A revision as it is stored: what decides what a record becomes, and nothing else.
+//! A revision as it is stored: everything that decides what a record becomes, and nothing else.
 //!
-//! Components are named by their digests. Equal specifications are one revision: its id is the digest
-//! of their JSON.
+//! Components are named by their digests. The id of a revision is the digest of its JSON, so equal specifications
+//! are one revision.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -14,7 +14,7 @@ use shardmill_core::record::Column;
 use shardmill_core::record::Digest;
 use shardmill_core::record::{RouteName, SinkName, StageName};
 
-/// One stage, as it is stored: the component is named by its digest.
+/// One stage as it is stored; its component is named by its digest.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StageSpec {
     /// The stage's name.
@@ -29,29 +29,29 @@ pub struct StageSpec {
     pub has_variables: bool,
     /// Its limits.
     pub limits: StageLimits,
-    /// What its plugin may ask of the host.
+    /// The capabilities that its plugin may use.
     #[serde(default, skip_serializing_if = "Grants::is_empty")]
     pub grants: Grants,
-    /// Its bindings.
+    /// Sinks that each route is bound to.
     pub routes: BTreeMap<RouteName, Vec<SinkName>>,
-    /// Another component that some of the partition keys go to.
+    /// A second component that gets a share of the partition keys.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub canary: Option<CanarySpec>,
 }
 
-/// A component that has a share of a stage's partition keys.
+/// A component that gets a share of a stage's partition keys.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CanarySpec {
     /// The SHA-256 of the component's bytes, in hex.
     #[serde(deserialize_with = "damaged::digest")]
     pub digest: String,
-    /// Of 100 partition keys, how many it gets: 1 to 99.
+    /// Its share, in percent of the partition keys: 1 to 99.
     pub percent: u8,
 }
 
 impl CanarySpec {
-    /// Whether the records of a partition key are its: by a checksum of the key, which says nothing of
-    /// the shard that it is in. A key is always of one side, so its records stay in order.
+    /// Whether it gets the records of a partition key. Decided by a checksum of the key: it does not depend on the
+    /// shard, and a key always gets the same component, so its records stay in order.
     pub fn takes(&self, partition_key: &[u8]) -> bool {
         crc32fast::hash(partition_key) % 100 < u32::from(self.percent)
     }
@@ -62,12 +62,12 @@ fn is_false(flag: &bool) -> bool {
 }
 
 impl StageSpec {
-    /// The stage's configuration, as the file had it.
+    /// Returns the stage's configuration as the file has it.
     pub fn text(&self) -> StageText {
         StageText { json: self.config_json.clone(), has_variables: self.has_variables }
     }
 
-    /// What is other in a stage of the same name, in words.
+    /// Lists what differs from another stage of the same name, in words.
     pub fn changes_to(&self, other: &Self) -> Vec<String> {
         let mut changes = Vec::new();
         let short = |digest: &str| digest[..12.min(digest.len())].to_owned();
@@ -93,39 +93,39 @@ impl StageSpec {
     }
 }
 
-/// A revision, as it is stored. Equal specifications are one revision.
+/// A revision as it is stored. Equal specifications are one revision.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RevisionSpec {
     /// The media type of the stream's payloads, where declared.
     pub source_format: Option<String>,
     /// The stages, in order.
     pub stages: Vec<StageSpec>,
-    /// Where records go as they came, when there is no stage.
+    /// Sinks of the source's records, if there is no stage.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub source_sinks: Vec<SinkName>,
-    /// What columns they have then, where that is known.
+    /// Columns of these records, if known.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub source_columns: Vec<Column>,
 }
 
 impl RevisionSpec {
-    /// The specification as JSON, always in the same form.
+    /// Returns the specification as JSON, always in the same form: the id depends on it.
     pub fn to_json(&self) -> String {
-        // Maps are ordered and every key is text: this cannot fail.
+        // Maps are ordered and every key is text: serialising cannot fail.
         serde_json::to_string(self).unwrap_or_default()
     }
 
-    /// The revision's id: the first 16 hex digits of its digest.
+    /// Returns the revision's id: the first 16 hex digits of its digest.
     pub fn id(&self) -> Arc<str> {
         Digest::of(self.to_json().as_bytes()).as_str()[..16].into()
     }
 
-    /// A stage by its name.
+    /// Returns a stage by its name.
     pub fn stage(&self, name: &StageName) -> Option<&StageSpec> {
         self.stages.iter().find(|stage| stage.name == *name)
     }
 
-    /// Lets it name a sink that was renamed; false: it does not name that sink.
+    /// Replaces the name of a sink that was renamed. Returns false if the revision does not use it.
     pub fn rename_sink(&mut self, old: &SinkName, new: &SinkName) -> bool {
         let bound = self.stages.iter_mut().flat_map(|stage| stage.routes.values_mut());
         let names = bound.flatten().chain(&mut self.source_sinks);
@@ -137,7 +137,7 @@ impl RevisionSpec {
         renamed
     }
 
-    /// The digests of all its components.
+    /// Lists the digests of all its components.
     pub fn digests(&self) -> impl Iterator<Item = &str> {
         self.stages.iter().flat_map(|stage| {
             let canary = stage.canary.as_ref().map(|canary| canary.digest.as_str());
@@ -145,7 +145,7 @@ impl RevisionSpec {
         })
     }
 
-    /// Every sink that a route of it is bound to.
+    /// Lists the sinks that its routes are bound to.
     pub fn sinks(&self) -> impl Iterator<Item = &SinkName> {
         let bound = self.stages.iter().flat_map(|stage| stage.routes.values().flatten());
         bound.chain(&self.source_sinks)

@@ -1,4 +1,22 @@
-//! The state database: one SQLite file per pipeline, every commit fsynced.
+//! The state database: one SQLite file per pipeline (`state.db`), in WAL mode with `synchronous = FULL`.
+//!
+//! **Invariants.**
+//!
+//! - A write is durable when [`StateStore::transact`] returns, and all or nothing: one transaction.
+//! - It went into the file that is at the path. SQLite goes on writing into a file that was deleted, moved or
+//!   replaced, and nobody would ever read that. So device and inode are compared before a transaction and after its
+//!   commit; a difference ends the run.
+//! - Unreadable content is an error, never a default ([`damaged`]).
+//!
+//! **Order of writers.** One connection per process, behind a fair lock: writes happen in the order in which they
+//! were requested, and no thread waits for its turn. A caller that is dropped before its turn has written nothing;
+//! one that is dropped later may have. Between processes (a command beside a running pipeline) SQLite's lock
+//! decides. Each transaction starts as a writer (`IMMEDIATE`): one that begins as a reader and writes later fails
+//! at once if another process has written in between.
+//!
+//! **The mark.** The state has a random id and counts its writes. Sinks keep the newest mark that they have seen,
+//! so that an older copy of the state is noticed ([`age`](super::agreement::age)). The count starts only after that
+//! comparison: an older copy must not catch up by being started again and again.
 
 use std::borrow::Cow;
 use std::collections::HashSet;
@@ -18,10 +36,10 @@ use shardmill_core::owner::{Ownership, StateMark};
 use shardmill_core::private;
 use shardmill_core::record::{Position, SequenceNumber};
 
-/// Statements of one transaction.
+/// The statements of one transaction.
 type Work = Box<dyn FnOnce(&Transaction<'_>) -> rusqlite::Result<()> + Send>;
 
-/// How deep below the state folder a state database lies: `pipeline/again-1/pipeline/state.db`.
+/// Maximum depth of a state database below the state folder: `pipeline/again-1/pipeline/state.db`.
 const STATE_DEPTH_MAX: u32 = 4;
 
 /// A pipeline's state database; cheap to clone.
@@ -31,17 +49,17 @@ pub struct StateStore {
     connection: Arc<Mutex<Connection>>,
     files: Arc<OpenFiles>,
     ownership: Ownership,
-    /// Writes count from when it is known that no sink has seen a later state: a copy that was found
-    /// to be older must not catch up by being started again and again.
+    /// Writes are counted once it is known that no sink has seen a later state: an older copy must not catch up by
+    /// being started again and again.
     counts: Arc<AtomicBool>,
 }
 
-/// The files that the connection has open, as the file system numbers them. SQLite writes on into a
-/// file that was deleted or moved away, and nobody would ever read that.
+/// Device and inode of the files that the connection has open. SQLite goes on writing into a file that was deleted
+/// or moved away, and nobody would ever read that.
 struct OpenFiles(Vec<(PathBuf, (u64, u64))>);
 
 impl OpenFiles {
-    /// The database and its write-ahead log.
+    /// Notes the database and its write-ahead log.
     fn of(path: &Path) -> std::io::Result<Self> {
         let mut log = path.as_os_str().to_owned();
         log.push("-wal");
@@ -53,7 +71,7 @@ impl OpenFiles {
         Ok(Self(files))
     }
 
-    /// Looks whether the paths still lead to the open files.
+    /// Checks that the paths still lead to the open files.
     fn check(&self) -> Result<(), WriteFailure> {
         for (path, number) in &self.0 {
             let name = path.file_name().unwrap_or_default().to_string_lossy();
@@ -63,7 +81,7 @@ impl OpenFiles {
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => {
                     return Err(WriteFailure::Gone(format!("{name} was deleted or moved away")));
                 }
-                // It cannot be looked at: no proof that it is another.
+                // It cannot be looked at, which does not prove that it is another file.
                 Err(_) => {}
             }
         }
@@ -76,10 +94,10 @@ fn file_number(path: &Path) -> std::io::Result<(u64, u64)> {
     Ok((found.dev(), found.ino()))
 }
 
-/// Why nothing was written, or nobody knows whether it lasts.
+/// Why nothing was written, or why it is unknown whether the write lasts.
 pub(super) enum WriteFailure {
     Sql(rusqlite::Error),
-    /// The open files are not those at the path any more.
+    /// The files at the path are not the open ones any more.
     Gone(String),
 }
 
@@ -89,7 +107,7 @@ impl From<rusqlite::Error> for WriteFailure {
     }
 }
 
-/// The state database cannot be used.
+/// The state database cannot be used, or refused a write.
 #[derive(Clone, Debug, thiserror::Error)]
 #[error("state database {path}: failed to {action}: {cause}; {way_out}")]
 pub struct StateError {
@@ -101,18 +119,18 @@ pub struct StateError {
 }
 
 impl StateError {
-    /// Whether trying again cannot help: the database at the path is not the one that was opened, or a value in it
-    /// cannot be read.
+    /// Whether a retry cannot help: the database at the path is not the one that was opened, or a value in it is
+    /// invalid.
     pub fn is_final(&self) -> bool {
         self.is_final
     }
 }
 
 impl StateStore {
-    /// Opens or creates `state.db` in the folder, which is created as well.
+    /// Opens `state.db` in the folder. Creates both if they are missing.
     ///
     /// # Errors
-    /// [`StateError`]: the folder cannot be written (full, read-only), or the file is not ours.
+    /// [`StateError`]: the folder cannot be written (full, read-only), or the file cannot be used.
     pub fn open(folder: &Path) -> Result<Self, StateError> {
         let path: PathBuf = folder.join("state.db");
         let error = |action, cause: String, way_out: &'static str| StateError {
@@ -124,12 +142,12 @@ impl StateStore {
         };
         private::make_folders(folder).map_err(|cause| {
             error(
-                "make its folder",
+                "create its folder",
                 cause.to_string(),
                 "free the disk, or set `state_dir` elsewhere",
             )
         })?;
-        // The log and its index get the mode of the database.
+        // Created first, with a private mode: SQLite gives its log and index the mode of the database.
         private::make_database(&path);
         let mut connection = Connection::open(&path).and_then(prepare).map_err(|cause| {
             error("open it", cause.to_string(), "free the disk, or set `state_dir` elsewhere")
@@ -144,7 +162,7 @@ impl StateStore {
         let mark = mark(&connection)
             .map_err(|cause| error("read its mark", cause.to_string(), "move the file away"))?;
         let files = OpenFiles::of(&path)
-            .map_err(|cause| error("look at its file", cause.to_string(), "try again"))?;
+            .map_err(|cause| error("check its file", cause.to_string(), "try again"))?;
         Ok(Self {
             path: path.into(),
             connection: Arc::new(Mutex::new(connection)),
@@ -154,28 +172,28 @@ impl StateStore {
         })
     }
 
-    /// Who writes to sinks by this state, with its mark.
+    /// Returns who writes to sinks with this state, and its mark.
     pub fn ownership(&self) -> Ownership {
         self.ownership.clone()
     }
 
-    /// The mark as it is in the file: another process may have moved it on.
+    /// Reads the mark from the file: another process may have advanced it.
     ///
     /// # Errors
-    /// [`StateError`] when the database cannot be read, or is another by now.
+    /// [`StateError`] when the database cannot be read, or was replaced.
     pub async fn mark(&self) -> Result<StateMark, StateError> {
-        // Before the file is read: another task may write meanwhile.
+        // Taken before the file is read: another task may write meanwhile.
         let known = self.ownership.mark();
         let found = self.transact("read its mark", |state| mark(state)).await?;
         if found.state != known.state || found.number < known.number {
-            let cause = "it was replaced by another or an older one".to_owned();
+            let cause = "it was replaced by another or an older file".to_owned();
             return Err(self.failed("read its mark", WriteFailure::Gone(cause)));
         }
         self.ownership.reached(found.number);
         Ok(found)
     }
 
-    /// Looks whether the database is still the one that was opened.
+    /// Checks that the database is still the one that was opened.
     ///
     /// # Errors
     /// [`StateError`]; see [`StateError::is_final`].
@@ -183,22 +201,22 @@ impl StateStore {
         self.mark().await.map(drop)
     }
 
-    /// Counts durable writes from here on, beginning above `seen` (a number of this state that a sink
-    /// has seen): no sink knows a later state than this one.
+    /// Starts to count durable writes, from a number above `seen`, which is the highest number of this state in a
+    /// sink. Call it only after it is known that no sink has seen a later state.
     ///
     /// # Errors
     /// [`StateError`]; no sink may be written to then.
     pub async fn begin_counting(&self, seen: i64) -> Result<(), StateError> {
         self.counts.store(true, Ordering::Release);
-        self.transact("note its mark", move |state| {
+        self.transact("store its mark", move |state| {
             state.execute("UPDATE state_mark SET number = max(number, ?1)", [seen])
         })
         .await
         .map(drop)
     }
 
-    /// Opens the database of a folder for a command that only asks, if it is there and of this version:
-    /// one of an older version is left as it is, for the process that runs with it.
+    /// Opens the database of a folder for a command that only reads. `None` if there is none, or if it is of an
+    /// older version: opening it would migrate it, under a process of that version that may be using it.
     ///
     /// # Errors
     /// [`StateError`] as of [`StateStore::open`].
@@ -211,13 +229,13 @@ impl StateStore {
         };
         match found {
             Ok(found) if found < migrations::NEWEST => Ok(None),
-            // Opening it says what is wrong with it.
+            // Opening it gives the error.
             _ => Self::open(folder).map(Some),
         }
     }
 
-    /// Whether a folder has a database of an earlier version, which [`StateStore::open`] would change: a
-    /// process of that version that uses it could not go on.
+    /// Whether a folder has a database of an earlier version. [`StateStore::open`] would migrate it, and a process
+    /// of that version could not go on with it.
     ///
     /// # Errors
     /// [`StateError`]: there is a database and it cannot be read.
@@ -243,7 +261,7 @@ impl StateStore {
     /// Runs `work` in one transaction on a blocking thread; it is durable on return.
     ///
     /// # Errors
-    /// [`StateError`] naming `action`; nothing was changed.
+    /// [`StateError`] naming `action`; nothing was changed, or only a file that was replaced meanwhile.
     pub async fn transact<T: Send + 'static>(
         &self,
         action: &'static str,
@@ -251,11 +269,11 @@ impl StateStore {
     ) -> Result<T, StateError> {
         let (give, mut given) = oneshot::channel();
         let work = Box::new(move |state: &Transaction<'_>| {
-            // The caller may have dropped its future. The transaction is written nevertheless.
+            // If the caller dropped its future, the transaction is committed nevertheless.
             work(state).map(|value| drop(give.send(value)))
         });
         self.transact_any(action, work).await?;
-        given.try_recv().map_err(|_| self.error(action, "its thread gave no value".into()))
+        given.try_recv().map_err(|_| self.error(action, "its thread returned no value".into()))
     }
 
     /// Runs `work` as [`StateStore::transact`] does, without a value. All transactions have one type here, so that
@@ -268,24 +286,24 @@ impl StateStore {
         self.outcome(action, done.await)
     }
 
-    /// The connection, in the order in which it was asked for: no thread waits for it, and what is dropped
-    /// before its turn is never written.
+    /// Waits for the connection, in the order of the requests. No thread waits for it, and a caller that is dropped
+    /// before its turn writes nothing.
     pub(super) async fn turn(&self) -> OwnedMutexGuard<Connection> {
         self.connection.clone().lock_owned().await
     }
 
-    /// The folder of the database.
+    /// Returns the folder of the database.
     pub(super) fn folder(&self) -> &Path {
         self.path.parent().unwrap_or(Path::new(""))
     }
 
-    /// Rewrites the database without its free pages, if it is not larger than `bytes_max`, and empties its
-    /// write-ahead log: what was deleted is gone from the disk.
+    /// Rewrites the database without its free pages if it is not larger than `bytes_max`, and empties its
+    /// write-ahead log: deleted content is then gone from the disk.
     ///
     /// # Errors
-    /// [`StateError`]; nothing that is in use was changed.
+    /// [`StateError`]; the content is unchanged.
     pub(super) async fn vacuum(&self, bytes_max: i64) -> Result<(), StateError> {
-        let action = "drop its free pages";
+        let action = "remove its free pages";
         let connection = self.turn().await;
         let done = tokio::task::spawn_blocking(move || {
             let number = |sql: &str| connection.query_row(sql, [], |row| row.get::<_, i64>(0));
@@ -297,7 +315,7 @@ impl StateStore {
         self.outcome(action, done.await)
     }
 
-    /// The component's bytes, stored with a revision.
+    /// Reads the bytes of a stored component, and compares them with their digest.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -312,7 +330,8 @@ impl StateStore {
         .await
     }
 
-    /// The components whose digests begin with these digits, with their bytes; two at most.
+    /// Reads the components whose digests begin with these digits, at most two: enough to see that they are
+    /// ambiguous.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -331,7 +350,8 @@ impl StateStore {
         .await
     }
 
-    /// Gives the error for what the store does not take now, and takes once the way out was gone: a lane waits for it.
+    /// Returns the error for a write that the store refuses now and accepts once the user has followed the way out.
+    /// The lane waits and retries.
     pub(super) fn refused(
         &self,
         action: &'static str,
@@ -341,8 +361,8 @@ impl StateStore {
         StateError { is_final: false, ..self.unreadable(action, cause, way_out) }
     }
 
-    /// Gives the error for something in the database that cannot be read, though the database itself can. No further
-    /// try helps: it ends the run.
+    /// Returns the error for a value that cannot be read although the database can. Retries cannot help, so it ends
+    /// the run.
     pub(super) fn unreadable(
         &self,
         action: &'static str,
@@ -364,18 +384,20 @@ impl StateStore {
         }
     }
 
-    /// Why something was not done.
+    /// Returns the error for a transaction that was not done, and that may succeed later.
     pub(super) fn error(&self, action: &'static str, cause: String) -> StateError {
         StateError {
             path: self.path.display().to_string(),
             action,
             cause,
-            way_out: "nothing was changed; free the disk or mend the file: a pipeline that runs tries it again, else give the command again".into(),
+            way_out: "nothing was changed; free the disk or repair the file: a running pipeline retries, a command must be \
+                      run again"
+                .into(),
             is_final: false,
         }
     }
 
-    /// Why a transaction was not done, or does not last.
+    /// Returns the error for a transaction that failed, or that may not last.
     pub(super) fn failed(&self, action: &'static str, failure: WriteFailure) -> StateError {
         match failure {
             WriteFailure::Sql(cause) if damaged::is_damage(&cause) => {
@@ -387,8 +409,8 @@ impl StateStore {
                 action,
                 cause: format!("{what} while this process used it"),
                 way_out:
-                    "put the state folder back as it was and start again; without it, a start goes \
-                          on from the sinks' positions, and the dead letters are lost"
+                    "restore the state folder as it was and start again; without it, a start continues \
+                          from the sinks' positions, and the dead letters are lost"
                         .into(),
                 is_final: true,
             },
@@ -402,8 +424,8 @@ impl StateStore {
         work: impl FnOnce(&Transaction<'_>) -> rusqlite::Result<()>,
     ) -> Result<(), WriteFailure> {
         self.files.check()?;
-        // One that began as a reader could not write once another process has written meanwhile: it would
-        // fail at once, without a wait for its turn.
+        // A transaction that starts as a reader cannot become a writer once another process has written: SQLite
+        // refuses at once, without waiting for the lock.
         let transaction = connection.transaction_with_behavior(TransactionBehavior::Immediate)?;
         let before = transaction.total_changes();
         work(&transaction)?;
@@ -413,7 +435,7 @@ impl StateStore {
             false => None,
         };
         transaction.commit()?;
-        // What went into a file that nobody can open again is not durable.
+        // A commit into a file that nobody can open again is not durable.
         self.files.check()?;
         if let Some(number) = number {
             self.ownership.reached(number);
@@ -422,30 +444,30 @@ impl StateStore {
     }
 }
 
-/// The state's id, and the number of its last counted write.
+/// Reads the state's id, and the number of its last counted write.
 fn mark(connection: &Connection) -> rusqlite::Result<StateMark> {
     connection.query_row("SELECT id, number FROM state_mark", [], |row| {
         Ok(StateMark { state: row.get::<_, String>(0)?.into(), number: row.get(1)? })
     })
 }
 
-/// Counts the write under way.
+/// Counts the write in progress.
 fn count(transaction: &rusqlite::Transaction<'_>) -> rusqlite::Result<i64> {
     transaction
         .prepare_cached("UPDATE state_mark SET number = number + 1 RETURNING number")?
         .query_row([], |row| row.get(0))
 }
 
-/// The digests of the components that pipelines with their state below a folder keep.
+/// Collects the digests of all components that pipelines with their state below a folder still need.
 ///
 /// # Errors
-/// Why one of them cannot be read: then it is not known what they need.
+/// One of their databases cannot be read: then it is unknown what it needs.
 pub fn needed_components(state_dir: &Path) -> Result<HashSet<String>, StateError> {
     let (mut needed, mut folders) = (HashSet::new(), vec![(state_dir.to_owned(), 0)]);
     while let Some((folder, depth)) = folders.pop() {
         let error = |cause: String| StateError {
             path: folder.display().to_string(),
-            action: "read which components are kept",
+            action: "read which components are needed",
             cause,
             way_out: "compiled plugins that are not needed any more stay".into(),
             is_final: false,
@@ -460,7 +482,7 @@ pub fn needed_components(state_dir: &Path) -> Result<HashSet<String>, StateError
         }
         for entry in std::fs::read_dir(&folder).map_err(|cause| error(cause.to_string()))? {
             let entry = entry.map_err(|cause| error(cause.to_string()))?;
-            // A link may lead in circles, and nothing of ours is behind one.
+            // A link may lead in circles, and no state of ours lies under one.
             if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
                 folders.push((entry.path(), depth + 1));
             }
@@ -484,13 +506,13 @@ fn prepare(connection: Connection) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-/// A position as two columns. Sequence numbers are padded: text order is then number order, which
-/// SQLite's own numbers (doubles past 64 bits) cannot give.
+/// Converts a position to two columns. Sequence numbers are zero-padded, so that text order is number order.
+/// SQLite's own numbers are doubles past 64 bits: neighbouring sequence numbers would compare equal.
 pub(super) fn columns(position: &Position) -> (String, u64) {
     (position.sequence.zero_padded(), position.sub_sequence)
 }
 
-/// The reverse of [`columns`].
+/// Reverses [`columns`].
 pub(super) fn position(sequence: String, sub_sequence: u64) -> rusqlite::Result<Position> {
     let sequence = SequenceNumber::parse(&sequence).map_err(|error| {
         rusqlite::Error::FromSqlConversionFailure(0, rusqlite::types::Type::Text, error.into())
@@ -498,7 +520,7 @@ pub(super) fn position(sequence: String, sub_sequence: u64) -> rusqlite::Result<
     Ok(Position { sequence, sub_sequence })
 }
 
-/// Milliseconds since 1970, for columns that people read.
+/// Returns the time in milliseconds since 1970, for columns that people read.
 pub(super) fn now_ms() -> i64 {
     chrono::Utc::now().timestamp_millis()
 }
@@ -520,7 +542,7 @@ mod tests {
             ("s", "1", "stage:a", 0, &original[..], &original[..]),
             ("s", "1", "stage:b", 0, &original[..], &b"e"[..]),
             ("s", "1", "stage:b", 1, &original[..], &b"f"[..]),
-            // Of a redrive under way.
+            // Of a redrive in progress.
             ("letters:p@5", "1", "stage:c", 0, &b"e"[..], &b"e"[..]),
         ] {
             let values = (stream, sequence, place, output, was, entered);
@@ -561,7 +583,7 @@ mod tests {
                 let counted = store.transact("count", |state| {
                     let number: i64 =
                         state.query_row("SELECT number FROM state_mark", [], |row| row.get(0))?;
-                    // Another connection may write in this moment.
+                    // Another connection may write at this moment.
                     std::thread::yield_now();
                     state.execute("UPDATE state_mark SET number = ?1", [number + 1])
                 });

@@ -1,8 +1,17 @@
-//! What runs in place of what the configuration says, and every change that was tried.
+//! The revision that runs instead of the configured one, and the history of all changes.
 //!
-//! A swap lasts: after a restart with the same files, the swapped-in plugin runs on. Where the files
-//! have changed since, they count. So what the files said at the time of the last change is kept beside
-//! what runs.
+//! A swap lasts: after a restart with the same files, the plugin that was swapped in runs again. If the files have
+//! changed since, the files win, stage by stage. To tell these cases apart, two revisions are stored together
+//! ([`Running`]): the one that the files described at the last change, and the one that runs.
+//!
+//! | the file describes a stage | runs after a restart |
+//! |---|---|
+//! | as it did at the last change | what was swapped in |
+//! | differently | what the file says; earlier changes of the stage become `superseded` |
+//!
+//! **Invariants.** [`Changes::record_running`] writes the running revision and its change in one transaction, before a
+//! lane runs it: a crash leaves either the old pair or the new one. An unreadable row is an error, never "nothing
+//! was swapped": a default would silently undo a swap.
 
 use std::collections::BTreeMap;
 
@@ -13,17 +22,17 @@ use super::store::{StateError, StateStore, now_ms};
 use crate::RevisionSpec;
 use shardmill_core::record::SinkName;
 
-/// What the files described, and what runs instead.
+/// The revision that the files described, and the one that runs instead.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Running {
-    /// As the configuration and the plugins' files had it.
+    /// The revision as the configuration and the plugin files described it at the last change.
     pub declared: RevisionSpec,
-    /// What runs.
+    /// The revision that runs.
     pub running: RevisionSpec,
 }
 
 impl Running {
-    /// The same with sinks as they are called now: by their old and new names.
+    /// Returns the pair with renamed sinks; `names` has the old and the new name of each.
     pub fn with_renamed<'n>(
         &self,
         names: impl IntoIterator<Item = (&'n SinkName, &'n SinkName)>,
@@ -36,8 +45,8 @@ impl Running {
         renamed
     }
 
-    /// What is to run now that the files describe `declared`: a stage that they describe as they did
-    /// before runs on as it ran, all others as described.
+    /// Returns the revision to run now that the files describe `declared`: a stage that the files describe as at
+    /// the last change runs as it ran, all others run as described.
     pub fn carried_over(&self, declared: &RevisionSpec) -> RevisionSpec {
         let mut carried = declared.clone();
         for stage in &mut carried.stages {
@@ -53,7 +62,7 @@ impl Running {
     }
 }
 
-/// What brought a change about.
+/// The kind of a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ChangeKind {
@@ -61,30 +70,30 @@ pub enum ChangeKind {
     Swap,
     /// Another plugin for a share of the partition keys.
     Canary,
-    /// Back to what ran before the last change of a stage.
+    /// Return to the revision before the last change of a stage.
     Rollback,
-    /// Other files.
+    /// Changed files.
     Reload,
 }
 
-/// How it ended.
+/// The outcome of a change.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum ChangeOutcome {
-    /// It runs, or ran.
+    /// It runs now, or ran.
     Promoted,
-    /// What ran before runs on.
+    /// It was refused; the previous revision runs on.
     Refused,
-    /// It was promoted, and undone since: what ran before it runs again.
+    /// It was promoted and later undone: the previous revision runs again.
     RolledBack,
-    /// It was promoted; the files have changed since, and count more.
+    /// It was promoted; since then the files have changed and take precedence.
     Superseded,
 }
 
 macro_rules! words {
     ($name:ident { $($variant:ident = $word:literal),+ }) => {
         impl $name {
-            /// The word that stands for it in the database and in reports.
+            /// Returns the word for it in the database and in reports.
             pub fn as_str(self) -> &'static str {
                 match self { $(Self::$variant => $word),+ }
             }
@@ -103,46 +112,46 @@ words!(ChangeOutcome {
     Superseded = "superseded"
 });
 
-/// A change that was tried.
+/// A change that was attempted.
 #[derive(Clone, Debug, Serialize)]
 pub struct Change {
     /// Its number: later ones have greater numbers.
     pub number: i64,
-    /// When, in milliseconds since 1970.
+    /// Time of the change, in milliseconds since 1970.
     pub at_ms: i64,
-    /// What it was.
+    /// Its kind.
     pub kind: ChangeKind,
-    /// The stage that it was about; empty for a reload.
+    /// The stage that it changed; empty for a reload.
     pub stage: String,
-    /// The revision that ran before.
+    /// Id of the revision that ran before.
     pub before: String,
-    /// The revision that was to run; empty where it did not come so far.
+    /// Id of the revision that was to run; empty if the change failed before it had one.
     pub after: String,
-    /// How it ended.
+    /// Its outcome.
     pub outcome: ChangeOutcome,
-    /// Why it was refused or rolled back; empty otherwise.
+    /// Reason of a refusal or a rollback; empty otherwise.
     pub reason: String,
 }
 
-/// A change before it has a number.
+/// A change that has no number yet.
 #[derive(Clone, Debug)]
 pub struct NewChange {
-    /// What it is.
+    /// Its kind.
     pub kind: ChangeKind,
-    /// The stage that it is about; empty for a reload.
+    /// The stage that it changes; empty for a reload.
     pub stage: String,
-    /// The revision that ran before.
+    /// Id of the revision that ran before.
     pub before: String,
-    /// The revision that is to run, if it came so far.
+    /// Id of the revision that is to run; empty if there is none yet.
     pub after: String,
 }
 
-/// The action of [`Changes::running`], for errors.
-const READ_RUNNING: &str = "read what runs";
-/// The way out where the note of what runs cannot be read.
+/// The action that errors of [`Changes::running`] name.
+const READ_RUNNING: &str = "read the running revision";
+/// The way out when the stored running revision cannot be read.
 const FILES_COUNT: &str = "run the version of shardmill that wrote it, or start once with \
-                           `run --files-count`: what the files say runs then, and what was swapped \
-                           in is given up";
+                           `run --files-count`: the configured plugins run then, and earlier swaps are \
+                           dropped";
 
 /// The changes of a pipeline.
 #[derive(Clone)]
@@ -151,16 +160,16 @@ pub struct Changes {
 }
 
 impl Changes {
-    /// Over the pipeline's state database.
+    /// Creates a handle over the pipeline's state database.
     pub fn new(store: StateStore) -> Self {
         Self { store }
     }
 
-    /// What runs in place of what the files describe, as last noted.
+    /// Reads the revision that runs instead of what the files describe, as stored by the last change.
     ///
     /// # Errors
-    /// [`StateError`] when the database cannot be read, or the note in it: a note that is passed over
-    /// would take back in silence what was swapped in.
+    /// [`StateError`] when the database or the stored revision cannot be read. Skipping an unreadable one would
+    /// silently undo what was swapped in.
     pub async fn running(&self) -> Result<Option<Running>, StateError> {
         let found = self
             .store
@@ -174,18 +183,18 @@ impl Changes {
         let Some((declared, running)) = found else { return Ok(None) };
         let read = |json: &str| {
             serde_json::from_str(json).map_err(|error| {
-                let cause = format!("the record of what runs cannot be read: {error}");
+                let cause = format!("invalid record of the running revision: {error}");
                 self.store.unreadable(READ_RUNNING, cause, FILES_COUNT)
             })
         };
         Ok(Some(Running { declared: read(&declared)?, running: read(&running)? }))
     }
 
-    /// Notes what runs, and the change that brought it about, as one step. `undoes` is a change that is
-    /// undone by it, with the reason. Gives the new change's number.
+    /// Stores the running revision, and the change that led to it, in one transaction. `undoes` is the number of a
+    /// change that this one undoes, with the reason. Returns the number of the new change.
     ///
     /// # Errors
-    /// [`StateError`]; what ran before must run on then.
+    /// [`StateError`]; the previous revision must run on then.
     pub async fn record_running(
         &self,
         running: &Running,
@@ -194,7 +203,8 @@ impl Changes {
     ) -> Result<Option<i64>, StateError> {
         let (declared, running) = (running.declared.to_json(), running.running.to_json());
         self.store
-            .transact("note what runs", move |state| {
+            .transact("store the running revision", move |state| {
+                // The table has one row. A crash leaves the old row or the new one, never none.
                 state.execute("DELETE FROM running", [])?;
                 state.execute("INSERT INTO running VALUES (?1, ?2)", (declared, running))?;
                 if let Some((number, reason)) = undoes {
@@ -209,14 +219,14 @@ impl Changes {
             .await
     }
 
-    /// Notes the sinks that run, each as the files describe it: a redrive beside the pipeline must not run
-    /// with others.
+    /// Stores the sinks that run, each as the files describe it. A redrive beside the pipeline compares them: it
+    /// must not run with other sinks.
     ///
     /// # Errors
-    /// [`StateError`]; the note of before stands.
+    /// [`StateError`]; the earlier entries stay.
     pub async fn note_sinks(&self, sinks: Vec<(SinkName, String)>) -> Result<(), StateError> {
         self.store
-            .transact("note the sinks that run", move |state| {
+            .transact("store the running sinks", move |state| {
                 state.execute("DELETE FROM running_sink", [])?;
                 let mut insert = state.prepare("INSERT INTO running_sink VALUES (?1, ?2)")?;
                 let mut sinks = sinks.iter();
@@ -225,13 +235,13 @@ impl Changes {
             .await
     }
 
-    /// The sinks that run, as noted last; empty: nothing was noted.
+    /// Reads the sinks that run, as stored last; empty if nothing was stored.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
     pub async fn running_sinks(&self) -> Result<BTreeMap<SinkName, String>, StateError> {
         self.store
-            .transact("read the sinks that run", |state| {
+            .transact("read the running sinks", |state| {
                 let mut query = state.prepare("SELECT sink, fingerprint FROM running_sink")?;
                 let sinks = query.query_map([], |row| {
                     Ok((SinkName::from(row.get::<_, String>(0)?), row.get(1)?))
@@ -241,14 +251,13 @@ impl Changes {
             .await
     }
 
-    /// Notes that what the files say of these stages counts more than earlier changes of them, which
-    /// cannot be undone any more.
+    /// Marks earlier changes of these stages as superseded by the files: a rollback cannot undo them any more.
     ///
     /// # Errors
-    /// [`StateError`]; only the note is missing then.
+    /// [`StateError`]; only these marks are missing then.
     pub async fn supersede(&self, stages: Vec<String>) -> Result<(), StateError> {
         self.store
-            .transact("note changes that do not count any more", move |state| {
+            .transact("mark changes as superseded", move |state| {
                 for stage in &stages {
                     state.execute(
                         "UPDATE change SET outcome = ?2 WHERE stage = ?1 AND outcome = ?3",
@@ -264,24 +273,24 @@ impl Changes {
             .await
     }
 
-    /// Notes a change that was refused.
+    /// Records a refused change.
     ///
     /// # Errors
-    /// [`StateError`]; only the note is missing then.
+    /// [`StateError`]; only the history lacks it then.
     pub async fn record_refused(
         &self,
         change: NewChange,
         reason: String,
     ) -> Result<(), StateError> {
         self.store
-            .transact("note a refused change", move |state| {
+            .transact("record a refused change", move |state| {
                 insert(state, &change, ChangeOutcome::Refused, &reason)
             })
             .await
             .map(drop)
     }
 
-    /// The last changes, the newest first; of one stage if that is said.
+    /// Reads the last changes, the newest first; with `stage`, those of that stage and reloads.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -298,7 +307,8 @@ impl Changes {
             .await
     }
 
-    /// The last change of a stage alone that is in force: what a rollback undoes.
+    /// Reads the last change of this stage that is in force: the one that a rollback undoes. Reloads and rollbacks
+    /// do not count.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.
@@ -334,7 +344,7 @@ fn insert(
 
 fn change(row: &rusqlite::Row<'_>) -> rusqlite::Result<Change> {
     let unknown = |column: usize, word: String| {
-        let cause = format!("{word:?} is unknown to this version");
+        let cause = format!("unknown word {word:?} in the history of changes");
         let kind = rusqlite::types::Type::Text;
         rusqlite::Error::FromSqlConversionFailure(column, kind, cause.into())
     };
@@ -369,7 +379,7 @@ mod tests {
             };
             store.transact("spoil", spoil).await.expect("spoilt");
             let error = changes.running().await.expect_err("unreadable").to_string();
-            assert!(error.contains("the record of what runs cannot be read"), "{error}");
+            assert!(error.contains("invalid record of the running revision"), "{error}");
             assert!(error.contains("--files-count"), "{error}");
         }
     }

@@ -1,8 +1,9 @@
-//! Which values the variables of stages' configurations had, without the values.
+//! Remembers which values the environment variables of a revision had, without storing the values.
 //!
-//! A revision is stored with `${NAME}` in its configurations and runs with today's values, also when it runs
-//! records again. A keyed hash of each value is kept, so that it can be said which were set otherwise then.
-//! The key lies in a file beside the database: whoever has a copy of the database alone cannot try values.
+//! A revision is stored with `${NAME}` in its configurations. It runs with today's values, also when it runs old
+//! records again. So a keyed hash of each value is stored, and a warning names the variables that had other values
+//! before. The key lies in a file beside the database: a copy of the database alone is not enough to try out
+//! values.
 
 use std::collections::BTreeSet;
 use std::io::ErrorKind;
@@ -19,45 +20,44 @@ use shardmill_config::StageText;
 use shardmill_core::private;
 use shardmill_core::record::StageName;
 
-/// The file of the key, beside the database.
+/// File of the key, beside the database.
 const KEY_FILE: &str = "variables.key";
-/// Hex digits of a hash that are kept, and of the key's own digest before them.
+/// Hex digits of a stored hash, and of the key's own digest before them.
 const HASH_DIGITS: usize = 32;
 const KEY_DIGITS: usize = 8;
-/// A larger database is not rewritten to remove what lies in its free pages.
+/// A database larger than this is not rewritten to remove deleted values from its free pages.
 const VACUUM_BYTES_MAX: i64 = 256 << 20;
 
-/// Where today's values come from.
+/// Returns today's value of a variable.
 type Environment<'a> = &'a (dyn Fn(&str) -> Option<String> + Sync);
 
-/// How the variables of a revision are set today, against how they were when it ran.
+/// How the variables of a revision are set today, compared with when it ran.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct ChangedVariables {
     /// Variables that had other values.
     pub names: Vec<String>,
-    /// Variables of which it is not known: the key of their hashes is gone.
+    /// Variables for which this is unknown: the key of their hashes is gone.
     pub unknown: Vec<String>,
 }
 
 impl ChangedVariables {
-    /// Says in the log what is other, if something is.
+    /// Logs a warning for each kind of difference.
     pub fn warn(&self, revision: &str) {
         let Self { names, unknown } = self;
         if !names.is_empty() {
             tracing::warn!(
                 revision,
                 variables = names.join(", "),
-                "these environment variables were set otherwise when the revision ran before: records \
-                 that it runs again are run with today's values"
+                "these environment variables had other values when the revision ran before: records \
+                 that it runs again use today's values"
             );
         }
         if !unknown.is_empty() {
             tracing::warn!(
                 revision,
                 variables = unknown.join(", "),
-                "it is not known whether these environment variables were set otherwise when the revision \
-                 ran before: {KEY_FILE} is missing or another one; records that it runs again are run \
-                 with today's values"
+                "cannot tell whether these environment variables had other values when the revision ran \
+                 before: {KEY_FILE} is missing or was replaced; records that it runs again use today's values"
             );
         }
     }
@@ -70,15 +70,16 @@ pub struct Variables {
 }
 
 impl Variables {
-    /// Over the pipeline's state database.
+    /// Creates a handle over the pipeline's state database.
     pub fn new(store: StateStore) -> Self {
         Self { store }
     }
 
-    /// Compares today's values of a revision's variables with those that it ran with, and notes today's.
+    /// Compares today's values of a revision's variables with those that it last ran with, and stores the hashes of
+    /// today's.
     ///
     /// # Errors
-    /// [`StateError`]; nothing was noted.
+    /// [`StateError`]; nothing was stored.
     pub async fn note(
         &self,
         spec: &RevisionSpec,
@@ -87,7 +88,7 @@ impl Variables {
         self.compare(spec, lookup, true).await
     }
 
-    /// Compares today's values of a revision's variables with those that it ran with.
+    /// Compares today's values of a revision's variables with those that it last ran with. Changes nothing.
     ///
     /// # Errors
     /// [`StateError`] when the database or the key cannot be read.
@@ -145,8 +146,8 @@ impl Variables {
         self.store.transact(action, work).await
     }
 
-    /// Puts the texts of the files into the place of configurations that an earlier version stored with
-    /// the values of their variables, of stages that are the same otherwise.
+    /// Replaces configurations that an earlier version stored with the values of their variables: the file's text
+    /// with `${NAME}` takes their place, in stages that are otherwise the same.
     ///
     /// # Errors
     /// [`StateError`]; nothing was changed.
@@ -159,8 +160,8 @@ impl Variables {
         }
         let rewritten = self
             .store
-            .transact("forget the values of variables", move |state| {
-                // What is deleted is overwritten.
+            .transact("remove the values of variables", move |state| {
+                // Deleted content is overwritten.
                 state.pragma_update(None, "secure_delete", true)?;
                 let rewritten = revisions::rewrite(state, |spec| forget(spec, &stages));
                 state.pragma_update(None, "secure_delete", false)?;
@@ -168,7 +169,10 @@ impl Variables {
             })
             .await?;
         if rewritten > 0 {
-            tracing::info!(rewritten, "stored configurations hold ${{NAME}} now, not the values");
+            tracing::info!(
+                rewritten,
+                "stored configurations now contain ${{NAME}} instead of the values"
+            );
             if let Err(error) = self.store.vacuum(VACUUM_BYTES_MAX).await {
                 tracing::warn!(%error, "values of variables may remain in free pages of the file");
             }
@@ -177,7 +181,7 @@ impl Variables {
     }
 }
 
-/// Puts texts with variables into the place of what they became; true: some fitted.
+/// Replaces resolved configurations by their texts with variables. Returns true if any matched.
 fn forget(spec: &mut RevisionSpec, stages: &[(StageName, StageText)]) -> bool {
     let mut has_changed = false;
     for (name, text) in stages.iter().filter(|(_, text)| text.has_variables) {
@@ -199,7 +203,7 @@ enum Compared {
     Unknown,
 }
 
-/// Compares a noted hash with today's.
+/// Compares a stored hash with today's. Hashes under another key say nothing about the value.
 fn compared(noted: Option<&str>, today: Option<&str>) -> Compared {
     let key = |hash: &str| hash.get(..KEY_DIGITS).map(str::to_owned);
     match (noted, today) {
@@ -210,25 +214,25 @@ fn compared(noted: Option<&str>, today: Option<&str>) -> Compared {
     }
 }
 
-/// The secret of the hashes.
+/// The secret key of the hashes.
 struct Key([u8; 32]);
 
 impl Key {
-    /// Reads the key's file; `make` makes one where there is none that can be used.
+    /// Reads the key. If `make`, creates one where none can be used.
     ///
-    /// With `--trust-state-dir`, a start goes on with files of the uid that it had before. A key of another
-    /// user is not used even so: who knows it could try values. It is replaced, as one that is missing.
+    /// With `--trust-state-dir`, a start accepts files of the uid that it had before. A key that another user owns
+    /// is not used even then: whoever knows the key could try out values. It is replaced, as a missing one is.
     fn open(folder: &Path, make: bool) -> std::io::Result<Option<Self>> {
         let path = folder.join(KEY_FILE);
-        // Kubernetes gives a volume's files to a group at each start (fsGroup), which may write them then.
+        // Kubernetes gives a volume's files to a group at each start (fsGroup), which may then write them.
         private::tighten(&path);
         let is_foreign = match found(private::read_own(&path))? {
             Found::Own(key) => return Ok(Some(Self(key))),
             Found::None => false,
             Found::Foreign(cause) => {
                 tracing::warn!(
-                    "{} is not used: {cause}; it is not known whether environment variables were set \
-                     otherwise when revisions ran before",
+                    "{} is not used: {cause}; cannot tell whether environment variables had other values when \
+                     revisions ran before",
                     path.display()
                 );
                 true
@@ -241,7 +245,7 @@ impl Key {
         getrandom::fill(&mut key).map_err(std::io::Error::other)?;
         match private::write_own(&path, hex::encode(key).as_bytes()) {
             Ok(()) => Ok(Some(Self(key))),
-            // Nothing is noted, as before: that must not keep records from flowing.
+            // Nothing is stored then: that must not keep records from flowing.
             Err(error) if is_foreign => {
                 tracing::warn!("{} cannot be replaced: {error}; remove it", path.display());
                 Ok(None)
@@ -250,9 +254,9 @@ impl Key {
         }
     }
 
-    /// The hash of a value; a variable that is not set has one too.
+    /// Returns the hash of a value; an unset variable has one too.
     fn hash(&self, name: &str, value: Option<&str>) -> String {
-        // A key of 32 bytes fits every HMAC.
+        // HMAC accepts a key of 32 bytes: this cannot fail.
         let Ok(mut mac) = Hmac::<Sha256>::new_from_slice(&self.0) else { return String::new() };
         mac.update(&(name.len() as u64).to_le_bytes());
         mac.update(name.as_bytes());
@@ -264,20 +268,20 @@ impl Key {
     }
 }
 
-/// What there is in the place of the key.
+/// Content found at the path of the key.
 #[derive(Debug, PartialEq, Eq)]
 enum Found {
     Own([u8; 32]),
-    /// Nothing, or no key.
+    /// Nothing, or not a key.
     None,
-    /// What another user may have written, or has kept from this one, and why.
+    /// Something that another user may have written, or that this one cannot read; with the reason.
     Foreign(String),
 }
 
-/// Judges what was read in the place of the key.
+/// Judges the result of reading the key's path.
 ///
 /// # Errors
-/// The system's, where trying again may help.
+/// The system's, if a retry may help.
 fn found(read: std::io::Result<Vec<u8>>) -> std::io::Result<Found> {
     match read {
         Ok(text) => {
@@ -287,7 +291,7 @@ fn found(read: std::io::Result<Vec<u8>>) -> std::io::Result<Found> {
         }
         Err(error) => match error.kind() {
             ErrorKind::NotFound => Ok(Found::None),
-            // `Other`: of `read_own` itself, never the system's.
+            // `Other` comes from `read_own` itself, never from the system.
             ErrorKind::PermissionDenied | ErrorKind::Other => Ok(Found::Foreign(error.to_string())),
             _ => Err(error),
         },
@@ -393,7 +397,7 @@ mod tests {
         let spec = spec(r#"{"a":"${TOKEN}"}"#, true);
         let lookup = |_: &str| Some("hunter2".to_owned());
         variables.note(&spec, &lookup).await.expect("noted");
-        // In place of a file of another user: to give one away takes root.
+        // Stands for a file of another user: only root could give one away.
         let (key, other) = (folder.path().join(KEY_FILE), folder.path().join("other"));
         std::fs::rename(&key, &other).expect("moved");
         std::os::unix::fs::symlink(&other, &key).expect("a link");

@@ -30,7 +30,7 @@ const ROWS_2: &str = "
     INSERT INTO generation VALUES ('g1', '{\"stages\":[]}'), ('g2', '{}');
     INSERT INTO component VALUES ('d1', x'00ff'), ('d2', x'');
     INSERT INTO ledger VALUES ('s', 'shard-0', '', 0, 'g1', 5), ('s', 'shard-0', '0009', 1, 'g2', 6);";
-/// Dead letters of versions 2 to 5: two of one record, and one that is hidden.
+/// Dead letters of versions 2 to 5: two of one record, and one that is pending.
 const DEAD_LETTERS_2: &str = "
     INSERT INTO dead_letter (stream, shard, sequence, sub_sequence, place, output, held, partition_key, original,
         entered_key, entered, arrived_ms, plugin, digest, reason, backtrace, written_ms) VALUES
