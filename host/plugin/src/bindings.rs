@@ -1,4 +1,4 @@
-//! The typed calls, generated from `wit/`. A component need not import what this world does.
+//! The typed calls, generated from `wit/`. A component may import less than this world offers.
 #![allow(missing_docs, clippy::all, reason = "generated code")]
 
 wasmtime::component::bindgen!({

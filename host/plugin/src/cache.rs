@@ -1,8 +1,15 @@
-//! Compiled plugins on disk, so that a start does not compile again.
+//! Cache of compiled plugins on disk, so that a start need not compile again.
 //!
-//! The key is the component's digest with everything that compiled code depends on: wasmtime's
-//! version, its flags, the processor's features, and our checks of components. Compiled code runs outside of every sandbox, so each file
-//! is sealed ([`seal`]) by a secret that only this user can read: the host loads only what it wrote.
+//! The key is the component's digest plus everything else that compiled code depends on: wasmtime's version and
+//! flags, the processor's features, and the version of our own checks of components.
+//!
+//! **Trust.** Compiled code runs outside of every sandbox. A file that somebody else wrote would run with all
+//! rights of this process. So each file ends with a seal ([`seal`]), a MAC under a secret that only this user can
+//! read, and the host loads only files with a valid seal. Anything else is compiled again.
+//!
+//! **Races.** Several processes share a folder. Files are written under a temporary name and renamed, so a reader
+//! sees a whole file or none, and two writers of one name write the same code. A file that another process removes
+//! is compiled again. A cache that cannot be used costs time but never fails a start.
 
 mod seal;
 
@@ -23,15 +30,14 @@ use shardmill_config::CompileLimits;
 use shardmill_core::private;
 use shardmill_core::record::Digest;
 
-/// The end of a compiled component's file name.
+/// Suffix of a compiled component's file name.
 const SUFFIX: &str = ".cwasm";
-/// How long a user's compiled components are kept after their last use.
+/// Time for which a user's compiled components are kept after their last use.
 const UNUSED_MAX: Duration = Duration::from_secs(30 * 24 * 3_600);
-/// How exactly the last use is noted, so that not every start writes.
+/// Resolution of the last use, so that not every start writes.
 const USE_NOTED_EVERY: Duration = Duration::from_secs(24 * 3_600);
 
-/// Folders of compiled components, the first usable one of which is used, or none at all; and who compiles,
-/// within which limits.
+/// Folders of compiled components (the first usable one is used, or none), and the compiler with its limits.
 #[derive(Clone, Debug)]
 pub struct CompileCache {
     folders: Arc<[CodeFolder]>,
@@ -44,23 +50,23 @@ pub struct CompileCache {
 struct CodeFolder {
     path: PathBuf,
     users: Users,
-    /// Found at the first use; `None`: it cannot be used.
+    /// Determined at the first use; `None`: the folder cannot be used.
     seal: OnceLock<Option<Seal>>,
 }
 
-/// Who uses a folder, and so what may be removed there.
+/// The users of a folder. They decide what may be removed from it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Users {
-    /// The pipelines of one state folder: what they do not need is needed by nobody.
+    /// The pipelines of one state folder: what they do not need, nobody needs.
     State,
-    /// All commands of this user: what nothing has used for long is removed.
+    /// All commands of this user: what was not used for long is removed.
     User,
-    /// Whoever the person who named it had in mind: nothing is removed.
+    /// Unknown users: a person named the folder, so nothing is removed.
     Named,
 }
 
 impl CodeFolder {
-    /// The seal of files there, if the folder can be used.
+    /// Returns the seal of files there, if the folder can be used.
     fn seal(&self) -> Option<&Seal> {
         let found = self.seal.get_or_init(|| match Seal::of_folder(&self.path, self.users) {
             Ok(seal) => Some(seal),
@@ -75,31 +81,31 @@ impl CodeFolder {
 }
 
 impl CompileCache {
-    /// Keeps compiled components in `folder`, which is made when first needed.
+    /// Keeps compiled components in `folder`, which is created when it is first needed.
     pub fn in_folder(folder: impl Into<PathBuf>) -> Self {
         Self::none().or_in(folder.into(), Users::State)
     }
 
-    /// Keeps compiled components in a folder of this user that all commands share. Those that were not used
-    /// for 30 days are removed.
+    /// Keeps compiled components in a folder that all commands of this user share. Those that were not used for 30
+    /// days are removed.
     pub fn of_user(folder: impl Into<PathBuf>) -> Self {
         Self::none().or_in(folder.into(), Users::User)
     }
 
-    /// Keeps compiled components in a folder that others use as well, such as pipelines with their state
-    /// elsewhere. Nothing in it is ever removed.
+    /// Keeps compiled components in a folder that others use too, such as pipelines with another state folder.
+    /// Nothing in it is ever removed.
     pub fn shared(folder: impl Into<PathBuf>) -> Self {
         Self::none().or_in(folder.into(), Users::Named)
     }
 
-    /// Compiles every time.
+    /// Keeps nothing: compiles every time.
     pub fn none() -> Self {
         let limits = CompileLimits::default();
         Self { folders: Arc::new([]), compiler: Compiler::InProcess, limits }
     }
 
-    /// The same, and `folder` for the pipelines of one state folder where the folders before cannot be
-    /// used: on a file system that is read only, say.
+    /// Adds `folder`, for the pipelines of one state folder, if the folders before it cannot be used (on a
+    /// read-only file system, for example).
     #[must_use]
     pub fn or_in_folder(self, folder: impl Into<PathBuf>) -> Self {
         self.or_in(folder.into(), Users::State)
@@ -113,31 +119,31 @@ impl CompileCache {
         Self { folders, ..self }
     }
 
-    /// The folder that is used, if one can be.
+    /// Returns the folder to use, if there is one.
     fn folder(&self) -> Option<(&CodeFolder, &Seal)> {
         self.folders.iter().find_map(|folder| Some((folder, folder.seal()?)))
     }
 
-    /// Compiles by this program, started again with limits. Only shardmill itself knows how to be a
-    /// compiler; other programs that use this library compile in their own process.
+    /// Compiles in child processes of this program, with limits. Only shardmill itself has the command for that;
+    /// other programs that use this library compile in their own process.
     #[must_use]
     pub fn in_child_processes(self) -> Self {
         Self { compiler: Compiler::this_program(), ..self }
     }
 
-    /// The same cache with other limits.
+    /// Returns the same cache with other limits.
     #[must_use]
     pub fn with_limits(&self, limits: CompileLimits) -> Self {
         Self { limits, ..self.clone() }
     }
 
-    /// Where compiled components are kept for the pipelines of one state folder alone.
+    /// Returns the folder for the pipelines of one state folder.
     pub fn own_folder(&self) -> Option<&Path> {
         self.folders.iter().find(|it| it.users == Users::State).map(|it| it.path.as_path())
     }
 
-    /// Removes compiled components of the state folder that nobody needs and that are older than `age_min`;
-    /// gives their number. A file that is missed is compiled again.
+    /// Removes compiled components of the state folder that are not in `needed` and are older than `age_min`.
+    /// Returns how many. If one of them is needed after all, it is compiled again.
     ///
     /// # Errors
     /// The system's, when the folder cannot be read.
@@ -150,7 +156,7 @@ impl CompileCache {
         remove(folder, |digest, age| !needed.contains(digest) && age >= age_min)
     }
 
-    /// Removes compiled components of this user that nothing has used for 30 days; gives their number.
+    /// Removes compiled components of this user that were not used for 30 days. Returns how many.
     ///
     /// # Errors
     /// The system's, when the folder cannot be read.
@@ -159,9 +165,9 @@ impl CompileCache {
         of_user.map_or(Ok(0), |folder| remove(&folder.path, |_, age| age >= UNUSED_MAX))
     }
 
-    /// The compiled component: from the cache, or compiled now and kept.
+    /// Returns the compiled component: from the cache, or compiled now and stored.
     ///
-    /// A cache that cannot be written costs time, never the start: it is logged.
+    /// A cache that cannot be written costs time but does not fail the start: it is logged.
     pub(super) fn component(
         &self,
         engine: &PluginEngine,
@@ -189,7 +195,7 @@ impl CompileCache {
     }
 }
 
-/// Removes the compiled components of a folder that are `unwanted`, by their digest and age.
+/// Removes the compiled components of a folder that `unwanted` selects by digest and age.
 fn remove(folder: &Path, unwanted: impl Fn(&str, Duration) -> bool) -> std::io::Result<u32> {
     let mut removed = 0;
     let entries = match std::fs::read_dir(folder) {
@@ -203,7 +209,7 @@ fn remove(folder: &Path, unwanted: impl Fn(&str, Duration) -> bool) -> std::io::
             continue;
         };
         let age = entry.metadata()?.modified()?.elapsed().unwrap_or_default();
-        // Another process may have been first.
+        // Another process may have removed it first.
         if unwanted(digest, age) && std::fs::remove_file(entry.path()).is_ok() {
             removed += 1;
         }
@@ -234,25 +240,25 @@ fn read(engine: &PluginEngine, folder: &CodeFolder, name: &str, seal: &Seal) -> 
     let mut sealed = Vec::new();
     file.read_to_end(&mut sealed).inspect_err(|error| log_recompile(error)).ok()?;
     let Some(code) = seal.opened(name, &sealed) else {
-        log_recompile(&"its seal is broken: it was cut off or altered, or another key sealed it");
+        log_recompile(&"invalid seal: it was truncated or altered, or sealed with another key");
         return None;
     };
     if folder.users == Users::User {
         note_use(&file);
     }
-    // SAFETY: the seal shows that `write` put the bytes here whole under this name, from
-    // `Engine::precompile_component` of an engine with the same version and flags (they are in the name):
-    // its key is a secret of this user.
+    // SAFETY: the seal proves that `write` stored exactly these bytes under this name: its key is a secret of this
+    // user. They come from `Engine::precompile_component` of an engine with the same version and flags, which are
+    // part of the name.
     unsafe { Component::deserialize(engine.wasmtime(), code) }
         .inspect_err(|error| log_recompile(error))
         .ok()
 }
 
-/// Notes that a file was used, so that it is not removed as unused.
+/// Notes the use of a file, so that it is not removed as unused.
 fn note_use(file: &File) {
     let modified = file.metadata().and_then(|about| about.modified());
     if modified.is_ok_and(|at| at.elapsed().is_ok_and(|age| age > USE_NOTED_EVERY)) {
-        // A cache that is read only serves as well.
+        // A read-only cache can be used as well.
         let _ = file.set_modified(SystemTime::now());
     }
 }
@@ -261,7 +267,7 @@ fn write(folder: &Path, name: &str, code: &[u8], seal: &Seal) -> std::io::Result
     let mut draft = tempfile::NamedTempFile::new_in(folder)?;
     draft.write_all(code)?;
     draft.write_all(&seal.of(name, code))?;
-    // Replaces a link in its place, and does not follow it.
+    // The rename replaces a link at this path and does not follow it.
     draft.persist(folder.join(name))?;
     Ok(())
 }

@@ -1,7 +1,10 @@
-//! What a plugin may ask of the host, if its stage grants it: `wit/0.1.0/capabilities.wit`.
+//! Capabilities: what a plugin may call in the host if its stage grants it (`wit/0.1.0/capabilities.wit`).
 //!
-//! [`Services`] is what one stage grants, shared by the stage's instances, with what they have used of it
-//! together. What an instance asks is answered in [`calls`]; [`imports`] bounds its arguments first.
+//! [`Services`] is what one stage grants. The stage's instances share it, together with how much of the shared
+//! limits they have used. [`imports`] bounds the arguments of each call before they are copied; [`calls`] answers.
+//!
+//! There are two checks. A component that imports something that is not granted is refused when it is loaded; each
+//! call checks the grant once more ([`HostCaller::granted`]).
 
 mod calls;
 mod imports;
@@ -25,36 +28,36 @@ use shardmill_net::HttpGrant;
 pub(super) use calls::HostCaller;
 pub(super) use imports::offer;
 
-/// The state of a sandbox, as far as calls of its plugin need it.
+/// State of a sandbox, as far as its plugin's calls of the host need it.
 pub(crate) trait HasCaller: Send + 'static {
-    /// The one that calls, to look at.
+    /// Returns the caller, for reading.
     fn caller(&self) -> &HostCaller;
-    /// The one that calls.
+    /// Returns the caller.
     fn caller_mut(&mut self) -> &mut HostCaller;
 }
 pub use log::LOG_TARGET;
 pub use metric::count_values_by;
 
-/// What one stage grants its plugin; shared by its instances.
+/// The grants of one stage to its plugin. Shared by its instances.
 #[derive(Clone, Debug)]
 pub struct Services {
-    /// The stage, as the log and the metrics call it.
+    /// The stage's name, for the log and metrics.
     pub stage: StageName,
-    /// What is granted.
+    /// The granted capabilities.
     pub granted: BTreeSet<Capability>,
-    /// The reference tables that are granted.
+    /// The granted reference tables.
     pub lookups: BTreeMap<LookupName, Arc<Lookup>>,
-    /// The hosts that are granted.
+    /// The granted hosts.
     pub http: Option<Arc<HttpGrant>>,
-    /// Values of variables in its configuration and in the pipeline's file: nothing that the plugin says may show
-    /// them. It may have them from a server that repeats what it was sent.
+    /// Values of variables in the stage's configuration and in the pipeline's file. Nothing that the plugin says
+    /// may show them: it may even get them from a server that repeats what it was sent.
     pub values: Values,
-    /// The use that the stage's instances have made of their shared limits.
+    /// The use of the shared limits by the stage's instances.
     used: Arc<StageUse>,
 }
 
-/// Limits that the instances of one stage, in one revision, share. An instance is renewed after each trap:
-/// limits of its own would begin again with each.
+/// Limits that the instances of one stage share, within one revision. An instance is renewed after each trap, so
+/// limits per instance would start again with each trap.
 #[derive(Debug)]
 struct StageUse {
     stage: StageName,
@@ -75,7 +78,7 @@ impl Drop for StageUse {
 }
 
 impl Services {
-    /// For a plugin outside of any pipeline: what needs nothing but the host itself.
+    /// Services for a plugin outside of any pipeline: the capabilities that need only the host itself.
     pub fn alone(name: StageName) -> Self {
         let granted = [Capability::Log, Capability::Metrics, Capability::Clock, Capability::Random];
         let used = StageUse::new(name.clone());
@@ -84,7 +87,7 @@ impl Services {
     }
 }
 
-/// What the capabilities of a pipeline's stages answer from.
+/// The sources from which the capabilities of all stages answer.
 #[derive(Clone, Debug, Default)]
 pub struct Backends {
     lookups: BTreeMap<LookupName, Arc<Lookup>>,
@@ -93,10 +96,10 @@ pub struct Backends {
 }
 
 impl Backends {
-    /// As configured. Nothing is connected yet; connections will live on `runtime`.
+    /// Creates them from the configuration. Nothing is connected yet; connections will live on `runtime`.
     ///
     /// # Errors
-    /// A lookup's or a grant's that cannot be.
+    /// The first lookup or grant that is invalid.
     pub fn from_config(config: &PipelineConfig, runtime: &Handle) -> anyhow::Result<Self> {
         let mut backends = Self { values: config.values.clone(), ..Self::default() };
         for lookup in &config.lookups {
@@ -110,7 +113,7 @@ impl Backends {
         Ok(backends)
     }
 
-    /// Proves that every lookup can be reached and its query can run.
+    /// Checks that every lookup can be reached and its query can run.
     ///
     /// # Errors
     /// The first that cannot, with what to do about it.
@@ -126,16 +129,16 @@ impl Backends {
         Ok(())
     }
 
-    /// What one stage gets of it.
+    /// Selects what one stage is granted.
     ///
     /// # Errors
-    /// A lookup that is granted and not there, in words.
+    /// A granted lookup that is not configured, in words.
     pub fn services(&self, stage: &StageName, grants: &Grants) -> Result<Services, String> {
         let mut lookups = BTreeMap::new();
         for name in &grants.lookups {
             let Some(lookup) = self.lookups.get(name) else {
                 return Err(format!(
-                    "stage {stage} is granted lookup `{name}`, which is not there"
+                    "stage {stage} is granted the lookup `{name}`, which is not configured"
                 ));
             };
             lookups.insert(name.clone(), lookup.clone());

@@ -1,48 +1,55 @@
-//! The time of one call of a plugin: CPU time for what the plugin does, wall time for what it waits for.
+//! Limits the time of one call of a plugin: CPU time for its work, wall time for what it waits for.
 //!
-//! Wall time alone would blame records for what others do: on a machine whose cores are busy, a plugin
-//! that works for 35 ms may need half a second for it. So a call is ended
+//! Wall time alone would blame records for what others do: on a busy machine, a plugin that works for 35 ms may
+//! need half a second. So there are two budgets, CPU time of the plugin itself (`cpu_max`) and wall time of each
+//! host call that it makes (`host_max`). A call is ended by the first of these:
 //!
-//! - when the plugin itself has used up its CPU time, without that of the host's calls;
-//! - when it has lasted [`WALL_TIMES`] as long as both of its budgets together. If it has spent that with
-//!   waiting for the host, it is to blame; if it has got no CPU time, nobody is, and it is run again, with
-//!   twice the time: else a record without end would never be found where a core has too many threads.
+//! | spent | outcome | to blame |
+//! |---|---|---|
+//! | `cpu_max` of CPU time, without that of host calls | [`Over::Cpu`] | the plugin: a record of the batch |
+//! | [`WALL_TIMES`] × (`cpu_max` + `host_max`) in host calls | [`Over::Host`] | the plugin: it calls again and again |
+//! | the same in all, at least half of it in host calls | [`Over::Host`] | the plugin |
+//! | the same in all, otherwise | [`Over::Starved`] | nobody: it got no CPU time, and is run again |
 //!
-//! A call of the host has wall time of its own, each one: what one record waits for is not taken from the
-//! records that come after it in the same batch.
+//! After a starved call the next one has twice the wall time, up to [`DOUBLINGS_MAX`] times. Without that, a record
+//! with an endless loop would never use up its CPU time on a core with too many threads, and would be retried for
+//! ever.
 //!
-//! The clocks are read when the epoch has advanced, not per call: most calls end before that, and a thread's
-//! clock takes up to a microsecond to read. A call that is expected to last much longer than that is measured
-//! from its beginning to its end ([`CallClock::begin_measured`]), so that how fast a version is can be told on
-//! a machine whose cores are busy.
+//! Each host call has its own wall time: what one record waits for is not taken from the records after it in the
+//! batch.
+//!
+//! The clocks are read when the epoch advances, not per call: most calls end before the first tick, and reading a
+//! thread's clock takes up to a microsecond. A call that is expected to be much longer is measured from its
+//! beginning to its end ([`CallClock::begin_measured`]), so that versions can be compared in speed on a busy
+//! machine.
 
 use std::time::{Duration, Instant};
 
 use super::engine::EPOCH_TICK;
 
-/// How many times the sum of its two budgets a call may last. A thread that gets less than a tenth of a
-/// core for so long says nothing about the plugin.
+/// Factor of the wall time of a call, relative to the sum of its two budgets. A thread that gets less than a tenth
+/// of a core for that long says nothing about the plugin.
 const WALL_TIMES: u32 = 10;
 
-/// How often the wall time of a call that was starved is doubled: a 1,280th of a core is enough then.
+/// Number of times that the wall time of a starved call is doubled. After the last, a 1,280th of a core is enough.
 const DOUBLINGS_MAX: u32 = 6;
 
-/// The most of a call that lies before its first look and after its last: a tick each.
+/// Part of a call that the clocks may miss: up to one tick before the first reading, and one after the last.
 const UNSEEN_MAX: Duration = EPOCH_TICK.saturating_mul(2);
 
-/// The time that one call has.
+/// The time that a call may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct CallTime {
-    /// CPU time of the plugin.
+    /// CPU time of the plugin itself.
     pub cpu_max: Duration,
-    /// Wall time of each call of the host that the plugin makes meanwhile.
+    /// Wall time of each host call that the plugin makes.
     pub host_max: Duration,
-    /// How often in a row it was starved before.
+    /// Number of starved calls in a row before this one.
     pub starved: u32,
 }
 
 impl CallTime {
-    /// With these, in milliseconds; without a `host_ms` a call of the host has as much as the plugin.
+    /// Converts from milliseconds. Without `host_ms`, a host call may take as long as the plugin.
     pub(crate) fn of_ms(cpu_ms: u64, host_ms: Option<u64>) -> Self {
         Self {
             cpu_max: Duration::from_millis(cpu_ms),
@@ -51,17 +58,17 @@ impl CallTime {
         }
     }
 
-    /// Returns the same, of a call that was starved so often in a row.
+    /// Returns the same for a call after `starved` starved calls in a row.
     pub(crate) fn after_starved(self, starved: u32) -> Self {
         Self { starved, ..self }
     }
 
-    /// Wall time of all calls of the host together.
+    /// Returns the limit on the wall time of all host calls together.
     fn host_wall_max(self) -> Duration {
         self.cpu_max.saturating_add(self.host_max).saturating_mul(WALL_TIMES)
     }
 
-    /// Wall time of the whole call.
+    /// Returns the limit on the wall time of the call.
     fn wall_max(self) -> Duration {
         self.host_wall_max().saturating_mul(1 << self.starved.min(DOUBLINGS_MAX))
     }
@@ -74,24 +81,25 @@ pub(super) struct Spent {
     pub cpu: Duration,
     /// Wall time.
     pub wall: Duration,
-    /// Of that, within calls of the host.
+    /// Wall time within host calls, a part of `wall`.
     pub host: Duration,
 }
 
-/// Why a call is ended.
+/// The reason why a call was ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Over {
-    /// The plugin has used up its CPU time.
+    /// The plugin used up its CPU time.
     Cpu,
-    /// It has waited for the host again and again.
+    /// The plugin spent the time waiting for the host.
     Host,
-    /// It has got next to no CPU time: nobody's fault.
+    /// The call got next to no CPU time: nobody is to blame.
     Starved,
 }
 
-/// Whether a call is over. `Ok`: it goes on, and cannot be over before so much more time has passed.
+/// Decides whether a call is over. `Ok`: it goes on, and cannot be over before this much more time has passed.
 fn judge(spent: Spent, time: CallTime) -> Result<Duration, Over> {
     let (wall_max, host_wall_max) = (time.wall_max(), time.host_wall_max());
+    // CPU time first: a plugin that has used it up is to blame, however long it has also waited.
     if spent.cpu >= time.cpu_max {
         return Err(Over::Cpu);
     }
@@ -105,38 +113,38 @@ fn judge(spent: Spent, time: CallTime) -> Result<Duration, Over> {
     Ok(left.min(host_wall_max - spent.host))
 }
 
-/// The clocks of a sandbox's call.
+/// The clocks of a sandbox's current call.
 #[derive(Debug)]
 pub(super) struct CallClock {
     time: CallTime,
-    /// The clocks when the epoch advanced first during the call, or at its beginning where it is measured.
-    /// What was before is a tick at most, which no limit counts.
+    /// The clocks at the first epoch tick of the call, or at its beginning if it is measured. The time before the
+    /// first tick counts towards no limit: it is at most one tick.
     first: Option<Reading>,
-    /// Whether the clocks were read at the beginning.
+    /// Whether the clocks were read at the beginning of the call.
     is_measured: bool,
     spent: Spent,
-    /// CPU time within calls of the host.
+    /// CPU time within host calls.
     host_cpu: Duration,
-    /// Wall time within calls of the host.
+    /// Wall time within host calls.
     host_wall: Duration,
-    /// The first call of the host that has used up its budget.
+    /// The first host call that used up its time.
     late: Option<&'static str>,
     over: Option<Over>,
 }
 
-/// The clocks at one time.
+/// Values of the clocks at one moment.
 #[derive(Clone, Copy, Debug)]
 struct Reading {
     at: Instant,
-    /// Of this thread.
+    /// CPU time of this thread.
     cpu: Duration,
-    /// Of the call's time, that within calls of the host.
+    /// CPU time of the call so far within host calls, and the wall time.
     host_cpu: Duration,
     host_wall: Duration,
 }
 
 impl Reading {
-    /// What was spent from an earlier reading to this one.
+    /// Returns the time spent between an earlier reading and this one.
     fn since(&self, first: &Self) -> Spent {
         let cpu = self.cpu.saturating_sub(first.cpu);
         Spent {
@@ -147,13 +155,13 @@ impl Reading {
     }
 }
 
-/// A call of the host that is under way.
+/// A host call in progress.
 #[must_use]
 pub(super) struct HostCall {
     name: &'static str,
     begun: Instant,
     cpu_begun: Duration,
-    /// When it must have ended.
+    /// Deadline of the host call.
     pub deadline: Instant,
 }
 
@@ -171,19 +179,19 @@ impl CallClock {
         }
     }
 
-    /// A call of the plugin begins.
+    /// Starts the clock for a call of the plugin.
     pub fn begin(&mut self, time: CallTime) {
         *self = Self { time, ..Self::new() };
     }
 
-    /// The same, of one that is expected to last long enough to read the thread's clock twice for it.
+    /// Does the same for a call that is expected to be long: reads the thread's clock at once.
     pub(crate) fn begin_measured(&mut self, time: CallTime) {
         self.begin(time);
         self.is_measured = true;
         self.first = Some(self.read());
     }
 
-    /// Reads the clocks, on the thread of the call.
+    /// Reads the clocks. Call it on the thread of the call.
     fn read(&self) -> Reading {
         Reading {
             at: Instant::now(),
@@ -193,8 +201,8 @@ impl CallClock {
         }
     }
 
-    /// Looks at the clocks, on the thread of the call. `None`: the call is over; else what time may pass
-    /// until the next look.
+    /// Reads the clocks and decides whether the call is over (`None`); otherwise returns the time until the next
+    /// look. Call it on the thread of the call.
     pub fn look(&mut self) -> Option<Duration> {
         let now = self.read();
         let first = *self.first.get_or_insert(now);
@@ -202,13 +210,13 @@ impl CallClock {
         judge(self.spent, self.time).map_err(|over| self.over = Some(over)).ok()
     }
 
-    /// The plugin calls the host for something that may take long.
+    /// Notes that the plugin calls the host for something that may take long.
     pub(crate) fn host_begins(&self, name: &'static str) -> HostCall {
         let begun = Instant::now();
         HostCall { name, begun, cpu_begun: thread_cpu(), deadline: begun + self.time.host_max }
     }
 
-    /// The host has answered.
+    /// Notes that the host has answered.
     pub(crate) fn host_ended(&mut self, call: HostCall) {
         let now = Instant::now();
         self.host_cpu += thread_cpu().saturating_sub(call.cpu_begun);
@@ -218,34 +226,34 @@ impl CallClock {
         }
     }
 
-    /// The time of a call that has lasted `took` which was its own: at work, or waiting for the host. What it
-    /// waited for a core is not in it; where it was not measured, as far as the looks show. On the thread of
-    /// the call, before the next one begins.
+    /// Returns the time of a call that lasted `took` without what it waited for a core: its work, and its waits for
+    /// the host. If the call was not measured, as far as the readings show. Call it on the thread of the call,
+    /// before the next one.
     pub fn busy(&self, took: Duration) -> Duration {
         if let (Some(first), true) = (&self.first, self.is_measured) {
             return self.read().since(first).cpu + self.host_wall;
         }
-        // Calls of the host outside of what the looks have seen.
+        // Time of host calls after the last reading.
         let host_unseen = self.host_wall.saturating_sub(self.spent.host);
         let unseen = took.saturating_sub(self.spent.wall + host_unseen).min(UNSEEN_MAX);
         self.spent.cpu + self.host_wall + unseen
     }
 
-    /// What the call had and took, where it was ended for its time.
+    /// Returns why the call was ended for its time, what it spent, and what it had; `None` if it was not.
     pub fn over(&self) -> Option<(Over, Spent, CallTime)> {
         self.over.map(|over| (over, self.spent, self.time))
     }
 
-    /// The first call of the host that has used up its budget, and that budget.
+    /// Returns the first host call that used up its time, and that time.
     pub fn late(&self) -> Option<(&'static str, Duration)> {
         self.late.map(|name| (name, self.time.host_max))
     }
 }
 
-/// CPU time of this thread.
+/// Returns the CPU time of this thread.
 fn thread_cpu() -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
-    // SAFETY: the call writes a structure that lives here.
+    // SAFETY: the call writes to a structure on this stack frame.
     let read = unsafe { libc::clock_gettime(libc::CLOCK_THREAD_CPUTIME_ID, &raw mut time) };
     debug_assert_eq!(read, 0, "a thread has a clock");
     Duration::new(u64::try_from(time.tv_sec).unwrap_or(0), u32::try_from(time.tv_nsec).unwrap_or(0))
@@ -255,7 +263,7 @@ fn thread_cpu() -> Duration {
 mod tests {
     use super::*;
 
-    /// A plugin's call with 100 ms of CPU time, whose calls of the host have 300 ms each: 4 s at most.
+    /// A call with 100 ms of CPU time and 300 ms for each host call: 4 s of wall time at most.
     const TIME: CallTime = CallTime {
         cpu_max: Duration::from_millis(100),
         host_max: Duration::from_millis(300),
@@ -288,7 +296,7 @@ mod tests {
             (1, 40, 4_000, 0, Ok(60)),
             (1, 40, 8_000, 0, Err(Over::Starved)),
             (1, 100, 7_000, 0, Err(Over::Cpu)),
-            // Calls of the host have no more than before.
+            // Host calls have no more time than before.
             (1, 40, 7_000, 3_990, Ok(10)),
             (1, 40, 7_000, 4_000, Err(Over::Host)),
             (6, 99, 255_000, 0, Ok(1)),
@@ -339,7 +347,7 @@ mod tests {
         clock.begin_measured(TIME);
         let begun = Instant::now();
         burn(ms(3));
-        // As one that waits for a core: no look sees it.
+        // Stands for waiting for a core: no reading sees it.
         std::thread::sleep(ms(15));
         let call = clock.host_begins("http.send");
         std::thread::sleep(ms(4));

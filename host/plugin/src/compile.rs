@@ -1,10 +1,24 @@
-//! Compiles components in a process of its own.
+//! Compiles components in a child process.
 //!
-//! A compilation cannot be cancelled, and a component is input: one that is made for it keeps a
-//! compiler busy for hours or fills the memory. So this program is started again, with limits, and
-//! does nothing but compile: component on standard input, compiled code on standard output. It
-//! inherits no environment and so no secrets, ends with the process that started it, and few of them run
-//! at a time.
+//! A compilation cannot be cancelled, and a component is untrusted input: a crafted one can keep the compiler busy
+//! for hours or fill the memory. So this program starts itself once more, with limits. The child does nothing but
+//! compile: component on standard input, compiled code on standard output. It inherits no environment and so no
+//! secrets, cannot write files or gain rights, and ends with its parent. At most [`COMPILATIONS_MAX`] run at a
+//! time.
+//!
+//! The size of the component and its structure (`features::check`) are checked before the child starts. Then:
+//!
+//! | the child | result |
+//! |---|---|
+//! | runs longer than `limits.compile_time`: it is killed | [`CompileError::TooSlow`] |
+//! | is ended by SIGXCPU (CPU time of all its threads) | [`CompileError::TooSlow`] |
+//! | succeeds | the code |
+//! | reports a failed allocation | [`CompileError::TooMuchMemory`], or names a lower limit of the system |
+//! | ends with code 1 and a message | [`CompileError::Refused`] with wasmtime's reason |
+//! | ends in any other way | [`CompileError::Compiler`] |
+//!
+//! Pipes are read and written by three threads at once: a child that writes while nobody reads would block for
+//! ever.
 
 use std::io::{Read as _, Write as _};
 use std::path::PathBuf;
@@ -18,26 +32,26 @@ use wasmtime::Engine;
 use super::{engine, features};
 use shardmill_config::CompileLimits;
 
-/// The command that [`serve`] is behind.
+/// The hidden command that runs [`serve`].
 pub const COMMAND: &str = "compile-component";
 
-/// How often a running compiler is looked at.
+/// Interval at which a running compiler is polled.
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// Compilations that run at a time: each may take all cores and its limit of memory.
+/// Number of compilations that run at a time: each may take all cores, and memory up to its limit.
 const COMPILATIONS_MAX: usize = 2;
-/// How long a compilation may wait for its turn, in limits of its own time.
+/// Longest wait for a turn, in multiples of the compilation's own time limit.
 const TURN_WAIT_FACTOR: u32 = 4;
 
-/// The turns of this process's compilations. Of the whole process, because what they share is the machine.
+/// The turns of all compilations in this process. Static, because they share the machine.
 static TURNS: Turns = Turns::new(COMPILATIONS_MAX);
 
 /// Where components are compiled.
 #[derive(Clone, Debug)]
 pub(super) enum Compiler {
-    /// In this process, without limits: for programs that are not shardmill itself.
+    /// In this process, without limits: for other programs that embed this library.
     InProcess,
-    /// By this program, started again.
+    /// By this program, started as a child process.
     Child(PathBuf),
 }
 
@@ -45,7 +59,7 @@ pub(super) enum Compiler {
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum CompileError {
-    /// The component is too large to be looked at.
+    /// The component is over the size limit; it was not read.
     #[error("the component has {bytes} bytes, over the limit of {bytes_max} (limits.component)")]
     TooLarge {
         /// Its size.
@@ -67,16 +81,16 @@ pub enum CompileError {
         /// The limit.
         memory_bytes_max: usize,
     },
-    /// Others took too long.
+    /// Other compilations took too long.
     #[error(
-        "no compilation could begin for {} s: {COMPILATIONS_MAX} run at a time, and others were first; try again",
+        "no compilation could start within {} s: {COMPILATIONS_MAX} others were running; try again",
         .waited.as_secs()
     )]
     NoTurn {
-        /// How long it waited.
+        /// Time that it waited.
         waited: Duration,
     },
-    /// wasmtime refuses the component.
+    /// wasmtime or our own checks refuse the component.
     #[error("{0}")]
     Refused(String),
     /// The compiler could not be run.
@@ -85,10 +99,10 @@ pub enum CompileError {
 }
 
 impl Compiler {
-    /// This program, started again for each compilation.
+    /// Compiles with this program, started again for each compilation.
     ///
-    /// On Linux by the link to the running file itself: that it was replaced since it was started
-    /// does not matter.
+    /// On Linux it is found by the link to the running file, so an update that replaced the file since does not
+    /// matter: parent and child are the same build.
     pub(crate) fn this_program() -> Self {
         let link = PathBuf::from("/proc/self/exe");
         match link.exists() {
@@ -97,7 +111,7 @@ impl Compiler {
         }
     }
 
-    /// Compiles a component to wasmtime's serialised form.
+    /// Compiles a component to wasmtime's serialised form, within limits.
     pub fn compile(
         &self,
         engine: &Engine,
@@ -133,6 +147,7 @@ fn compile_in_child(
         .args(["--memory-bytes", &limits.memory_bytes_max.to_string()])
         .args(["--cpu-seconds", &cpu_seconds_max(limits.time_max).to_string()])
         .args(["--parent", &std::process::id().to_string()])
+        // No secrets of this process reach a compiler that runs crafted input.
         .env_clear()
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -144,7 +159,7 @@ fn compile_in_child(
         return Err(CompileError::Compiler("its pipes are missing".into()));
     };
     thread::scope(|scope| {
-        // A compiler that ends early says why on standard error: a broken pipe adds nothing.
+        // A compiler that ends early gives its reason on standard error; the broken pipe adds nothing to it.
         scope.spawn(move || _ = stdin.write_all(component));
         let code = scope.spawn(move || {
             let mut code = Vec::new();
@@ -164,7 +179,7 @@ fn compile_in_child(
                 Err(CompileError::TooSlow { time_max: limits.time_max })
             }
             Some(status) if status.success() => code.map_err(failed),
-            // Rust's own words when an allocation fails, and wasmtime's.
+            // The first is Rust's message for a failed allocation, the second wasmtime's.
             Some(_) if said.contains("memory allocation of") || said.contains("out of memory") => {
                 Err(too_much_memory(limits.memory_bytes_max))
             }
@@ -176,7 +191,7 @@ fn compile_in_child(
     })
 }
 
-/// Names the limit that was reached: the configuration's, or a lower one that the system sets.
+/// Names the limit that was reached: the configured one, or a lower one set by the system.
 fn too_much_memory(memory_bytes_max: usize) -> CompileError {
     match shardmill_core::system::address_limit() {
         Some(limit) if limit < memory_bytes_max as u64 => CompileError::Compiler(format!(
@@ -188,7 +203,7 @@ fn too_much_memory(memory_bytes_max: usize) -> CompileError {
     }
 }
 
-/// Waits for the end; `None`: it took too long and was killed.
+/// Waits for the child to end; `None`: it took too long and was killed.
 fn wait(child: &mut Child, time_max: Duration) -> std::io::Result<Option<ExitStatus>> {
     let begun = Instant::now();
     loop {
@@ -204,25 +219,25 @@ fn wait(child: &mut Child, time_max: Duration) -> std::io::Result<Option<ExitSta
     }
 }
 
-/// Seconds of CPU time of a compilation: a compiler that uses all cores for its whole time has no more.
+/// Returns the limit on CPU seconds: a compiler that uses all cores for its whole time needs no more.
 fn cpu_seconds_max(time_max: Duration) -> u64 {
     let cores = thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
     (time_max.as_secs() + 1).saturating_mul(cores)
 }
 
-/// Whether the system ended a process for its CPU time.
+/// Whether the system ended the process for its CPU time.
 fn has_used_its_cpu_time(status: ExitStatus) -> bool {
     use std::os::unix::process::ExitStatusExt as _;
     status.signal() == Some(libc::SIGXCPU)
 }
 
-/// A bound on what runs at a time.
+/// A bound on how many run at a time.
 struct Turns {
     left: Mutex<usize>,
     given_back: Condvar,
 }
 
-/// The right to run; given back when dropped.
+/// The right to run, given back on drop.
 struct Turn<'t>(&'t Turns);
 
 impl Turns {
@@ -250,19 +265,20 @@ impl Drop for Turn<'_> {
 /// Limits that a compiling process sets itself.
 #[derive(Clone, Copy, Debug)]
 pub struct OwnLimits {
-    /// The most memory that this process may have, in bytes: `--memory-bytes`.
+    /// Limit on the address space, in bytes: `--memory-bytes`.
     pub memory_bytes: u64,
-    /// The most CPU time that this process may use, in seconds: `--cpu-seconds`.
+    /// Limit on the CPU time, in seconds: `--cpu-seconds`.
     pub cpu_seconds: u64,
-    /// The process that started this one, with which it ends: `--parent`.
+    /// Id of the process that started this one, and with which it ends: `--parent`.
     pub parent: u32,
 }
 
-/// The compiling process: component in, compiled code out.
+/// Runs the compiling process: reads a component, writes compiled code.
 ///
 /// # Errors
-/// What wasmtime says, for standard error; or that the process that asked for it is gone.
+/// wasmtime's reason, for standard error; or that the parent process is gone.
 pub fn serve(limits: OwnLimits) -> wasmtime::Result<()> {
+    // All limits hold before the first byte of the component is read.
     end_with_parent(limits.parent)?;
     bound_rights();
     bound_resources(limits.memory_bytes, limits.cpu_seconds);
@@ -275,10 +291,10 @@ pub fn serve(limits: OwnLimits) -> wasmtime::Result<()> {
     Ok(())
 }
 
-/// Ends this process when the one that started it ends, however that ends.
+/// Makes the kernel kill this process when its parent ends, in whatever way.
 ///
-/// The kernel sends the signal when the *thread* that started this process ends. That thread waits for it
-/// ([`compile_in_child`]), so it ends first only with its process.
+/// The signal is sent when the *thread* that started this process ends. That thread waits for this process
+/// ([`compile_in_child`]), so it ends earlier only together with its process.
 fn end_with_parent(parent: u32) -> wasmtime::Result<()> {
     #[cfg(target_os = "linux")]
     {
@@ -288,7 +304,7 @@ fn end_with_parent(parent: u32) -> wasmtime::Result<()> {
             let cause = std::io::Error::last_os_error();
             wasmtime::bail!("the compiler cannot be made to end with its parent: {cause}");
         }
-        // It may have ended before it was asked for: then somebody else has adopted this process.
+        // The parent may have ended before the request took effect: then another process has adopted this one.
         let found = std::os::unix::process::parent_id();
         if found != parent {
             wasmtime::bail!(
@@ -301,11 +317,10 @@ fn end_with_parent(parent: u32) -> wasmtime::Result<()> {
     Ok(())
 }
 
-/// Sets an attribute of this process. The kernel reads whole words, and refuses what is not zero beyond the
-/// first.
+/// Sets an attribute of this process. The kernel reads whole words and refuses nonzero values in the unused ones.
 ///
 /// # Safety
-/// As of the attribute: `value` must not be an address.
+/// As documented for the attribute: `value` must not be an address.
 #[cfg(target_os = "linux")]
 unsafe fn prctl(attribute: libc::c_int, value: libc::c_ulong) -> libc::c_int {
     const NONE: libc::c_ulong = 0;
@@ -313,7 +328,7 @@ unsafe fn prctl(attribute: libc::c_int, value: libc::c_ulong) -> libc::c_int {
     unsafe { libc::prctl(attribute, value, NONE, NONE, NONE) }
 }
 
-/// Gives up every way to more rights: of set-user-ID programs, and of writing files.
+/// Gives up every way to gain rights (set-user-ID programs) and to write files or core dumps.
 fn bound_rights() {
     #[cfg(target_os = "linux")]
     // SAFETY: sets an attribute of this process; no memory is read. A kernel without it leaves things as
@@ -321,23 +336,23 @@ fn bound_rights() {
     unsafe {
         prctl(libc::PR_SET_NO_NEW_PRIVS, 1);
     }
-    // Pipes are not files of this limit.
+    // The limit on file sizes does not apply to pipes.
     bound(libc::RLIMIT_FSIZE, 0, 0);
     bound(libc::RLIMIT_CORE, 0, 0);
 }
 
-/// Bounds the address space and the CPU time of this process.
+/// Limits the address space and the CPU time of this process.
 fn bound_resources(memory_bytes: u64, cpu_seconds: u64) {
     bound(libc::RLIMIT_AS, memory_bytes, memory_bytes);
-    // At the first limit SIGXCPU says why the process ends; at the second one SIGKILL would not.
+    // At the soft limit SIGXCPU tells the parent why the process ends; SIGKILL at the hard one would not.
     bound(libc::RLIMIT_CPU, cpu_seconds, cpu_seconds.saturating_add(1));
 }
 
-/// Sets a limit of this process. A system that refuses it, or that has a lower one already, leaves the
-/// process as it is, and the limit of time holds.
+/// Sets a limit of this process. If the system refuses, or has a lower limit already, the process goes on: the
+/// parent's time limit still holds.
 fn bound(resource: shardmill_core::system::Resource, soft: u64, hard: u64) {
     let limit = libc::rlimit { rlim_cur: soft as _, rlim_max: hard as _ };
-    // SAFETY: the call reads a structure that lives here.
+    // SAFETY: the call reads a structure on this stack frame.
     unsafe { libc::setrlimit(resource, &raw const limit) };
 }
 
@@ -363,7 +378,7 @@ mod tests {
             }
         });
         assert!((1..=2).contains(&most.into_inner()));
-        // The wait for a turn ends.
+        // Waiting for a turn is bounded.
         let taken = [TURNS.take(Duration::ZERO), TURNS.take(Duration::ZERO)];
         assert!(taken.iter().all(Option::is_some));
         assert!(TURNS.take(Duration::from_millis(10)).is_none());

@@ -1,29 +1,29 @@
-//! What a plugin says of itself, proven against the WIT's rules.
+//! Validates what a plugin says about itself, by the rules of the WIT.
 
 use std::collections::HashSet;
 
 use super::{Column, Descriptor};
 use shardmill_core::escape::{controls_terminal, escaped};
 
-/// Characters of a route's name.
+/// Maximum length of a route's name, in characters.
 const ROUTE_NAME_CHARS_MAX: usize = 64;
-/// A plugin's name and version are shown in every message and metric.
+/// Maximum length of a plugin's name and version: they appear in messages and metrics.
 const LABEL_BYTES_MAX: usize = 128;
-/// Media types, names of columns and names of types: PostgreSQL's longest name has 63 bytes.
+/// Maximum length of media types, and of names of columns and types. PostgreSQL's longest name has 63 bytes.
 const NAME_BYTES_MAX: usize = 255;
-/// Media types that are accepted, and what `extra` holds.
+/// Maximum number of accepted media types, and of entries in `extra`.
 const ENTRIES_MAX: usize = 256;
-/// Routes of a plugin.
+/// Maximum number of routes.
 const ROUTES_MAX: usize = 1_024;
-/// Columns of a route: a table of PostgreSQL has at most 1,600.
+/// Maximum number of columns of a route. A PostgreSQL table has at most 1,600.
 const COLUMNS_MAX: usize = 2_000;
-/// Bytes of a value in `extra`.
+/// Maximum length of a value in `extra`.
 const EXTRA_BYTES_MAX: usize = 256 << 10;
-/// Characters of a refused text that are shown.
+/// Number of characters of a refused text that the error shows.
 const SHOWN_CHARS: usize = 64;
 
-/// Checks a descriptor; the sentence names the rule that is broken. All of its texts are shown: in messages,
-/// in metrics, on terminals.
+/// Validates a descriptor; the error names the rule that is broken. All of its texts are checked, because all are
+/// shown: in messages, in metrics, on terminals.
 pub fn check(descriptor: &Descriptor) -> Result<(), String> {
     check_text("name", &descriptor.name, 1, LABEL_BYTES_MAX)?;
     check_text("version", &descriptor.version, 1, LABEL_BYTES_MAX)?;
@@ -34,7 +34,7 @@ pub fn check(descriptor: &Descriptor) -> Result<(), String> {
     check_count("extra entries", descriptor.extra.len(), ENTRIES_MAX)?;
     for (name, value) in &descriptor.extra {
         check_text("extra name", name, 0, NAME_BYTES_MAX)?;
-        // JSON may hold ends of lines.
+        // JSON may contain line ends.
         check_text("extra value", &value.replace(['\n', '\r', '\t'], " "), 0, EXTRA_BYTES_MAX)?;
     }
     if descriptor.routes.is_empty() {
@@ -47,7 +47,7 @@ pub fn check(descriptor: &Descriptor) -> Result<(), String> {
         if !(1..=ROUTE_NAME_CHARS_MAX).contains(&route.name.len()) || !route.name.chars().all(fits)
         {
             return Err(format!(
-                "a route's name is 1 to {ROUTE_NAME_CHARS_MAX} of a-z, 0-9, - and _: not {:?}",
+                "invalid route name {:?}: expected 1 to {ROUTE_NAME_CHARS_MAX} of a-z, 0-9, - and _",
                 route.name.chars().take(ROUTE_NAME_CHARS_MAX).collect::<String>()
             ));
         }
@@ -65,13 +65,13 @@ pub fn check(descriptor: &Descriptor) -> Result<(), String> {
     Ok(())
 }
 
-/// Checks the texts of a column.
+/// Validates the texts of a column.
 pub fn check_column(column: &Column) -> Result<(), String> {
     check_text("name of a column", &column.name, 0, NAME_BYTES_MAX)?;
     check_text("type of a column", &column.data_type, 0, NAME_BYTES_MAX)
 }
 
-/// Checks a text's length, and that it steers no terminal.
+/// Checks a text's length, and that it contains no character that controls a terminal.
 fn check_text(what: &str, text: &str, bytes_min: usize, bytes_max: usize) -> Result<(), String> {
     if (bytes_min..=bytes_max).contains(&text.len()) && !text.contains(controls_terminal) {
         return Ok(());

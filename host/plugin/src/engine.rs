@@ -9,12 +9,12 @@ use wasmtime::{Config, Engine};
 
 use super::features;
 
-/// How often the epoch advances: the resolution of every deadline. At 5 ms the ticker costs
-/// nothing measurable, and a deadline is late by at most one tick.
+/// Interval at which the epoch advances: the resolution of every deadline. At 5 ms the ticker costs nothing
+/// measurable, and a deadline is at most one tick late.
 pub(crate) const EPOCH_TICK: Duration = Duration::from_millis(5);
 
-/// The largest stack that a plugin's call may use, in bytes. Deep recursion traps here, well
-/// inside the 2 MiB of the threads that call.
+/// Limit on the stack of a plugin's call, in bytes. Deep recursion traps here, well below the 2 MiB of the calling
+/// threads.
 const WASM_STACK_BYTES_MAX: usize = 1 << 20;
 
 /// A shared engine; cheap to clone. The ticker ends with its last clone.
@@ -47,7 +47,7 @@ impl PluginEngine {
         Ok(Self { engine, _ticker: Arc::new(Ticker { stop: Some(stop), thread: Some(thread) }) })
     }
 
-    /// The wasmtime engine.
+    /// Returns the wasmtime engine.
     pub fn wasmtime(&self) -> &Engine {
         &self.engine
     }
@@ -65,7 +65,7 @@ pub(super) fn config() -> Config {
     config
 }
 
-/// Epoch ticks from a tick on that cover a time, rounded up.
+/// Returns the number of epoch ticks that cover a duration, rounded up.
 pub(super) fn ticks_of(time: Duration) -> u64 {
     u64::try_from(time.as_nanos().div_ceil(EPOCH_TICK.as_nanos())).unwrap_or(u64::MAX).max(1)
 }
@@ -74,7 +74,7 @@ impl Drop for Ticker {
     fn drop(&mut self) {
         drop(self.stop.take());
         if let Some(thread) = self.thread.take() {
-            // A ticker that panicked has nothing to say that matters at the end.
+            // If the ticker panicked, that does not matter any more.
             let _ = thread.join();
         }
     }

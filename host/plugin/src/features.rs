@@ -1,8 +1,12 @@
-//! What of WebAssembly plugins may use: what the compilers of the five languages make use of, and no more.
+//! The WebAssembly features that plugins may use: those that the compilers of the five languages need, and no
+//! others.
 //!
-//! The list says what is on. A feature that a later wasmtime turns on by itself stays off here. Each feature
-//! is code of the runtime that a component could attack; some take memory that no limit counts (shared
-//! memories), some give other results on other processors (relaxed SIMD).
+//! The list says what is on, so a feature that a later wasmtime enables by default stays off here. Each feature is
+//! runtime code that a component could attack. Some use memory that no limit counts (shared memories), some give
+//! different results on different processors (relaxed SIMD).
+//!
+//! This module also checks before compilation what wasmtime does not: the state of instances outside of their
+//! memories, and the encoding of texts.
 
 use std::collections::HashSet;
 
@@ -15,8 +19,8 @@ use wasmtime::Config;
 
 use super::links;
 
-/// The features that are on. Several memories in one module are what wasmtime itself makes where two
-/// components of one plugin call each other, as in JavaScript's.
+/// The features that are on. wasmtime itself uses several memories in one module where two components of a plugin
+/// call each other, as in JavaScript's.
 const NEEDED: WasmFeatures = WasmFeatures::MUTABLE_GLOBAL
     .union(WasmFeatures::SATURATING_FLOAT_TO_INT)
     .union(WasmFeatures::SIGN_EXTENSION)
@@ -29,9 +33,8 @@ const NEEDED: WasmFeatures = WasmFeatures::MUTABLE_GLOBAL
     .union(WasmFeatures::MULTI_MEMORY)
     .union(WasmFeatures::COMPONENT_MODEL);
 
-/// How many memories, tables and instances the components of one plugin may have. Elements of
-/// tables and bytes of memories have limits of their own; this bounds what each of them costs beside, such
-/// as mappings, of which a process has 65,530.
+/// Maximum numbers of memories, tables and instances in the components of one plugin. Their sizes have limits of
+/// their own; these numbers bound the other costs of each, such as mappings, of which a process has 65,530.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Parts {
     /// Linear memories. JavaScript's engine and the component that answers its WASI have 3, others 1.
@@ -45,36 +48,37 @@ pub struct Parts {
     pub links: usize,
 }
 
-/// What a plugin may have: more than twice what any of the five languages needs.
+/// Limits on the parts of a plugin: more than twice what any of the five languages needs.
 pub const PARTS_MAX: Parts = Parts { memories: 8, tables: 16, instances: 128, links: 512 };
 
-/// What the globals, imports and references to functions of all instances of modules may take together, in
-/// bytes: six times what Python's take. It lies outside of the memories, so no other limit counts it.
+/// Limit on the globals, imports and function references of all module instances together, in bytes: six times what
+/// Python's take. They lie outside of the memories, so no other limit counts them.
 const STATE_BYTES_MAX: usize = 4 << 20;
-/// What one of each takes, as wasmtime 48 lays an instance out (`VMOffsets`).
+/// Size of one of each, from the layout of an instance in wasmtime 48 (`VMOffsets`).
 const GLOBAL_BYTES: usize = 16;
 const IMPORT_BYTES: usize = 40;
 const FUNCTION_BYTES: usize = 32;
 
-/// Version of the checks below. It is a part of the names of compiled code, so that code from before a new check
-/// is not used. Increase it with each check that refuses more.
+/// Version of the checks in this module. It is part of the names of cached code, so that code from before a new
+/// check is not used. Increase it with each check that refuses more.
 pub(super) const CHECKS_VERSION: u32 = 4;
 
-/// Checks of a component what the compiler does not.
+/// Checks what the compiler does not.
 ///
 /// # Errors
-/// What is expected and what was found, in words.
+/// The error says what was expected and what was found.
 pub(super) fn check(component: &[u8]) -> Result<(), String> {
     links::check(component, PARTS_MAX.links)?;
     check_state(component)?;
     check_texts(component)
 }
 
-/// Checks that texts cross the wall as UTF-8. The host transcodes other encodings whole, before it can bound them:
-/// a name or a line would cost as much as `limits.output` allows. The tools of the five languages use UTF-8.
+/// Checks that texts cross the boundary as UTF-8. The host converts other encodings as a whole before it can bound
+/// them: a name or a log line could then cost as much as `limits.output` allows. The tools of the five languages
+/// use UTF-8.
 fn check_texts(component: &[u8]) -> Result<(), String> {
     for payload in Parser::new(0).parse_all(component) {
-        // What cannot be read is refused by the compiler.
+        // The compiler refuses what cannot be read.
         let Ok(payload) = payload else { return Ok(()) };
         let Payload::ComponentCanonicalSection(section) = payload else { continue };
         for function in section.into_iter().flatten() {
@@ -100,29 +104,29 @@ fn check_texts(component: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// Checks that instances of a component's modules do not take more beside their memories than they may.
+/// Checks that the instances of a component's modules do not take too much outside of their memories.
 fn check_state(component: &[u8]) -> Result<(), String> {
     let bytes = state_bytes(component);
     if bytes <= STATE_BYTES_MAX {
         return Ok(());
     }
     Err(format!(
-        "the globals, imports and references to functions of its modules would take up to {} MiB, and may \
-         take {} MiB: build it of smaller modules, or of fewer instances of them",
-        bytes >> 20,
-        STATE_BYTES_MAX >> 20
+        "expected at most {} MiB of globals, imports and function references in its modules, found up to {} \
+         MiB: build it of smaller modules, or of fewer instances of them",
+        STATE_BYTES_MAX >> 20,
+        bytes >> 20
     ))
 }
 
-/// The most that its instances may take: each of its modules, as often as it is instantiated. What cannot be read
-/// counts as nothing: the compiler refuses it.
+/// Returns an upper bound on what its instances take: each module as often as it is instantiated. What cannot be
+/// read counts as nothing: the compiler refuses it.
 fn state_bytes(component: &[u8]) -> usize {
     let mut found = State::default();
     for payload in Parser::new(0).parse_all(component) {
         let Ok(payload) = payload else { return 0 };
         found.see(&payload);
     }
-    // Where a component is instantiated again, its modules are too.
+    // A component that is instantiated again instantiates its modules again.
     match found.is_repeated {
         true => found.largest.saturating_mul(PARTS_MAX.instances),
         false => {
@@ -131,18 +135,18 @@ fn state_bytes(component: &[u8]) -> usize {
     }
 }
 
-/// What was found of the modules of a component and of their instances.
+/// Sizes and counts of the modules of a component and their instances.
 #[derive(Default)]
 struct State {
-    /// The components and modules that are being read, the innermost last.
+    /// The components and modules that are being read, innermost last.
     open: Vec<OpenPart>,
-    /// What an instance of the largest module takes.
+    /// Size of an instance of the largest module.
     largest: usize,
-    /// What the instances of modules that are known take together.
+    /// Size of all instances of known modules together.
     instances_bytes: usize,
-    /// Instances of modules that come from another component: each counts as the largest.
+    /// Number of instances of modules that come from another component. Each counts as the largest module.
     elsewhere: usize,
-    /// Whether a component may be instantiated more than once: by its index, or by another name of it.
+    /// Whether a component may be instantiated more than once, by its index or by another name of it.
     is_repeated: bool,
 }
 
@@ -150,11 +154,11 @@ struct State {
 #[derive(Default)]
 struct OpenPart {
     is_module: bool,
-    /// What an instance of it takes, where it is a module.
+    /// Size of an instance, if it is a module.
     own: usize,
-    /// What an instance of each of its modules takes, by their index there; `None`: not known.
+    /// Size of an instance of each of its modules, by index; `None`: unknown.
     modules: Vec<Option<usize>>,
-    /// The components that it instantiates, by their index there.
+    /// Indexes of the components that it instantiates.
     instantiated: HashSet<u32>,
 }
 
@@ -177,7 +181,7 @@ impl State {
             Payload::ImportSection(section) => open.add(section.count() as usize * IMPORT_BYTES),
             Payload::GlobalSection(section) => open.add(section.count() as usize * GLOBAL_BYTES),
             Payload::ExportSection(section) => open.add(section.count() as usize * FUNCTION_BYTES),
-            // A byte at least names each function.
+            // Each function takes at least one byte in the section.
             Payload::ElementSection(section) => {
                 open.add(section.range().len().saturating_mul(FUNCTION_BYTES));
             }
@@ -225,7 +229,7 @@ impl State {
                 }
             }
             Payload::ComponentExportSection(section) => {
-                // An export gives what it exports another index.
+                // An export gives a component or module a second index.
                 for one in section.clone().into_iter().flatten() {
                     self.is_repeated |= one.kind == ComponentExternalKind::Component;
                     let is_module = one.kind == ComponentExternalKind::Module;
@@ -243,24 +247,24 @@ impl OpenPart {
     }
 }
 
-/// Turns off in an engine what plugins do not need.
+/// Turns off everything in an engine that plugins do not need.
 pub(super) fn restrict(config: &mut Config) {
     config.wasm_features(NEEDED.complement(), false);
 }
 
-/// Why a component was refused, in words. If it is sound and uses a feature that is off, its author has to
-/// hear which one, and how to do without.
+/// Explains why a component was refused. If it is valid except for a feature that is off, the author needs to know
+/// which one, and how to build without it.
 pub(super) fn explain(component: &[u8], refusal: &wasmtime::Error) -> String {
     let refusal = format!("{refusal:#}");
     let Some(feature) = missing(component) else { return refusal };
     format!(
-        "it uses {feature} of WebAssembly, which plugins may not use ({refusal}); build it again without: \
-         `shardmill plugin build` turns no such feature on; in Rust look at `target-feature` in RUSTFLAGS \
+        "it uses {feature} of WebAssembly, which is unsupported in plugins ({refusal}); build it without: \
+         `shardmill plugin build` does not turn it on; in Rust look at `target-feature` in RUSTFLAGS \
          and in .cargo/config.toml, in C and Go at the compiler's options"
     )
 }
 
-/// The feature that is off and without which a component is not valid; `None`: it is not valid at all.
+/// Returns the disabled feature that a component needs. `None`: it is invalid for another reason.
 fn missing(component: &[u8]) -> Option<String> {
     let error = Validator::new_with_features(NEEDED).validate_all(component).err()?;
     Validator::new_with_features(WasmFeatures::all()).validate_all(component).ok()?;
@@ -278,7 +282,7 @@ fn missing(component: &[u8]) -> Option<String> {
 mod tests {
     use super::*;
 
-    /// A component that instantiates a module with some globals.
+    /// Makes a component that instantiates a module with some globals.
     fn component(globals: usize, instances: usize) -> Vec<u8> {
         use wasm_encoder::{
             ComponentSection as _, ConstExpr, GlobalSection, GlobalType, InstanceSection, Module,
@@ -341,7 +345,7 @@ mod tests {
             assert_eq!(checked.is_ok(), is_fine, "{globals} in {instances}: {checked:?}");
         }
         let why = check_state(&component(200_000, 128)).expect_err("too much");
-        assert!(why.contains("would take up to 390 MiB, and may take 4 MiB"), "{why}");
+        assert!(why.contains("expected at most 4 MiB") && why.contains("up to 390 MiB"), "{why}");
     }
 
     #[test]
@@ -352,7 +356,7 @@ mod tests {
             (vec![&large, &small], vec![0, 1], true),
             (vec![&small], vec![0, 0], true),
             (vec![&large], vec![0, 0], false),
-            // Others that are never instantiated are no excuse.
+            // Other components that are never instantiated do not lower the count.
             (vec![&large, &small, &small], vec![0, 0], false),
         ] {
             let checked = check_state(&composed(&nested, &instantiated));
@@ -360,14 +364,14 @@ mod tests {
         }
     }
 
-    /// A component of nested ones, that instantiates those with these indexes.
+    /// Makes a component with nested ones, which instantiates those with these indexes.
     fn composed(nested: &[&Vec<u8>], instantiated: &[u32]) -> Vec<u8> {
         use wasm_encoder::{
             ComponentInstanceSection, ComponentSection as _, NestedComponentSection,
         };
         let mut outer = wasm_encoder::Component::HEADER.to_vec();
         for inner in nested {
-            // A nested component: its section's number, its length, its bytes.
+            // A nested component: section number, length, bytes.
             outer.push(NestedComponentSection(&wasm_encoder::Component::new()).id());
             leb128(inner.len(), &mut outer);
             outer.extend(*inner);

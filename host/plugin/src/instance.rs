@@ -1,4 +1,16 @@
-//! One sandbox: a store with its limits and deadline, and the calls into it.
+//! One sandbox: a wasmtime store with its limits and clock, and the calls into it.
+//!
+//! Every limit holds per instance and is checked where it is spent:
+//!
+//! | limit | checked by | fault |
+//! |---|---|---|
+//! | CPU time, time of host calls | the epoch callback ([`look`]) | `Timeout`, or `Starved`: nobody is to blame |
+//! | memory and table elements, all together | [`ResourceLimiter`], before each growth | `Memory` |
+//! | bytes that the host copies for one answer or argument | hostcall fuel, before the copy | `Output` |
+//! | number of memories, tables and instances | wasmtime, at instantiation | `Parts` |
+//!
+//! After a [`CallError`] the instance must be dropped. Its memory may be in any state in the middle of a
+//! computation, so another call could give wrong answers. The caller starts a new one.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,50 +29,51 @@ use shardmill_core::escape::escaped;
 use shardmill_core::record::excerpt;
 use shardmill_core::system::LimitError;
 
-/// Bytes that `configure` may hand back, or to the host in one call: a descriptor of thousands of columns.
+/// Bytes that `configure` may return, or pass to the host in one call: enough for a descriptor of thousands of
+/// columns.
 const CONFIGURE_BYTES_MAX: usize = 1 << 20;
 
-/// A call that gave no answer. The instance is dead: drop it.
+/// A call that gave no answer. The instance must be dropped.
 #[derive(Clone, Debug)]
 pub struct CallError {
-    /// What kind of failure it was.
+    /// The kind of the failure.
     pub kind: CallErrorKind,
-    /// What happened, in one line.
+    /// Description in one line.
     pub message: String,
-    /// The plugin's stack at the trap; empty when there is none.
+    /// The plugin's backtrace at the trap; empty if there is none.
     pub backtrace: String,
 }
 
-/// How a call failed.
+/// The kind of a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CallErrorKind {
     /// The plugin trapped.
     Trap,
-    /// Its time was used up: its own, or by waiting for the host.
+    /// Its time was used up: its own CPU time, or by waiting for the host.
     Timeout,
-    /// The machine did not give it the time to end. The plugin and its records are not to blame.
+    /// The machine was too busy to give it CPU time. Neither the plugin nor its records are to blame.
     Starved,
     /// It asked for more memory or table elements than it may have.
     Memory,
-    /// It handed back more than it may.
+    /// It returned more than it may.
     Output,
-    /// Its component has more parts than one may have.
+    /// Its component has more parts than the host allows.
     Parts,
-    /// The system did not give this process what a sandbox needs.
+    /// The system refused what a sandbox needs, such as address space.
     System,
 }
 
 impl CallError {
-    /// An answer that is more than the plugin may hand back.
+    /// Returns the error for an answer that is larger than allowed.
     pub fn output(excess: impl std::fmt::Display) -> Self {
         Self {
             kind: CallErrorKind::Output,
-            message: format!("process handed back more than it may: {excess}"),
+            message: format!("process returned more than allowed: {excess}"),
             backtrace: String::new(),
         }
     }
 
-    /// An answer that breaks the plugin contract counts as a trap.
+    /// Returns the error for an answer that breaks the plugin contract. It counts as a trap.
     pub fn contract(violation: impl std::fmt::Display) -> Self {
         Self {
             kind: CallErrorKind::Trap,
@@ -76,10 +89,10 @@ impl std::fmt::Display for CallError {
     }
 }
 
-/// What the store keeps: for the limiter, and for what the plugin asks of the host.
+/// The data of a store: the counts of the limiter, and what the plugin's calls of the host need.
 pub struct Sandbox {
     caller: HostCaller,
-    /// Linear memories that its component has.
+    /// Number of linear memories of its component.
     memories: usize,
     memory_bytes: usize,
     memory_bytes_max: usize,
@@ -105,7 +118,7 @@ impl ResourceLimiter for Sandbox {
         desired: usize,
         _maximum: Option<usize>,
     ) -> wasmtime::Result<bool> {
-        // wasmtime asks per memory; the limit holds for all of them together.
+        // wasmtime asks for each memory; the limit holds for all of them together.
         let total = self.memory_bytes + (desired - current);
         if total > self.memory_bytes_max {
             self.refused = Some(format!(
@@ -162,8 +175,8 @@ impl Instance {
     /// Makes a sandbox and configures the plugin in it.
     ///
     /// # Errors
-    /// [`CallError`] when the plugin traps, takes too long, or refuses its configuration (then the
-    /// message is the plugin's own).
+    /// [`CallError`] when the plugin traps, takes too long, or refuses its configuration (then the message is the
+    /// plugin's own).
     pub fn start(
         plugin: &Plugin,
         limits: &StageLimits,
@@ -202,7 +215,8 @@ impl Instance {
             }
             Ok(Err(message)) => Err(CallError {
                 kind: CallErrorKind::Trap,
-                // It may repeat a secret of its configuration, half of which would not be found.
+                // The message may repeat a secret of the configuration. Secrets are hidden before it is cut: half
+                // of one would not be found.
                 message: format!(
                     "configure refused: {}",
                     escaped(&excerpt(services.values.hide(message).as_bytes()), &[])
@@ -213,28 +227,29 @@ impl Instance {
         }
     }
 
-    /// Gives calls more time to get their CPU time, after `times` calls in a row that were starved.
+    /// Gives the next calls more wall time, after `times` starved calls in a row.
     pub fn starved_before(&mut self, times: u32) {
         self.starved = times;
     }
 
-    /// Whether the next calls are expected to last so long that their time is worth measuring.
+    /// Whether the next calls are expected to last so long that reading the thread's clock for them is worth its
+    /// cost.
     pub fn measured(&mut self, are_long: bool) {
         self.are_long = are_long;
     }
 
-    /// Runs one batch, within this CPU time of the plugin's own.
+    /// Runs one batch, with at most `limit_ms` of the plugin's own CPU time.
     ///
     /// # Errors
-    /// [`CallError`]: the instance is dead and must be dropped.
+    /// [`CallError`]: the instance is unusable and must be dropped.
     pub fn process(
         &mut self,
         batch: &WireBatch,
         limit_ms: u64,
     ) -> Result<Result<Outcome, Failure>, CallError> {
-        // The first look at the clocks is at the next tick: before that, a call is over no limit.
+        // The clocks are first read at the next epoch tick: no call can be over a limit before that.
         self.store.set_epoch_deadline(1);
-        // What the host copies out of the plugin's memory for one answer or argument, before it looks at it.
+        // Bounds what the host copies out of the plugin's memory for one answer or argument, before it is read.
         self.store.set_hostcall_fuel(self.limits.output_bytes_max);
         let sandbox = self.store.data_mut();
         let time = CallTime::of_ms(limit_ms, Some(self.limits.host_ms(limit_ms)));
@@ -243,13 +258,13 @@ impl Instance {
             true => sandbox.caller.clock.begin_measured(time),
             false => sandbox.caller.clock.begin(time),
         }
-        // What an earlier call was refused, and got by without, is not this one's fault.
+        // An earlier call may have been refused memory and done without: that is not this call's fault.
         sandbox.refused = None;
         let answer = self.exports.shardmill_plugin_stage().call_process(&mut self.store, batch);
         answer.map_err(|error| diagnose(&self.store, &error, "process"))
     }
 
-    /// The time of the last call, which has lasted `took`, without what it waited for a core.
+    /// Returns the time of the last call, which lasted `took`, without the time that it waited for a core.
     pub fn busy(&self, took: Duration) -> Duration {
         self.store.data().caller.clock.busy(took)
     }
@@ -260,13 +275,14 @@ impl Instance {
     }
 }
 
-/// Looks at the clocks of the call under way: when the epoch has advanced so far that it may be over.
+/// Reads the clocks of the running call when the epoch has advanced, and says after how many ticks to look again.
 fn look(mut store: StoreContextMut<'_, Sandbox>) -> wasmtime::Result<UpdateDeadline> {
     let left = store.data_mut().caller.clock.look();
     Ok(left.map_or(UpdateDeadline::Interrupt, |left| UpdateDeadline::Continue(ticks_of(left))))
 }
 
-/// Turns wasmtime's error into the kind, one line, and the backtrace.
+/// Turns wasmtime's error into a kind, one line and a backtrace. The order matters: a call that was interrupted for
+/// its time fails with a trap too, and a refused growth mostly ends in a trap of the plugin's own allocator.
 fn diagnose(store: &Store<Sandbox>, error: &wasmtime::Error, call: &str) -> CallError {
     let backtrace = error
         .downcast_ref::<wasmtime::WasmBacktrace>()
@@ -281,7 +297,7 @@ fn diagnose(store: &Store<Sandbox>, error: &wasmtime::Error, call: &str) -> Call
         return CallError { kind, message, backtrace };
     }
     let (kind, message) = match (error.downcast_ref::<Trap>(), &sandbox.refused) {
-        // wasmtime's words; the limits are ours.
+        // The prefix is wasmtime's wording; the limits are ours.
         (None, _) if root.starts_with("resource limit exceeded:") => {
             let Parts { memories, tables, instances, .. } = PARTS_MAX;
             let message = format!(
@@ -293,14 +309,14 @@ fn diagnose(store: &Store<Sandbox>, error: &wasmtime::Error, call: &str) -> Call
         (_, Some(refused)) => (CallErrorKind::Memory, format!("{call} {refused}, then: {root}")),
         (Some(trap), None) => (CallErrorKind::Trap, format!("{call} trapped: {trap}")),
         (None, None) if root.contains("fuel") => {
-            (CallErrorKind::Output, format!("{call} handed back more than it may: {root}"))
+            (CallErrorKind::Output, format!("{call} returned more than allowed: {root}"))
         }
         (None, None) => match LimitError::of_refusal(&root, sandbox.memories) {
             Some(limit) => (CallErrorKind::System, format!("{call} failed: {root}: {limit}")),
             None => (CallErrorKind::Trap, format!("{call} failed: {root}")),
         },
     };
-    // Many plugins do not get by without the answer: why there was none is what helps.
+    // Many plugins trap if the host gives no answer: the reason for the missing answer is what helps.
     let (kind, message) = match sandbox.caller.clock.late() {
         Some((host_call, budget)) if kind == CallErrorKind::Trap => {
             let budget_ms = budget.as_millis();
@@ -312,7 +328,7 @@ fn diagnose(store: &Store<Sandbox>, error: &wasmtime::Error, call: &str) -> Call
     CallError { kind, message, backtrace }
 }
 
-/// The kind and the words of a call that was ended for its time.
+/// Returns kind and description of a call that was ended for its time.
 fn out_of_time(
     (over, spent, time): (Over, Spent, CallTime),
     call: &str,

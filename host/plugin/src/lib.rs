@@ -1,12 +1,13 @@
 //! Plugins: from a file's bytes to a sandboxed instance that can be called.
 //!
-//! [`Plugin::load`] proves that the bytes are a component of our world and compiles them (or takes
-//! the compiled form from [`cache`]); [`Instance`] is one sandbox: a store with its limits, its
-//! deadline and the typed calls. What a stage does with the answers is not known here.
+//! [`Plugin::load`] validates that the bytes are a component of our world, and compiles them (or takes the compiled
+//! code from [`cache`]). [`Instance`] is one sandbox: a store with its limits, its clock and the typed calls. What
+//! a stage does with the answers is not known here.
 //!
-//! The bytes of a component, its limits and its grants go in; descriptors, outputs and rejects come out, or the reason
-//! why a call gave no answer. Nothing here knows a stage, a lane or a sink. It uses `config`, `core`, `net` for the
-//! capability `http` and `pg` for lookups; its heavy dependencies are wasmtime, wasmparser and the drivers of lookups.
+//! The bytes of a component, its limits and its grants go in. Descriptors, outputs and rejects come out, or the
+//! reason why a call gave no answer. Nothing here knows a stage, a lane or a sink. The crate uses `config`, `core`,
+//! `net` for the capability `http` and `pg` for lookups; its heavy dependencies are wasmtime, wasmparser and the
+//! drivers of lookups.
 
 mod bindings;
 mod cache;
@@ -48,7 +49,7 @@ use shardmill_core::record::Digest;
 /// The interface that a plugin exports, without its version.
 const STAGE_INTERFACE: &str = "shardmill:plugin/stage";
 
-/// Why bytes are not a plugin that this host can run.
+/// Reason why bytes are not a plugin that this host can run.
 #[derive(Debug, thiserror::Error)]
 pub enum PluginError {
     /// The file cannot be read.
@@ -56,12 +57,12 @@ pub enum PluginError {
     Unreadable {
         /// The file.
         path: String,
-        /// What the system says.
+        /// The system's error.
         cause: std::io::Error,
     },
-    /// The bytes do not begin as WebAssembly does.
+    /// The bytes do not start with WebAssembly's magic number.
     #[error(
-        "{path} is no WebAssembly: it begins with {begins}; build a component with `shardmill plugin build`"
+        "{path} is not WebAssembly: it starts with {begins}; build a component with `shardmill plugin build`"
     )]
     NoWasm {
         /// The file.
@@ -69,7 +70,7 @@ pub enum PluginError {
         /// Its first bytes in hex.
         begins: String,
     },
-    /// A core module: what compilers write before it is wrapped.
+    /// A core module, as compilers write it before it is wrapped into a component.
     #[error(
         "{path} is a core WebAssembly module, not a component; wrap it with `shardmill plugin build`"
     )]
@@ -77,54 +78,53 @@ pub enum PluginError {
         /// The file.
         path: String,
     },
-    /// A component that exports something else.
+    /// A component that does not export our interface.
     #[error("{path} does not export {STAGE_INTERFACE}@{WIT_VERSION}: {found}")]
     OtherWorld {
         /// The file.
         path: String,
-        /// What it exports instead, and the way out.
+        /// Its exports, and what to do.
         found: String,
     },
-    /// A component that asks for what no host gives.
+    /// A component that imports something that the host does not have.
     #[error(
-        "{path} imports {imports}, which shardmill does not have: a plugin may import capabilities \
-         ({capabilities}) and nothing else; WASI is answered inside of the component, by \
-         `shardmill plugin build`"
+        "{path} has unsupported imports: {imports}; a plugin may import only capabilities \
+         ({capabilities}): build it with `shardmill plugin build`, which answers WASI inside of the component"
     )]
     Imports {
         /// The file.
         path: String,
         /// The interfaces or functions, by name.
         imports: String,
-        /// What it may import.
+        /// The names of the capabilities that it may import.
         capabilities: String,
     },
-    /// It does not compile within its limits, or not at all.
+    /// The component cannot be compiled within its limits, or not at all.
     #[error("{path} does not compile: {cause}")]
     Uncompiled {
         /// The file.
         path: String,
-        /// Why.
+        /// Reason.
         cause: CompileError,
     },
-    /// wasmtime refuses it.
+    /// wasmtime refuses the component.
     #[error("{path} is not a valid component: {cause}")]
     Invalid {
         /// The file.
         path: String,
-        /// What wasmtime says.
+        /// wasmtime's error.
         cause: String,
     },
 }
 
-/// What plugins are loaded with.
+/// The parts of the host that load and run plugins.
 #[derive(Clone)]
 pub struct PluginHost {
     /// The engine that runs them.
     pub engine: PluginEngine,
-    /// Who compiles them, and where compiled code is kept.
+    /// The compiler, and the cache of compiled code.
     pub cache: CompileCache,
-    /// What their capabilities answer from.
+    /// The sources from which capabilities answer.
     pub backends: Backends,
 }
 
@@ -133,13 +133,13 @@ pub struct PluginHost {
 pub struct Plugin {
     /// The digest of its bytes.
     pub digest: Digest,
-    /// Where it came from, for messages.
+    /// Path of its file, for messages.
     pub path: Arc<str>,
-    /// What it asks of the host. Its stage must grant all of it.
+    /// Capabilities that it imports. Its stage must grant all of them.
     pub capabilities: Arc<BTreeSet<Capability>>,
     /// The size of its component, in bytes.
     pub component_bytes: usize,
-    /// Linear memories that an instance has.
+    /// Number of linear memories of an instance.
     pub memories: usize,
     pre: bindings::PluginWithCapabilitiesPre<instance::Sandbox>,
     engine: PluginEngine,
@@ -187,7 +187,7 @@ impl Plugin {
             .component(engine, &digest, bytes)
             .map_err(|cause| PluginError::Uncompiled { path: path.into(), cause })?;
         let capabilities = check_world(engine, path, &component)?;
-        // Not known of a component that imports modules, which is refused just above.
+        // Unknown only for a component that imports modules, which was refused just above.
         let memories = component
             .resources_required()
             .map_or(PARTS_MAX.memories, |it| it.num_memories as usize);
@@ -207,10 +207,10 @@ impl Plugin {
     }
 }
 
-/// Tells a component from a core module and from what is no WebAssembly at all.
+/// Distinguishes a component from a core module and from anything else.
 ///
-/// Source: the component model's `Binary.md`: magic, then a version and a layer of 16 bits each;
-/// layer 0 is a core module, layer 1 a component.
+/// Source: the component model's `Binary.md`: the magic number, then version and layer of 16 bits each. Layer 0 is
+/// a core module, layer 1 a component.
 fn check_layer(path: &str, bytes: &[u8]) -> Result<(), PluginError> {
     match bytes {
         [b'\0', b'a', b's', b'm', _, _, 1, 0, ..] => Ok(()),
@@ -227,14 +227,14 @@ fn check_layer(path: &str, bytes: &[u8]) -> Result<(), PluginError> {
     }
 }
 
-/// Offers every capability; what a component imports is checked against its stage's grants.
+/// Links every capability; what a component imports is compared with its stage's grants.
 fn linker(engine: &PluginEngine) -> wasmtime::Result<Linker<instance::Sandbox>> {
     let mut linker = Linker::new(engine.wasmtime());
     capability::offer(&mut linker)?;
     Ok(linker)
 }
 
-/// Checks the exports against our world, and gives the capabilities among the imports.
+/// Checks the exports against our world, and returns the capabilities among the imports.
 fn check_world(
     engine: &PluginEngine,
     path: &str,
@@ -250,7 +250,7 @@ fn check_world(
                 format!("it was built for {other}; rebuild it with the SDK of this host's version")
             }
             (None, []) => {
-                "it exports nothing; build it for the world `shardmill:plugin/plugin`".into()
+                "it has no exports; build it for the world `shardmill:plugin/plugin`".into()
             }
             (None, some) => format!(
                 "it exports {}; build it for the world `shardmill:plugin/plugin`",
@@ -262,7 +262,7 @@ fn check_world(
     let mut capabilities = BTreeSet::new();
     let mut unknown = Vec::new();
     for (name, _) in world.imports(engine.wasmtime()) {
-        // Our own `types` holds no function: every component of the world imports it.
+        // Our own `types` contains no function; every component of the world imports it.
         if name.starts_with("shardmill:plugin/types@") {
             continue;
         }

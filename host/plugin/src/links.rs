@@ -1,31 +1,32 @@
 //! Counts the instances that a component links together, before it is compiled.
 //!
-//! Components nest, and each may instantiate the one inside of it twice: a file of 4 KB describes millions of
-//! instances. wasmtime keeps state for each of them in every instance of the plugin, on the host's heap, where
-//! no limit of memories counts it; the compiler unrolls them all.
+//! Components nest, and each may instantiate the one inside of it twice: a file of 4 KB can describe millions of
+//! instances. wasmtime keeps state for each of them in every instance of the plugin, on the host's heap, where no
+//! limit on memories counts it; and the compiler unrolls all of them. So the file is read once, without being
+//! compiled, and the instances are multiplied out.
 
 use wasmparser::{
     ComponentAlias, ComponentExternalKind, ComponentInstance, ComponentOuterAliasKind,
     ComponentType, ComponentTypeRef, Encoding, Instance, Parser, Payload,
 };
 
-/// Links of a component that is not known before it is linked: one that is imported, or an export of an
-/// instance. No tool of the five languages makes use of one.
+/// Links of a component whose content is unknown before linking: an imported one, or an export of an instance. No
+/// tool of the five languages uses one.
 const UNKNOWN: usize = usize::MAX;
 
-/// A component or module whose end has not been read yet.
+/// A component or module that is being read.
 struct Open {
     is_component: bool,
-    /// Links of one instance of it.
+    /// Number of links of one instance of it.
     links: usize,
-    /// The same of each component that it can name, by its index.
+    /// The same for each component that it can name, by index.
     components: Vec<usize>,
 }
 
-/// Checks that a component does not link more than it may.
+/// Checks that a component does not link more than `links_max`.
 ///
 /// # Errors
-/// What is expected and what was found, in words.
+/// The expected number and the one found, in words.
 pub(super) fn check(component: &[u8], links_max: usize) -> Result<(), String> {
     let found = match count(component) {
         links if links <= links_max => return Ok(()),
@@ -43,8 +44,8 @@ pub(super) fn check(component: &[u8], links_max: usize) -> Result<(), String> {
     ))
 }
 
-/// Instances of components and modules, functions that cross between them, and resource types, all
-/// repetitions included. A component that cannot be read counts as nothing: the compiler refuses it.
+/// Counts instances of components and modules, functions that cross between them, and resource types, with all
+/// repetitions. A component that cannot be read counts as nothing: the compiler refuses it.
 fn count(component: &[u8]) -> usize {
     let mut open: Vec<Open> = Vec::new();
     for payload in Parser::new(0).parse_all(component) {
@@ -73,7 +74,7 @@ fn count(component: &[u8]) -> usize {
     0
 }
 
-/// Adds a section to the component that it is of; `outer`: those around that one, outermost first.
+/// Adds a section to the component that contains it. `outer`: the components around that one, outermost first.
 fn read(section: Payload<'_>, own: &mut Open, outer: &[Open]) {
     let more = match section {
         Payload::InstanceSection(section) => {
@@ -124,7 +125,7 @@ fn read(section: Payload<'_>, own: &mut Open, outer: &[Open]) {
             0
         }
         Payload::ComponentExportSection(section) => {
-            // What is exported has a second index.
+            // An export gives a component a second index.
             let exports = section.into_iter().flatten();
             for one in exports.filter(|one| one.kind == ComponentExternalKind::Component) {
                 own.name(own.component(one.index));
@@ -137,12 +138,12 @@ fn read(section: Payload<'_>, own: &mut Open, outer: &[Open]) {
 }
 
 impl Open {
-    /// Links of an instance of a component that it can name.
+    /// Returns the number of links of an instance of the component with this index.
     fn component(&self, index: u32) -> usize {
         self.components.get(index as usize).copied().unwrap_or(UNKNOWN)
     }
 
-    /// Gives the next index to a component with so many links.
+    /// Gives the next index to a component with this number of links.
     fn name(&mut self, links: usize) {
         self.components.push(links);
     }
@@ -177,7 +178,7 @@ mod tests {
         instances.append_to_component(outer);
     }
 
-    /// Components of which each instantiates the one inside of it twice.
+    /// Components that each instantiate the one inside of them twice.
     fn doubled(innermost: &[u8], depth: usize) -> Vec<u8> {
         (0..depth).fold(innermost.to_vec(), |inner, _| {
             let mut outer = empty();
@@ -207,7 +208,7 @@ mod tests {
     #[test]
     fn wall_11_a_component_is_found_by_each_of_its_names() {
         let large = doubled(&empty(), 10);
-        // By an alias from inside of another component.
+        // Named by an alias from inside of another component.
         let mut alias = ComponentAliasSection::new();
         alias.alias(Alias::Outer { kind: OuterKind::Component, count: 1, index: 0 });
         let mut user = empty();
@@ -218,7 +219,7 @@ mod tests {
         nest(&user, &mut component);
         instantiate(&[1], &mut component);
         assert_eq!(count(&component), 1 + 1 + 2047);
-        // By its export.
+        // Named by its export.
         let mut exports = ComponentExportSection::new();
         exports.export("again", ComponentExportKind::Component, 0, None);
         let mut component = empty();
@@ -234,7 +235,7 @@ mod tests {
         imports.import("any", TypeRef::Component(0));
         let mut component = empty();
         imports.append_to_component(&mut component);
-        // It costs nothing before it is instantiated.
+        // It costs nothing until it is instantiated.
         assert_eq!(count(&component), 1);
         instantiate(&[0], &mut component);
         let why = check(&component, PARTS_MAX.links).expect_err("not known");

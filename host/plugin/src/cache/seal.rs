@@ -1,7 +1,7 @@
-//! The seal of compiled components: an HMAC over name and content, by a secret beside them.
+//! The seal of compiled components: an HMAC over name and content, under a secret key in the same folder.
 //!
-//! A digest alone would show that a file is whole, not who wrote it: compiled code that somebody else made
-//! would run in place of a component that is pinned by its digest.
+//! A digest alone would show that a file is complete, not who wrote it: compiled code that somebody else made could
+//! run in place of a component that is pinned by its digest.
 
 use std::fmt;
 use std::io::{self, ErrorKind, Read as _, Write as _};
@@ -13,14 +13,14 @@ use sha2::Sha256;
 use super::Users;
 use shardmill_core::private;
 
-/// The file that holds the secret.
+/// File of the secret key.
 const KEY_FILE: &str = "seal.key";
-/// As many as a block of SHA-256 has: HMAC takes them as they are.
+/// Length of the key: the block size of SHA-256, which HMAC uses as it is.
 const KEY_BYTES: usize = 64;
-/// Bytes of the seal that ends a file.
+/// Length of the seal at the end of a file.
 const SEAL_BYTES: usize = 32;
 
-/// The secret of a folder.
+/// The secret key of a folder.
 pub(super) struct Seal([u8; KEY_BYTES]);
 
 impl fmt::Debug for Seal {
@@ -30,10 +30,10 @@ impl fmt::Debug for Seal {
 }
 
 impl Seal {
-    /// Reads the secret of a folder. Folder and secret are made if they are missing, for this user alone.
+    /// Reads the key of a folder. Creates folder and key if they are missing, readable by this user only.
     ///
     /// # Errors
-    /// The system's, or that the secret may not be one: nothing there can be used then.
+    /// The system's, or that the file cannot serve as a key: then the folder cannot be used.
     pub(crate) fn of_folder(folder: &Path, users: Users) -> io::Result<Self> {
         private::make_folders(folder)?;
         if users != Users::Named {
@@ -42,13 +42,13 @@ impl Seal {
         let path = folder.join(KEY_FILE);
         match read(&path)? {
             Found::Key(key) => {
-                // A volume's group may have been given rights in it (fsGroup).
+                // A volume's group may have got access to it (fsGroup).
                 private::tighten(&path);
                 return Ok(Self(key));
             }
             Found::Missing => {}
             Found::Exposed => {
-                // What others may know seals nothing. Files under the old key are compiled again.
+                // A key that others could read proves nothing. Files sealed with it are compiled again.
                 tracing::warn!(
                     file = %path.display(),
                     "other users could read the key that seals compiled plugins; it is replaced"
@@ -60,25 +60,25 @@ impl Seal {
         match read(&path)? {
             Found::Key(key) => Ok(Self(key)),
             Found::Missing | Found::Exposed => Err(io::Error::other(format!(
-                "expected a key of mode 0600 at {}, and the file system does not keep it",
+                "expected a key of mode 0600 at {}: the file system does not keep its mode",
                 path.display()
             ))),
         }
     }
 
-    /// The seal of a file.
+    /// Returns the seal of a file.
     pub fn of(&self, name: &str, code: &[u8]) -> [u8; SEAL_BYTES] {
         self.mac(name, code).finalize().into_bytes().into()
     }
 
-    /// The content of a sealed file; `None`: the seal is not by this key, for this name and content.
+    /// Returns the content of a sealed file; `None`: the seal does not match this key, name and content.
     pub fn opened<'f>(&self, name: &str, sealed: &'f [u8]) -> Option<&'f [u8]> {
         let (code, seal) = sealed.split_at_checked(sealed.len().checked_sub(SEAL_BYTES)?)?;
         self.mac(name, code).verify_slice(seal).ok()?;
         Some(code)
     }
 
-    /// Sealed with its name: code of one component must not pass for that of another.
+    /// Computes the MAC. The name is part of it: code of one component must not pass as that of another.
     fn mac(&self, name: &str, code: &[u8]) -> Hmac<Sha256> {
         let mut mac = Hmac::<Sha256>::new((&self.0).into());
         mac.update(&(name.len() as u64).to_le_bytes());
@@ -91,7 +91,7 @@ impl Seal {
 enum Found {
     Key([u8; KEY_BYTES]),
     Missing,
-    /// Others have rights in it.
+    /// Other users have access to it.
     Exposed,
 }
 
@@ -116,7 +116,7 @@ fn read(path: &Path) -> io::Result<Found> {
     key.map(Found::Key)
 }
 
-/// Makes a key, unless another process is first.
+/// Creates a key, unless another process has just done so.
 fn make(folder: &Path, path: &Path) -> io::Result<()> {
     let mut key = [0; KEY_BYTES];
     getrandom::fill(&mut key).map_err(io::Error::other)?;
@@ -145,7 +145,7 @@ mod tests {
         assert_eq!(other.opened("a", &sealed), None);
         assert_eq!(one.opened("a", &sealed[1..]), None);
         assert_eq!(one.opened("a", b"short"), None);
-        // Name and content do not run into each other.
+        // The lengths keep name and content apart.
         assert_ne!(one.of("ab", b"c"), one.of("a", b"bc"));
     }
 
@@ -159,14 +159,14 @@ mod tests {
         let key = folder.join(KEY_FILE);
         let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
         assert_eq!((mode(&folder), mode(&key)), (0o700, 0o600));
-        // One that a group of this process was given is kept: else each start of a pod would compile again.
+        // A key that a group of this process may read stays: otherwise each start of a pod would compile again.
         fs::set_permissions(&key, fs::Permissions::from_mode(0o660)).unwrap();
         assert_eq!((first, 0o600), (of(), mode(&key)));
-        // One that others could read is replaced.
+        // A key that others could read is replaced.
         fs::set_permissions(&key, fs::Permissions::from_mode(0o644)).unwrap();
         assert_ne!(first, of());
         assert_eq!(mode(&key), 0o600);
-        // What is no key is not used, and not replaced.
+        // A file that is not a key is neither used nor replaced.
         fs::write(&key, "short").unwrap();
         let error = Seal::of_folder(&folder, Users::User).unwrap_err().to_string();
         assert!(error.contains("expected a key of 64 bytes"), "{error}");

@@ -1,4 +1,8 @@
-//! The host's answers to a plugin's calls, for one instance.
+//! Answers the calls of one plugin instance to the host.
+//!
+//! Texts that are shown later (log lines, help texts, errors of servers) pass `Values::hide`, so that a secret of the
+//! configuration does not reach a log or an error. An argument of the wrong shape (a key that lies outside of its
+//! arena) is a trap; too many or too large arguments are an error that the plugin can handle.
 
 use std::sync::Arc;
 use std::time::{Instant, SystemTime};
@@ -14,22 +18,22 @@ use shardmill_config::StageLimits;
 use shardmill_core::off_thread;
 use shardmill_net::HttpRequest;
 
-/// One instance, as far as it may ask the host for anything.
+/// The identity and limits of one instance that calls the host.
 pub(crate) struct HostCaller {
     services: Arc<Services>,
     author: Author,
-    /// Whether `configure` is under way: only then metrics are announced, and no server is asked.
+    /// Whether `configure` is running: metrics can be announced only then, and servers cannot be asked then.
     configuring: bool,
-    /// The time of the call under way.
+    /// The clock of the running call.
     pub(crate) clock: CallClock,
     metrics: Metrics,
     log_lines_per_s_max: u32,
-    /// What one answer of a lookup may hold, in bytes.
+    /// Maximum size of an answer of a lookup, in bytes.
     answer_bytes_max: usize,
 }
 
 impl HostCaller {
-    /// An instance that is about to be configured.
+    /// Creates the caller for an instance that is about to be configured.
     pub fn new(services: Arc<Services>, shard: &str, limits: &StageLimits) -> Self {
         let stage = services.stage.clone();
         Self {
@@ -39,18 +43,18 @@ impl HostCaller {
             clock: CallClock::new(),
             metrics: Metrics::default(),
             log_lines_per_s_max: limits.log_lines_per_s_max,
-            // A plugin cannot take an answer that does not fit into its memory.
+            // An answer that does not fit into the plugin's memory is of no use.
             answer_bytes_max: limits.answer_bytes_max(),
         }
     }
 
-    /// `configure` is over; the plugin has said its version.
+    /// Notes that `configure` is over, and the plugin's version.
     pub fn configured(&mut self, version: &str) {
         self.configuring = false;
         self.author.version = version.to_owned();
     }
 
-    /// A component that imports what is not granted is refused at load. This is the second lock.
+    /// Checks a grant again. A component that imports what is not granted was already refused when it was loaded.
     pub(super) fn granted(&self, capability: Capability) -> wasmtime::Result<()> {
         match self.services.granted.contains(&capability) {
             true => Ok(()),
@@ -58,9 +62,9 @@ impl HostCaller {
         }
     }
 
-    /// Why a capability is not answered now, if it is not. `configure` runs at each check, swap, trial and
-    /// renewal, once per shard: a server that it asks would be asked as often, and one that is down would
-    /// keep a pipeline from starting that it is not needed for yet.
+    /// Returns why a capability is not available now; `None` if it is. `configure` runs at each check, swap, trial
+    /// and renewal, once per shard. Servers that it asked would be asked as often, and one that is down would keep
+    /// a pipeline from starting before it is needed.
     pub(super) fn unavailable(&self, capability: Capability) -> Option<String> {
         let is_refused = self.configuring && !capability.is_for_configure();
         is_refused.then(|| {
@@ -70,18 +74,18 @@ impl HostCaller {
         })
     }
 
-    /// Whether a line of the log may be written now; if not, it is counted.
+    /// Whether a log line may be written now; if not, it is counted.
     pub(super) fn takes_line(&self) -> bool {
         self.services.used.lines.take(&self.author, self.log_lines_per_s_max)
     }
 
-    /// Writes a line.
+    /// Writes a log line.
     pub(super) fn write(&self, level: wit::log::Level, message: &str) {
         let line = log::line(message, |copied| self.services.values.hide(copied));
         log::emit(&self.author, level, &line);
     }
 
-    /// Announces a metric.
+    /// Announces a metric, or returns the number of one that is announced already.
     pub(super) fn register(
         &mut self,
         kind: wit::metrics::Kind,
@@ -104,7 +108,7 @@ impl HostCaller {
             .ok_or_else(|| wasmtime::format_err!("metric {metric} was not registered"))
     }
 
-    /// Looks up rows until `deadline`; `arena` and `keys` lie in the plugin's memory.
+    /// Looks up rows until `deadline`. `arena` and `keys` lie in the plugin's memory.
     pub(super) fn look_up(
         &self,
         name: &str,
@@ -127,6 +131,7 @@ impl HostCaller {
             Err(error) => return Err(wasmtime::format_err!("lookup.get: {error}")),
         };
         let rows = lookup.get_within(&keys, deadline, self.answer_bytes_max);
+        // Checked before the answer is used: a wait that the stop ended looks like a failed lookup.
         going_on()?;
         let rows = match rows {
             Ok(rows) => rows,
@@ -140,7 +145,7 @@ impl HostCaller {
         }
     }
 
-    /// Sends a request and waits for the answer.
+    /// Sends a request and waits for the response.
     pub(super) fn send(
         &mut self,
         request: HttpRequest,
@@ -164,8 +169,8 @@ impl HostCaller {
     }
 }
 
-/// Ends the plugin's call where the process ends: it would answer for its records without what it asked for, or
-/// ask again. The lane has stopped, so no record is to blame.
+/// Ends the plugin's call if the process is stopping. The plugin would otherwise answer without what it asked for,
+/// or ask again. The lane has stopped already, so no record is blamed.
 fn going_on() -> wasmtime::Result<()> {
     match off_thread::waits_ended() {
         true => Err(wasmtime::format_err!("the pipeline stops")),

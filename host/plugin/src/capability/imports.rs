@@ -1,8 +1,8 @@
-//! The functions that a plugin imports, as far as their arguments are texts or lists.
+//! The functions that a plugin imports, where their arguments are texts or lists.
 //!
-//! The generated code would copy an argument whole before it asks anybody. Here an argument is a view of the
-//! plugin's memory until its size was checked: what a call may cost the host is bounded before anything is
-//! copied, by the limits below, and by `limits.output` for all that crosses in one call.
+//! Generated code would copy each argument before our code runs. Here an argument stays a view of the plugin's
+//! memory until its size was checked. So what a call may cost the host is bounded before anything is copied: by the
+//! limits below, and by `limits.output` for everything that crosses in one call.
 
 use wasmtime::component::{ComponentType, HasSelf, Lift, Linker, WasmList, WasmStr};
 use wasmtime::{AsContext as _, StoreContextMut};
@@ -26,7 +26,7 @@ struct RequestView {
     body: WasmList<u8>,
 }
 
-/// Offers every capability; what a component imports is checked against its stage's grants.
+/// Links every capability; what a component imports is compared with its stage's grants.
 pub(crate) fn offer<T: HasCaller>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
     wit::clock::add_to_linker::<_, HasSelf<HostCaller>>(linker, T::caller_mut)?;
     wit::random::add_to_linker::<_, HasSelf<HostCaller>>(linker, T::caller_mut)?;
@@ -40,6 +40,7 @@ pub(crate) fn offer<T: HasCaller>(linker: &mut Linker<T>) -> wasmtime::Result<()
         let name = name.to_str(store.as_context())?;
         let arena = arena.as_le_slice(store.as_context());
         let keys = keys.as_le_slice(store.as_context());
+        // From here on, time counts as the host's: a slow table does not use up the plugin's CPU time.
         let call = caller.clock.host_begins("lookup.get");
         let found = caller.look_up(&name, (arena, keys), call.deadline);
         drop(name);
@@ -67,7 +68,7 @@ fn offer_log<T: HasCaller>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
     log.func_wrap("write", |store: StoreContextMut<'_, T>, (level, message): Write| {
         let caller = store.data().caller();
         caller.granted(Capability::Log)?;
-        // A line that is dropped is not read.
+        // A dropped line is not read.
         if caller.takes_line() {
             caller.write(level, &message.to_str(store.as_context())?);
         }
@@ -94,12 +95,12 @@ fn offer_metrics<T: HasCaller>(linker: &mut Linker<T>) -> wasmtime::Result<()> {
     })
 }
 
-/// A text's first kibibyte: names and help texts have far less, and are checked after.
+/// Returns the first KiB of a text: names and help texts are much shorter, and are validated afterwards.
 fn beginning(text: &str) -> String {
     text[..text.floor_char_boundary(1 << 10)].to_owned()
 }
 
-/// Copies a request out of the plugin's memory; or says what of it is too large.
+/// Copies a request out of the plugin's memory, or says which part of it is too large.
 fn copied<T: HasCaller>(
     store: &mut StoreContextMut<'_, T>,
     view: &RequestView,

@@ -1,4 +1,4 @@
-//! `log`: a stage's lines in the host's log: a limited number a second, each cut to a bound.
+//! The capability `log`: lines in the host's log, a limited number per second, each cut to a maximum length.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -8,13 +8,13 @@ use shardmill_core::escape::{QUOTED_BYTES_MAX, beginning, controls_terminal};
 use shardmill_core::metric;
 use shardmill_core::record::StageName;
 
-/// The target of plugins' lines, for filters.
+/// Target of plugins' log lines, for filters.
 pub const LOG_TARGET: &str = "plugin";
 
-/// The time for which lines are counted.
+/// Period for which lines are counted.
 const SECOND: Duration = Duration::from_secs(1);
 
-/// Whose lines they are.
+/// The origin of log lines.
 pub(super) struct Author {
     /// The stage.
     pub stage: StageName,
@@ -24,8 +24,8 @@ pub(super) struct Author {
     pub shard: String,
 }
 
-/// How many lines a stage may still write in this second. All instances of the stage's revision share it,
-/// those that are renewed after a trap among them: a budget per instance would begin again with each.
+/// The number of lines that a stage may still write in this second. All instances of the stage's revision share it,
+/// also those that are renewed after a trap: a budget per instance would start again with each.
 #[derive(Debug, Default)]
 pub(super) struct LineBudget {
     lines: Mutex<Lines>,
@@ -36,21 +36,21 @@ struct Lines {
     second_began: Option<Instant>,
     written: u32,
     dropped: u64,
-    /// The limit that was asked with last.
+    /// The limit at the last request.
     lines_per_s_max: u32,
 }
 
-/// The fate of a line, and the count to be logged before it.
+/// Whether a line is written, and the count to log before it.
 #[derive(Debug, PartialEq, Eq)]
 struct Taken {
     is_written: bool,
-    /// Lines that were dropped in the second that is over.
+    /// Lines that were dropped in the previous second.
     dropped_before: u64,
 }
 
 impl LineBudget {
-    /// Takes a line of the budget; `false`: there is none left, and the line is counted. Logs how many were
-    /// dropped in a second once that is over.
+    /// Takes one line from the budget. Returns false if none is left; the line is then counted. After the second
+    /// has passed, logs how many were dropped.
     pub fn take(&self, author: &Author, lines_per_s_max: u32) -> bool {
         let taken = self.taken(Instant::now(), lines_per_s_max);
         log_dropped(author, taken.dropped_before, lines_per_s_max);
@@ -72,7 +72,7 @@ impl LineBudget {
         Taken { is_written, dropped_before }
     }
 
-    /// Logs how many lines were dropped, as far as that was not logged yet.
+    /// Logs how many lines were dropped since the last such message.
     pub fn end(&mut self, stage: &StageName) {
         let lines = self.lines.get_mut().unwrap_or_else(PoisonError::into_inner);
         let (version, shard) = (String::new(), String::new());
@@ -91,7 +91,7 @@ fn log_dropped(author: &Author, dropped: u64, lines_per_s_max: u32) {
     }
 }
 
-/// Writes a line that [`line()`] made.
+/// Writes a line that [`line()`] returned.
 pub(super) fn emit(author: &Author, level: Level, line: &str) {
     let Author { stage, version, shard } = author;
     match level {
@@ -103,8 +103,8 @@ pub(super) fn emit(author: &Author, level: Level, line: &str) {
     }
 }
 
-/// Makes one line of bounded length, whatever the plugin wrote: a character that is escaped takes up to ten
-/// times its bytes. `hide` replaces secrets in what is copied of it.
+/// Turns a text of the plugin into one line of bounded length. Escaping may make a character ten times longer, so
+/// the bound holds after it. `hide` replaces secrets in the part that is copied.
 pub(super) fn line(message: &str, hide: impl FnOnce(String) -> String) -> String {
     beginning(message, QUOTED_BYTES_MAX, controls_terminal, hide)
 }

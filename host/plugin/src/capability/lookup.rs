@@ -1,11 +1,13 @@
 //! The capability `lookup`: rows of reference tables, by key.
 //!
-//! [`Lookup::get`] is the whole way: what [`cache`] knows is answered from it, what it does not is
-//! fetched from [`postgres`] or [`sqlite`] and kept, a query at a time. [`words`] is the form in which a
-//! plugin asks and is answered.
+//! [`Lookup::get`] answers from [`cache`] what is known. It fetches the rest from [`postgres`] or [`sqlite`], one
+//! query at a time, and keeps it. [`words`] defines how keys and rows cross the boundary to the plugin.
 //!
-//! A row is a JSON object of the columns behind the key, in their order, with the values as the
-//! sinks take them: numbers exact, times in ISO 8601, bytes in base64, SQL's NULL as null.
+//! A row is a JSON object of the columns after the key, in their order, with values as sinks take them: numbers
+//! exact, times in ISO 8601, bytes in base64, SQL's NULL as null.
+//!
+//! A lookup never blames a record for a table: a server that is down, a query that does not fit the table, or a
+//! timeout is a retryable failure of the batch. Only errors that depend on the keys or on the rows found are final.
 
 mod cache;
 mod found;
@@ -33,34 +35,34 @@ use shardmill_core::metric;
 use shardmill_core::off_thread;
 use shardmill_core::record::LookupName;
 
-/// How often a lookup says that its query gives rows which nobody asked for: a plugin may ask as often as
-/// it likes.
+/// Minimum interval between warnings that the query returns rows nobody asked for: a plugin may ask any number of
+/// times.
 const UNREQUESTED_LOGGED_EVERY: Duration = Duration::from_secs(60);
 
-/// A reference table, shared by the lanes of a pipeline.
+/// A reference table, shared by all lanes of a pipeline.
 pub struct Lookup {
     name: LookupName,
     timeout: Duration,
     cache: Cache,
     table: Table,
     runtime: Handle,
-    /// Lines about rows which nobody asked for.
+    /// Limits the warnings about rows that nobody asked for.
     unrequested_lines: Mutex<LogThrottle>,
 }
 
-/// Where rows come from.
+/// The source of the rows.
 enum Table {
     Postgres(Box<PostgresTable>),
     Sqlite(Arc<SqliteTable>),
 }
 
-/// Why nothing was found out.
+/// A lookup that could not be answered.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{message}")]
 pub struct LookupError {
     /// Whether the same question may be answered later.
     pub retryable: bool,
-    /// Why, naming the lookup, in one line without secrets.
+    /// Reason, with the name of the lookup, in one line without secrets.
     pub message: String,
 }
 
@@ -75,11 +77,11 @@ impl LookupError {
 }
 
 impl Lookup {
-    /// A lookup as configured. Nothing is connected or opened yet. Its connections live on
+    /// Creates a lookup from its configuration. Nothing is connected or opened yet. Its connections will live on
     /// `runtime`, which must drive time and the network.
     ///
     /// # Errors
-    /// When the connection string asks for what there is not.
+    /// The connection string is invalid or asks for something unsupported.
     pub fn new(config: &LookupConfig, runtime: Handle) -> Result<Self, LookupError> {
         let (query, timeout) = (config.query.value.as_str(), config.timeout);
         let table = match &config.source {
@@ -95,17 +97,17 @@ impl Lookup {
         Ok(Self { name, timeout, cache, table, runtime, unrequested_lines })
     }
 
-    /// The name that plugins ask for.
+    /// Returns the name that plugins ask for.
     pub fn name(&self) -> &LookupName {
         &self.name
     }
 
-    /// Proves that the table can be reached and that its query can run.
+    /// Checks that the table can be reached and that its query can run.
     ///
     /// # Errors
-    /// When it cannot, with what to do about it.
+    /// Why it cannot, and what to do.
     pub async fn prepare(&self) -> Result<(), LookupError> {
-        // A person waits here, and no batch: connecting alone may take longer than one query.
+        // A person waits here, not a batch: connecting alone may take longer than one query.
         let deadline = Instant::now() + self.timeout.max(Duration::from_secs(10));
         let prepared = match &self.table {
             Table::Postgres(table) => table.prepare(deadline).await,
@@ -118,11 +120,11 @@ impl Lookup {
         prepared.map_err(|error| named(&self.name, error))
     }
 
-    /// The rows of `keys`, in their order; `None` where the query has no row. Blocks until
-    /// `deadline` at most: call it from a blocking thread, never from async code.
+    /// Returns the rows of `keys`, in their order; `None` where the query has no row. Blocks until `deadline` at
+    /// most: call it from a blocking thread, never from async code.
     ///
     /// # Errors
-    /// [`LookupError`]; then nothing is answered at all.
+    /// [`LookupError`]; then no key is answered.
     pub fn get(
         &self,
         keys: &[&str],
@@ -131,7 +133,7 @@ impl Lookup {
         self.get_within(keys, deadline, ANSWER_BYTES_MAX)
     }
 
-    /// Does as [`Lookup::get`], and bounds the bytes of the rows that are fetched.
+    /// Does the same as [`Lookup::get`], with a limit on the bytes of the rows that are fetched.
     ///
     /// # Errors
     /// As [`Lookup::get`].
@@ -154,7 +156,7 @@ impl Lookup {
         let mut known: Vec<Option<CachedRow>> = vec![None; keys.len()];
         let (mut missed, mut absent, mut bytes) = (0, 0, 0);
         loop {
-            // One query's keys at a time. What it finds is kept at once: other lanes wait for these keys.
+            // The keys of one query at a time. Its result is kept at once, because other lanes wait for these keys.
             let standing = self.cache.stand(keys, known);
             known = standing.known;
             let claim = standing.claim;
@@ -180,7 +182,7 @@ impl Lookup {
             if standing.awaited == 0 {
                 break;
             }
-            // Where a cache holds next to nothing, lanes may fetch each other's keys again and again.
+            // If the cache can hold almost nothing, lanes may fetch each other's keys repeatedly.
             if Instant::now() >= deadline || !self.cache.wait(keys, &known, deadline) {
                 return Err(LookupError::retryable("another lane's query took too long"));
             }
@@ -191,7 +193,7 @@ impl Lookup {
         Ok(known.into_iter().map(Option::flatten).collect())
     }
 
-    /// Asks the table for keys that are all different, by one query.
+    /// Fetches rows for distinct keys, by one query.
     fn fetch(
         &self,
         keys: &[Arc<str>],
@@ -214,8 +216,8 @@ impl Lookup {
         if let Some(key) = found.first_unrequested().filter(|_| self.may_log_unrequested()) {
             tracing::warn!(
                 lookup = %self.name,
-                "the query gave a row of the key {key:?}, which nobody asked for: its first column \
-                 is to be the key as it is asked for"
+                "the query returned a row for the key {key:?}, which was not requested: its first column \
+                 must be the key as requested"
             );
         }
         Ok(())
@@ -241,12 +243,12 @@ impl fmt::Debug for Lookup {
     }
 }
 
-/// The error of a wait that ended with the process.
+/// Returns the error of a wait that ended because the process stops.
 fn stopped() -> LookupError {
     LookupError::retryable("no answer before the pipeline stopped")
 }
 
-/// Why the pool gave no connection: its own errors are about settings that it does not have here.
+/// Converts an error of the pool. Its own errors are about settings that are not used here.
 fn pool_error(error: PoolError<LookupError>) -> LookupError {
     match error {
         PoolError::Backend(error) => error,

@@ -1,7 +1,7 @@
-//! `metrics`: series of a plugin's own.
+//! The capability `metrics`: time series of a plugin's own.
 //!
-//! The number of metrics is limited for the stage and its revision ([`StageMetrics`]): an instance is renewed
-//! whenever it traps, and could announce other names each time, but a series stays as long as the process.
+//! The number of metrics is limited per stage and revision ([`StageMetrics`]), not per instance: an instance is
+//! renewed after each trap and could announce other names each time, while a series stays as long as the process.
 //! The number of all series is limited by [`SeriesLimit`].
 
 use std::collections::BTreeSet;
@@ -15,25 +15,25 @@ use crate::bindings::shardmill::plugin::metrics::Kind;
 use shardmill_core::escape::escaped;
 use shardmill_core::record::StageName;
 
-/// Metrics that one stage may have.
+/// Maximum number of metrics of a stage.
 const METRICS_MAX: usize = 32;
-/// Series of all plugins that have run in the process: as many as 32 stages may have.
+/// Maximum number of series of all plugins since the process started: as many as 32 stages may have.
 const SERIES_MAX: usize = 1_024;
-/// Characters of a metric's name.
+/// Maximum length of a metric's name, in characters.
 const NAME_CHARS_MAX: usize = 64;
-/// Bytes of a help text that are kept.
+/// Number of bytes of a help text that are kept.
 const HELP_BYTES_MAX: usize = 256;
-/// Values of histograms that wait to be counted, at most: they are kept one by one until then.
+/// Maximum number of histogram values that wait to be counted: each is kept until then.
 const VALUES_WAITING_MAX: u64 = 65_536;
 
 /// All series of plugins in the process.
 static SERIES: SeriesLimit = SeriesLimit::new(SERIES_MAX);
-/// Values that histograms of plugins were given.
+/// Number of values that plugins gave to histograms.
 static VALUES: AtomicU64 = AtomicU64::new(0);
-/// The function that counts the values that wait.
+/// The function that counts the waiting values.
 static UPKEEP: OnceLock<Box<dyn Fn() + Send + Sync>> = OnceLock::new();
 
-/// Sets the function that counts the values of histograms that wait. Only the first call has an effect.
+/// Sets the function that counts the waiting values of histograms. Only the first call has an effect.
 pub fn count_values_by(upkeep: impl Fn() + Send + Sync + 'static) {
     let _ = UPKEEP.set(Box::new(upkeep));
 }
@@ -44,7 +44,7 @@ pub(super) struct StageMetrics {
     announced: Mutex<Vec<Arc<Metric>>>,
 }
 
-/// The metrics that one instance has announced, by the numbers that it was given.
+/// The metrics that one instance has announced, by the numbers that it got.
 #[derive(Default)]
 pub(super) struct Metrics {
     known: Vec<Known>,
@@ -52,7 +52,7 @@ pub(super) struct Metrics {
 
 struct Known {
     metric: Arc<Metric>,
-    /// Counters take whole numbers: what is left of the values given waits here.
+    /// Counters take whole numbers: the fraction of the values so far is kept here.
     rest: f64,
 }
 
@@ -68,10 +68,10 @@ enum Series {
     Histogram(Histogram),
 }
 
-/// A bound on the series that there are in all.
+/// A limit on the number of all series.
 struct SeriesLimit {
     max: usize,
-    /// By stage, name and kind.
+    /// The series so far, by stage, name and kind.
     known: Mutex<BTreeSet<(StageName, String, u8)>>,
 }
 
@@ -80,14 +80,14 @@ impl SeriesLimit {
         Self { max, known: Mutex::new(BTreeSet::new()) }
     }
 
-    /// Makes room for a series, unless it is there already.
+    /// Admits a series, unless it is new and the limit is reached.
     fn admit(&self, stage: &StageName, name: &str, kind: Kind) -> Result<(), String> {
         let series = (stage.clone(), name.to_owned(), kind as u8);
         let mut known = self.known.lock().unwrap_or_else(PoisonError::into_inner);
         if !known.contains(&series) && known.len() >= self.max {
             return Err(format!(
-                "plugins have had {} metrics since the process started, the most that it keeps: metric \
-                 {name} is too many; restart it to forget those of earlier versions",
+                "metric {name} is refused: plugins have announced {} metrics since the process started, \
+                 which is the limit; restart it to drop those of earlier versions",
                 self.max
             ));
         }
@@ -112,10 +112,11 @@ impl StageMetrics {
         if !is_valid {
             let name: String = name.chars().take(NAME_CHARS_MAX).collect();
             return Err(format!(
-                "a metric's name is a-z, 0-9 and _, at most {NAME_CHARS_MAX}, the first a letter: not {name:?}"
+                "invalid metric name {name:?}: expected a-z, 0-9 and _, at most {NAME_CHARS_MAX}, the first a letter"
             ));
         }
         let mut announced = self.announced.lock().unwrap_or_else(PoisonError::into_inner);
+        // An instance that was renewed announces the same metrics again.
         if let Some(known) = announced.iter().find(|metric| metric.name == name) {
             return match known.kind == kind {
                 true => Ok(known.clone()),
@@ -124,7 +125,7 @@ impl StageMetrics {
         }
         if announced.len() == METRICS_MAX {
             return Err(format!(
-                "a plugin has at most {METRICS_MAX} metrics in all instances of its stage: {name} is too many"
+                "metric {name} is refused: expected at most {METRICS_MAX} metrics in all instances of a stage"
             ));
         }
         series.admit(stage, name, kind)?;
@@ -143,7 +144,7 @@ impl fmt::Debug for StageMetrics {
 }
 
 impl Metrics {
-    /// Announces a metric, or finds it again.
+    /// Announces a metric and returns its number; a known one gets the same number.
     pub fn register(
         &mut self,
         of_stage: &StageMetrics,
@@ -173,7 +174,7 @@ impl Metrics {
         Ok(number as u32)
     }
 
-    /// Gives a metric a value; `None` if there is no such metric.
+    /// Gives a metric a value; `None` if the number is unknown.
     pub fn observe(&mut self, metric: u32, value: f64) -> Option<()> {
         let Known { metric, rest } = self.known.get_mut(metric as usize)?;
         if !value.is_finite() {
@@ -234,7 +235,7 @@ mod tests {
         assert_eq!(register("rows"), Ok(0));
         assert_eq!(register("rows"), Ok(0));
         for bad in ["", "Rows", "9", "a-b", &"x".repeat(65)] {
-            assert!(register(bad).unwrap_err().contains("name is a-z"), "{bad}");
+            assert!(register(bad).unwrap_err().contains("expected a-z"), "{bad}");
         }
         (1..METRICS_MAX).for_each(|index| assert!(register(&format!("m{index}")).is_ok()));
         assert!(register("more").unwrap_err().contains("at most 32"));
@@ -258,7 +259,7 @@ mod tests {
         let mut refused = 0;
         for instance in 0..100 {
             let mut metrics = Metrics::default();
-            // A number is only good in the instance that it was given to.
+            // A number is valid only in the instance that got it.
             assert_eq!(metrics.observe(0, 1.0), None);
             let name = format!("of_instance_{instance}");
             let asked = metrics.register(&of_stage, &stage, Kind::Gauge, &name, "");
@@ -286,9 +287,9 @@ mod tests {
         assert_eq!(register("a", "x", Kind::Gauge), Ok(0));
         assert_eq!(register("a", "x", Kind::Counter), Ok(0));
         assert_eq!(register("b", "x", Kind::Gauge), Ok(0));
-        // The next revision has the same one.
+        // The next revision announces the same series.
         assert_eq!(register("b", "x", Kind::Gauge), Ok(0));
         let refused = register("b", "y", Kind::Gauge).unwrap_err();
-        assert!(refused.contains("the most that it keeps"), "{refused}");
+        assert!(refused.contains("which is the limit"), "{refused}");
     }
 }

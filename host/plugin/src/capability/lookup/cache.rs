@@ -1,9 +1,14 @@
-//! What was found is kept for a while, bounded by keys and bytes; who asks first, fetches.
+//! Cache of one lookup, shared by all lanes. The first lane that asks for a key fetches it; the others wait.
 //!
-//! All lanes share one lock, so it is held for a few hundred keys at a time, and only to look and to link:
-//! keys are copied before, and rows are shared. A key that another lane is fetching is waited for instead
-//! of fetched again. So a call has the keys of one query at a time: a call of very many keys would hold the
-//! popular ones among them over all of its queries, and other lanes would wait for those.
+//! **Bounds.** Entries are kept for `ttl`, up to a number of keys and bytes.
+//!
+//! **One lock for all lanes.** It is held for at most [`KEYS_PER_LOCK`] keys at a time, and only to look up and to
+//! insert. Keys are copied before it is taken, and rows are shared.
+//!
+//! **Claims.** A key that a lane fetches is in `in_flight`; other lanes wait for it instead of fetching it again. A
+//! lane claims the keys of one query at a time. If a call with very many keys claimed all of them, it would hold
+//! the popular ones during all of its queries, and every other lane would wait. [`FetchClaim`] releases its keys on
+//! drop, so also after an error or a panic; a waiting lane then finds the row, or fetches it itself.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
@@ -17,20 +22,20 @@ use shardmill_config::LookupCacheLimits;
 /// A row as JSON text; `None`: the query has no row for the key.
 pub(super) type CachedRow = Option<Arc<str>>;
 
-/// What keeping an entry costs beside its key and row: two reference-counted texts, the entry, and
+/// Cost of an entry besides its key and row: two reference-counted texts, the entry, and its slot in the table.
 /// its place in the table.
 const ENTRY_BYTES: u64 = 96;
 
-/// Keys that are looked at while the lock is held. A call may have a hundred thousand, and the other lanes
-/// are not to wait for all of them.
+/// Number of keys that are looked at while the lock is held. A call may have 100,000, and other lanes must not wait
+/// for all.
 const KEYS_PER_LOCK: usize = 512;
 
-/// More keys than this, or more bytes of them, are asked for by several queries: one array of all would be a
-/// message that servers and their logs choke on, and takes several times the keys' bytes.
+/// Limits on the keys of one query. With more keys, or more bytes, several queries are made: one array of all would
+/// be a message too large for servers and their logs, and takes several times the bytes of the keys.
 const KEYS_PER_QUERY_MAX: usize = 10_000;
 const KEY_BYTES_PER_QUERY_MAX: usize = 1 << 20;
 
-/// The keys of one query, counted.
+/// Counts the keys of one query.
 #[derive(Default)]
 struct Query {
     keys: usize,
@@ -38,7 +43,7 @@ struct Query {
 }
 
 impl Query {
-    /// Takes a key, if it is the first or the query has room for it.
+    /// Adds a key if it is the first, or if there is room for it.
     fn takes(&mut self, key: &str) -> bool {
         let bytes = self.bytes + key.len();
         let has_room = self.keys < KEYS_PER_QUERY_MAX && bytes <= KEY_BYTES_PER_QUERY_MAX;
@@ -53,7 +58,7 @@ impl Query {
 /// The answers of one lookup, shared by its lanes.
 pub(super) struct Cache {
     state: Mutex<State>,
-    /// Told whenever keys are no longer being fetched.
+    /// Notified when keys are no longer being fetched.
     fetched: Condvar,
     ttl: Duration,
 }
@@ -69,8 +74,8 @@ struct Kept {
     since: Instant,
 }
 
-/// Counts an entry's bytes, but at least its share of them: so the number of entries is bounded by
-/// the same sum.
+/// Weighs an entry by its bytes, but at least by its share of the byte limit: so the same sum bounds the number of
+/// entries.
 #[derive(Clone)]
 struct Weight {
     least: u64,
@@ -83,19 +88,19 @@ impl Weighter<Arc<str>, Kept> for Weight {
     }
 }
 
-/// How the keys of a call stand.
+/// The state of the keys of a call.
 pub(super) struct KeysStanding<'c> {
-    /// For each key of the call its row, if that is known.
+    /// For each key of the call: its row, if known.
     pub(super) known: Vec<Option<CachedRow>>,
-    /// The keys that this call is to fetch by one query, each once.
+    /// The keys that this call must fetch, by one query. Each occurs once.
     pub(super) claim: FetchClaim<'c>,
-    /// Whether there are more of them. They were not looked at, and others may fetch them first.
+    /// Whether further keys were not looked at yet. Other lanes may fetch them first.
     pub(super) is_partial: bool,
-    /// How many keys others are fetching, or have fetched meanwhile.
+    /// Number of keys that other lanes are fetching or have just fetched.
     pub(super) awaited: usize,
 }
 
-/// Keys that one call fetches. Whoever waits for them goes on when it is dropped.
+/// Keys that one call fetches. Dropping it wakes the lanes that wait for them.
 pub(super) struct FetchClaim<'c> {
     cache: &'c Cache,
     pub(super) keys: Vec<Arc<str>>,
@@ -118,8 +123,8 @@ impl Cache {
         Self { state: Mutex::new(state), fetched: Condvar::new(), ttl: limits.ttl }
     }
 
-    /// Says what is known of `keys`, and claims those that nobody is fetching, as many as one query may ask
-    /// for. Places whose `known` is filled already are left alone.
+    /// Looks up `keys`, and claims unknown ones that no other lane is fetching, as many as fit into one query.
+    /// Entries of `known` that are filled already are not looked up again.
     pub(super) fn stand(
         &self,
         keys: &[&str],
@@ -137,21 +142,23 @@ impl Cache {
                 }
             }
         }
+        // A call may name the same key several times.
         let mut once = HashSet::with_capacity(unknown.len());
         unknown.retain(|key| once.insert(*key));
         let keys_max = unknown.len().min(KEYS_PER_QUERY_MAX);
         let mut claim = FetchClaim { cache: self, keys: Vec::with_capacity(keys_max) };
         let (mut query, mut awaited) = (Query::default(), 0);
         for keys in unknown.chunks(KEYS_PER_LOCK) {
-            // Copied without the lock.
+            // Copied before the lock is taken.
             let copied: Vec<Arc<str>> = keys.iter().map(|key| Arc::from(*key)).collect();
             let mut state = self.lock();
             for key in &copied {
+                // Looked up once more: another lane may have fetched it since the first pass.
                 let is_fetched = state.fresh(key, now, self.ttl).is_some();
                 if is_fetched || state.in_flight.contains(key) {
                     awaited += 1;
                 } else if query.takes(key) {
-                    // Where nothing is kept, whoever waited would have to ask as well.
+                    // If nothing is kept, a lane that waited would have to fetch the key as well.
                     if !self.ttl.is_zero() {
                         state.in_flight.insert(Arc::clone(key));
                     }
@@ -164,8 +171,8 @@ impl Cache {
         KeysStanding { known, claim, is_partial: false, awaited }
     }
 
-    /// Waits until each of the places that are not known was not being fetched for a moment; false: it is
-    /// `deadline`.
+    /// Waits until no unknown key is being fetched by another lane any more. Returns false if `deadline` comes
+    /// first.
     pub(super) fn wait(
         &self,
         keys: &[&str],
@@ -192,7 +199,7 @@ impl Cache {
         true
     }
 
-    /// A panic elsewhere leaves the state whole: every change of it is a single call.
+    /// Locks the state. A panic elsewhere leaves it consistent: every change is a single call.
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -204,10 +211,10 @@ impl Cache {
 }
 
 impl State {
-    /// Finds the row that is kept for a key, unless it is too old.
+    /// Returns the kept row of a key, unless it is too old.
     fn fresh(&self, key: &str, now: Instant, ttl: Duration) -> Option<CachedRow> {
         let kept = self.kept.get(key).filter(|kept| {
-            // Another lane may have kept it after `now` was read.
+            // Another lane may have inserted it after `now` was read.
             now.saturating_duration_since(kept.since) < ttl
         });
         kept.map(|kept| kept.row.clone())
@@ -215,7 +222,7 @@ impl State {
 }
 
 impl FetchClaim<'_> {
-    /// Keeps what was found; a key without a row in `found` has none.
+    /// Keeps the result of a query; a key that is not in `found` has no row.
     pub(super) fn keep(&self, found: &HashMap<Arc<str>, Arc<str>>) {
         if self.cache.ttl.is_zero() {
             return;
@@ -318,7 +325,7 @@ mod tests {
         assert_eq!(cache.stand(&["b", "c"], vec![None; 2]).claim.keys.len(), 1);
     }
 
-    /// The sizes of the queries by which a call asks for keys of these lengths.
+    /// Returns the sizes of the queries that a call with keys of these lengths makes.
     fn sizes(lengths: &[usize]) -> Vec<usize> {
         let cache = cache(1_000_000, 1 << 30, HOUR);
         let key = |(place, length): (usize, &usize)| {
@@ -355,13 +362,13 @@ mod tests {
         let keys: Vec<&str> = names.iter().map(String::as_str).collect();
         let first = cache.stand(&keys, vec![None; keys.len()]);
         assert_eq!((first.claim.keys.len(), first.is_partial), (KEYS_PER_QUERY_MAX, true));
-        // Those of its further queries are anybody's.
+        // The keys of its later queries are free.
         let other = cache.stand(&["key-5", "key-20000"], vec![None; 2]);
         assert_eq!((other.claim.keys.len(), other.awaited), (1, 1));
         assert_eq!(&*other.claim.keys[0], "key-20000");
         first.claim.keep(&HashMap::new());
         drop(first.claim);
-        // What the first query has found is there before the second one.
+        // The result of the first query is available before the second one.
         assert!(cache.wait(&["key-5"], &[None], Instant::now()));
         assert_eq!(known(&cache, "key-5"), Some(None));
         let second = cache.stand(&keys, first.known);
@@ -381,7 +388,7 @@ mod tests {
         assert!(cache.wait(&["a"], &[None], Instant::now()));
     }
 
-    /// Calls of very many keys at once, that find out about each key once together.
+    /// Concurrent calls with very many keys: together they fetch each key once.
     #[test]
     fn wall_06_lanes_that_ask_for_the_same_keys_at_once_fetch_each_once() {
         let cache = cache(1_000_000, 1 << 30, HOUR);

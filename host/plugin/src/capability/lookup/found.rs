@@ -1,14 +1,14 @@
-//! Rows on their way from a query, by the keys that asked for them.
+//! Collects the rows of a query by the keys that asked for them.
 
 use std::collections::HashMap;
 use std::sync::Arc;
 
 use super::LookupError;
 
-/// What the rows of one call may take in memory: as much as a stage may hand back by default.
+/// Maximum size of the rows of one call: as much as a stage may return by default.
 pub(super) const ANSWER_BYTES_MAX: usize = 64 << 20;
 
-/// The rows found.
+/// The rows found so far.
 pub(super) struct FoundRows {
     rows: HashMap<Arc<str>, Arc<str>>,
     bytes: usize,
@@ -23,22 +23,22 @@ impl Default for FoundRows {
 }
 
 impl FoundRows {
-    /// Makes an empty set of rows that may have at most `bytes_max` bytes together.
+    /// Creates an empty set of rows with at most `bytes_max` bytes together.
     pub(super) fn within(bytes_max: usize) -> Self {
         Self { rows: HashMap::new(), bytes: 0, bytes_max, unrequested: None }
     }
 
-    /// Counts bytes of rows that earlier queries of the same call have found.
+    /// Counts the bytes that earlier queries of the same call have found.
     pub(super) fn after(self, bytes: usize) -> Self {
         Self { bytes, ..self }
     }
 
-    /// Bytes of all rows that the call has found so far.
+    /// Returns the bytes of all rows that the call has found so far.
     pub(super) fn bytes(&self) -> usize {
         self.bytes
     }
 
-    /// Adds a row for all keys that mean it. Of several rows of one key the first counts.
+    /// Adds a row for all keys that mean it. Of several rows for one key, the first counts.
     pub(super) fn add(&mut self, keys: &[Arc<str>], row: &str) -> Result<(), LookupError> {
         let is_new = keys.iter().any(|key| !self.rows.contains_key(key));
         if !is_new {
@@ -64,7 +64,7 @@ impl FoundRows {
         self.unrequested.get_or_insert_with(|| key.chars().take(64).collect());
     }
 
-    /// The first key of a row that nobody asked for, cut to 64 characters.
+    /// Returns the first key of a row that nobody asked for, cut to 64 characters.
     pub(super) fn first_unrequested(&self) -> Option<&str> {
         self.unrequested.as_deref()
     }
@@ -74,13 +74,13 @@ impl FoundRows {
     }
 }
 
-/// Keys that were asked for, by what each means to the table: `7` and `007` are one number.
+/// The requested keys, grouped by what they mean to the table: `7` and `007` are the same number.
 pub(super) struct Asked<M> {
     keys: HashMap<M, Vec<Arc<str>>>,
 }
 
 impl<M: Eq + std::hash::Hash> Asked<M> {
-    /// Keys by `meaning`; those without one cannot have a row.
+    /// Groups keys by `meaning`; a key without one cannot have a row.
     pub(super) fn new(keys: &[Arc<str>], meaning: impl Fn(&str) -> Option<M>) -> Self {
         let mut asked: HashMap<M, Vec<Arc<str>>> = HashMap::with_capacity(keys.len());
         for key in keys {

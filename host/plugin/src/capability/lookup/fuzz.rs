@@ -1,4 +1,4 @@
-//! The arguments and the answer of `lookup.get`, against the documented limits in plain code.
+//! Compares the arguments and the answer of `lookup.get` with the documented limits, written as plain code.
 
 use std::sync::Arc;
 
@@ -7,25 +7,25 @@ use fastrand::Rng;
 use super::words::{self, BadKeys};
 use shardmill_core::fuzzing::{Choices, FuzzTarget};
 
-/// Checks that [`words::keys`] takes exactly the keys that a call may have, and that what [`words::found`] gives
-/// reads back as the rows.
+/// Checks that [`words::keys`] accepts exactly the keys that a call may have, and that the answer reads back as the
+/// rows.
 pub const ARGUMENTS: FuzzTarget =
     FuzzTarget { name: "arguments", run, grow, words: &["key", "é", "→", "\u{1f600}", "\0"] };
 
-/// Keys that a call may have.
+/// Maximum number of keys of a call.
 const KEYS_MAX: usize = 100_000;
-/// Bytes that a key may have: 8 KiB.
+/// Maximum length of a key, in bytes: 8 KiB.
 const KEY_BYTES_MAX: u64 = 8_192;
-/// Bytes that the keys of a call may have together: 8 MiB.
+/// Maximum size of all keys of a call, in bytes: 8 MiB.
 const ALL_BYTES_MAX: u64 = 8_388_608;
 
-/// Bytes of text that follow an arena, so that keys may be as long as they may be, and longer.
+/// Bytes of text after an arena, so that keys can be as long as allowed, and longer.
 const FILLERS: [usize; 6] = [0, 0, 0, 8_191, 8_193, 20_000];
-/// Lengths of keys at the limits.
+/// Lengths of keys around the limits.
 const LENGTHS: [u32; 5] = [83, 84, 8_191, 8_192, 8_193];
-/// How often the same keys are asked for, at the limits.
+/// Number of repetitions of the same keys, around the limits.
 const TIMES: [usize; 6] = [2, 1_023, 1_024, 1_025, 100_000, 100_001];
-/// Characters of the texts that inputs are made of.
+/// Characters of the generated texts.
 const CHARACTERS: [char; 6] = ['a', '7', '\0', 'é', '→', '\u{1f600}'];
 
 fn run(data: &[u8]) {
@@ -41,7 +41,7 @@ fn run_keys(choices: &mut Choices<'_>) {
     arena.resize(arena.len() + filler, b'x');
     let mut spans: Vec<[u32; 2]> =
         (0..choices.below(8)).map(|_| span(choices, arena.len())).collect();
-    // Rarely: what is many takes long.
+    // Rarely: large inputs take long.
     if choices.byte() >= 248 {
         spans = spans.repeat(*choices.one_of(&TIMES));
         spans.truncate(KEYS_MAX + 1);
@@ -65,7 +65,7 @@ fn run_keys(choices: &mut Choices<'_>) {
     );
 }
 
-/// Makes a span: one within the arena, one at a limit, or any.
+/// Creates a span: within the arena, at a limit, or arbitrary.
 fn span(choices: &mut Choices<'_>, arena_bytes: usize) -> [u32; 2] {
     match choices.byte() {
         0..=149 => {
@@ -83,8 +83,7 @@ fn span(choices: &mut Choices<'_>, arena_bytes: usize) -> [u32; 2] {
     }
 }
 
-/// Reads keys by the documented rules: first how many they are, then how long, then where they lie and what
-/// they are.
+/// Reads keys by the documented rules: first their number, then their lengths, then their positions and text.
 fn reference<'a>(arena: &'a [u8], words: &[u32]) -> Result<Vec<&'a [u8]>, BadKeys> {
     if !words.len().is_multiple_of(2) {
         return Err(BadKeys::Odd(words.len()));
@@ -124,7 +123,8 @@ fn reference<'a>(arena: &'a [u8], words: &[u32]) -> Result<Vec<&'a [u8]>, BadKey
 fn is_text(bytes: &[u8]) -> bool {
     let mut rest = bytes;
     while let Some((&first, tail)) = rest.split_first() {
-        // Bytes that follow, the bits of the first one that count, and the least code that is not shorter.
+        // For each range of first bytes: the number of bytes that follow, the significant bits of the first one,
+        // and the smallest code that is not encoded too long.
         let (more, bits, least) = match first {
             0x00..=0x7f => (0, 0x7f, 0),
             0xc0..=0xdf => (1, 0x1f, 0x80),

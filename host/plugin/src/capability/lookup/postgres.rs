@@ -1,13 +1,19 @@
 //! Rows from PostgreSQL, by a few connections.
 //!
-//! The server itself writes the rows as JSON, `row_to_json` over the user's query as a subquery: it
-//! writes integers and numerics with all their digits and times in ISO 8601, and knows every type.
-//! `to_jsonb` would do the same by way of a tree that it builds first. Only `bytea` is asked for in
-//! base64, as the sinks take it.
+//! The server writes the rows as JSON: `row_to_json` over the user's query as a subquery. It writes integers and
+//! numerics with all digits and times in ISO 8601, and knows every type. `to_jsonb` would give the same, but builds
+//! a tree first. Only `bytea` is requested in base64, as the sinks take it.
 //!
-//! Nothing stays in the server's session: no statement and no setting outlives its transaction, because
-//! a pooler may lend the session to another application next. So what the query's parameter and columns
-//! are is learnt once ([`Description`]), and the query goes without a name.
+//! Nothing stays in the server's session: no statement and no setting outlives its transaction, because a pooler
+//! may lend the session to another application next. So the types of the query's parameter and columns are
+//! determined once ([`Description`]), and after that the query is sent without a prepared name.
+//!
+//! | failure | reaction |
+//! |---|---|
+//! | a reused connection was lost, or the server changed | once more, on a new connection |
+//! | the query no longer fits the known description (class 42) | once more, with a new description |
+//! | class 22 or P0001 | final: the keys are to blame |
+//! | anything else, or the deadline | retryable, and the connection is closed |
 
 use std::collections::BTreeSet;
 use std::pin::pin;
@@ -25,28 +31,28 @@ use super::found::{Asked, FoundRows};
 use super::{LookupError, pool_error};
 use shardmill_pg::{Link, PostgresServer, ServerError};
 
-/// Lanes share these. More would not make a server faster, and fewer would let one slow query stop
-/// every lane.
+/// Maximum number of connections, shared by the lanes. More would not make a server faster; with fewer, one slow
+/// query could stop every lane.
 const CONNECTIONS_MAX: usize = 4;
 
-/// After a connection fails, the next is tried after this, doubled up to the most.
+/// First pause after a failed connection; it doubles up to the maximum below.
 const PAUSE: Duration = Duration::from_millis(100);
 const PAUSE_MAX: Duration = Duration::from_secs(5);
 
-/// A connection may take as long as this, even where queries may not.
+/// Minimum time for a connection, even if queries have less.
 const SILENCE_MIN: Duration = Duration::from_secs(10);
 
-/// Columns that were added to the table are noticed after this; that one is gone, at once.
+/// Maximum age of a description: new columns of the table are noticed after it, a missing one at once.
 const DESCRIPTION_AGE_MAX: Duration = Duration::from_secs(60);
 
-/// Statements that the client library has prepared in the session. It names them by a counter.
+/// Lists the statements that the client library has prepared in the session. It names them by a counter.
 const OWN_STATEMENTS: &str =
     "SELECT name FROM pg_catalog.pg_prepared_statements WHERE name ~ '^s[0-9]+$'";
 
-/// The savepoint after which the query is described.
+/// Savepoint after which the query is described.
 const SAVEPOINT: &str = "describe";
 
-/// A table's query, and the connections that it runs on.
+/// The query of a table, and the connections that it runs on.
 pub(super) struct PostgresTable {
     place: String,
     query: String,
@@ -57,8 +63,8 @@ pub(super) struct PostgresTable {
 
 /// Makes the connections of the pool.
 ///
-/// A slot of the pool is empty while a query runs: the connection belongs to the query, and comes back when the
-/// query has been answered to its end. A query that fails, or is dropped at its deadline, closes the connection.
+/// A slot of the pool is empty while a query runs: the query owns the connection, and returns it once it was
+/// answered completely. A query that fails, or that is dropped at its deadline, closes the connection.
 struct Connector {
     server: PostgresServer,
     place: String,
@@ -66,17 +72,17 @@ struct Connector {
     refused: Mutex<Option<Refused>>,
 }
 
-/// The query's parameter and columns.
+/// Types of the query's parameter and columns.
 struct Description {
-    /// The query whose rows are a key and a JSON object.
+    /// The query with two columns: the key, and a JSON object.
     json: String,
     key_type: KeyType,
-    /// The type by which keys are bound.
+    /// The type with which keys are bound.
     parameter: Type,
     read_at: Instant,
 }
 
-/// That no connection could be made, and until when none is tried.
+/// The last failed connection, and until when no other is attempted.
 struct Refused {
     error: LookupError,
     until: Instant,
@@ -93,7 +99,7 @@ impl PostgresTable {
             silence_max: timeout.max(SILENCE_MIN),
             refused: Mutex::default(),
         };
-        // Waits have no limits of their own: each call has one deadline for all of its steps.
+        // The pool needs no timeouts: each call has one deadline for all of its steps.
         let connections = Pool::builder(connector)
             .max_size(CONNECTIONS_MAX)
             .queue_mode(QueueMode::Lifo)
@@ -101,7 +107,7 @@ impl PostgresTable {
             .map_err(|error| LookupError::lasting(error.to_string()))?;
         Ok(Self {
             place,
-            // The query becomes a subquery, where no semicolon may stand.
+            // The query becomes a subquery, which must not contain a semicolon.
             query: query.trim().trim_end_matches(';').trim_end().to_owned(),
             timeout,
             connections,
@@ -109,7 +115,7 @@ impl PostgresTable {
         })
     }
 
-    /// Connects, and runs the query without a key.
+    /// Connects, and runs the query without keys.
     pub(super) async fn prepare(&self, deadline: Instant) -> Result<(), LookupError> {
         self.fetch(&[], deadline, &mut FoundRows::default()).await
     }
@@ -121,11 +127,11 @@ impl PostgresTable {
         deadline: Instant,
         found: &mut FoundRows,
     ) -> Result<(), LookupError> {
-        // What is dropped at the deadline takes its connection along; the server ends the statement
-        // by its own timeout.
+        // At the deadline the query is dropped together with its connection; the server ends the statement by its
+        // own timeout.
         let fetched = timeout_at(deadline.into(), self.fetch_in_time(keys, found)).await;
         fetched.unwrap_or_else(|_| {
-            let message = format!("{} gave no answer in time", self.place);
+            let message = format!("{} did not answer in time", self.place);
             Err(LookupError::retryable(message))
         })
     }
@@ -155,7 +161,7 @@ impl PostgresTable {
                     self.connections.retain(|_, _| false);
                     known = self.known();
                 }
-                // The table is another by now: once more, by a new description.
+                // The table was altered: once more, with a new description.
                 Err(FetchError::Failed(error)) if was_known && is_altered(&error) => {}
                 Err(error) => return Err(self.failed(error)),
             }
@@ -164,7 +170,8 @@ impl PostgresTable {
         }
     }
 
-    /// Runs the query on a connection, which is closed if that fails. Gives the connection to use next.
+    /// Runs the query on a connection and returns the connection, which is closed on failure. Describes the query
+    /// first if `known` is `None`.
     async fn fetch_on(
         &self,
         link: Link,
@@ -187,14 +194,14 @@ impl PostgresTable {
         self.connections.manager().connect().await
     }
 
-    /// The description, unless it is old.
+    /// Returns the description, unless it is too old.
     fn known(&self) -> Option<Arc<Description>> {
         let known = self.description.lock().unwrap_or_else(PoisonError::into_inner);
         known.clone().filter(|known| known.read_at.elapsed() < DESCRIPTION_AGE_MAX)
     }
 
-    /// Learns what the query's parameter and columns are, and closes the connection: the client may have
-    /// to prepare statements to learn of types, and keeps them for its connection's life.
+    /// Determines the types of the query's parameter and columns, and closes the connection: the client may have to
+    /// prepare statements to look up types, and keeps them as long as its connection lives.
     async fn describe(&self, link: Link) -> Result<Arc<Description>, FetchError> {
         let described = Arc::new(self.describe_on(&link).await?);
         let mut known = self.description.lock().unwrap_or_else(PoisonError::into_inner);
@@ -210,9 +217,9 @@ impl PostgresTable {
         let (key_type, parameter) = key_type(plain.params()).map_err(misfit)?;
         let json = json_query(&self.query, plain.columns()).map_err(misfit)?;
         let planned = link.prepare(&json, SAVEPOINT).await.map_err(|error| {
-            misfit(format!("the query is not a SELECT that can stand in brackets: {error}"))
+            misfit(format!("expected a SELECT that can be a subquery: {error}"))
         })?;
-        // Closes them, in the same transaction.
+        // Dropping them closes them, in the same transaction.
         drop((plain, planned));
         for name in own_statements(link).await?.difference(&before) {
             link.batch_execute(&format!("DEALLOCATE {name}")).await?;
@@ -221,7 +228,8 @@ impl PostgresTable {
         Ok(Description { json, key_type, parameter, read_at: Instant::now() })
     }
 
-    /// Begins a transaction. It makes the server refuse writes, and its texts the same everywhere.
+    /// Returns the statements that begin a transaction: the server refuses writes in it, and formats texts the same
+    /// everywhere.
     fn begin(&self) -> String {
         format!(
             "BEGIN READ ONLY; SET LOCAL statement_timeout = {}; \
@@ -262,8 +270,8 @@ impl PostgresTable {
         Ok(())
     }
 
-    /// Classes 22 (data exception) and P0001 (`RAISE EXCEPTION`) blame the keys. All else is the
-    /// server's failure or the configuration's, and must not cost records.
+    /// Classes 22 (data exception) and P0001 (`RAISE EXCEPTION`) blame the keys. All other errors are the server's
+    /// or the configuration's, and must not cost records.
     fn failed(&self, error: FetchError) -> LookupError {
         let error = match error {
             FetchError::Lookup(error) => return error,
@@ -278,8 +286,8 @@ impl PostgresTable {
 }
 
 impl Connector {
-    /// Connects, unless it failed a moment ago: all lanes together ask a server that is down no more
-    /// often than one would.
+    /// Connects, unless the last attempt failed a moment ago: all lanes together must not ask a server that is down
+    /// more often than one would.
     async fn connect(&self) -> Result<Link, LookupError> {
         let mut pause = PAUSE;
         if let Some(refused) = &*self.refused() {
@@ -306,7 +314,7 @@ impl Connector {
 }
 
 impl Manager for Connector {
-    /// Empty while a query has the connection.
+    /// Empty while a query owns the connection.
     type Type = Option<Link>;
     type Error = LookupError;
 
@@ -333,29 +341,29 @@ impl From<ServerError> for FetchError {
     }
 }
 
-/// The names of the statements that the client library has prepared in the session.
+/// Lists the statements that the client library has prepared in the session.
 async fn own_statements(link: &Link) -> Result<BTreeSet<String>, ServerError> {
     let rows = link.simple_rows(OWN_STATEMENTS).await?;
     Ok(rows.iter().filter_map(|row| row.get(0)).map(ToOwned::to_owned).collect())
 }
 
-/// Whether an error may be the connection's alone: it was lost, or the server is no longer the same.
+/// Whether the connection alone may be to blame: it was lost, or the server is not the same any more.
 fn is_stale(error: &ServerError) -> bool {
     error.condemns_server()
 }
 
-/// Whether an error says that the query no longer fits its description: class 42, "syntax error or
-/// access rule violation", has the columns and functions that are not there.
+/// Whether the query no longer fits its description. Class 42, "syntax error or access rule violation", covers
+/// missing columns and functions.
 fn is_altered(error: &ServerError) -> bool {
     let code = error.code().map(SqlState::code);
     code.is_some_and(|code| code.starts_with("42") || code == SqlState::DATATYPE_MISMATCH.code())
 }
 
-/// How keys are bound: by the type of the query's parameter.
+/// How keys are bound, by the type of the query's parameter.
 #[derive(Clone, Copy)]
 enum KeyType {
     Text,
-    /// Blanks at the end do not count.
+    /// Trailing blanks do not count.
     PaddedText,
     Int2,
     Int4,
@@ -366,7 +374,7 @@ enum KeyType {
 fn key_type(params: &[Type]) -> Result<(KeyType, Type), String> {
     let [param] = params else {
         return Err(format!(
-            "the query has {} parameters and is to have one, the keys: WHERE id = ANY($1)",
+            "expected a query with one parameter, the keys (WHERE id = ANY($1)), found {} parameters",
             params.len()
         ));
     };
@@ -379,8 +387,8 @@ fn key_type(params: &[Type]) -> Result<(KeyType, Type), String> {
         Type::UUID_ARRAY => KeyType::Uuid,
         _ => {
             return Err(format!(
-                "the query's parameter is of type {param}, and the keys are an array of text, \
-                 varchar, smallint, integer, bigint or uuid: cast it, such as \
+                "unsupported type {param} of the query's parameter: expected an array of text, varchar, \
+                 smallint, integer, bigint or uuid; cast it, for example \
                  WHERE id::text = ANY($1::text[])"
             ));
         }
@@ -389,7 +397,7 @@ fn key_type(params: &[Type]) -> Result<(KeyType, Type), String> {
 }
 
 impl KeyType {
-    /// What the server shows for a key; `None`: no value of this type is written so.
+    /// Returns how the server shows a key; `None`: no value of this type is written like that.
     fn meaning(self, key: &str) -> Option<String> {
         match self {
             Self::Text => (!key.contains('\0')).then(|| key.to_owned()),
@@ -401,7 +409,7 @@ impl KeyType {
         }
     }
 
-    /// The array to bind, of what [`KeyType::meaning`] gave.
+    /// Returns the array to bind, from texts that [`KeyType::meaning`] returned.
     fn array<'k>(self, keys: impl Iterator<Item = &'k str>) -> Box<dyn ToSql + Sync + Send + 'k> {
         fn parsed<'k, T: std::str::FromStr>(keys: impl Iterator<Item = &'k str>) -> Vec<T> {
             keys.filter_map(|key| key.parse().ok()).collect()
@@ -416,22 +424,22 @@ impl KeyType {
     }
 }
 
-/// The user's query as one of two columns: the key as text, and the others as a JSON object.
+/// Turns the user's query into one with two columns: the key as text, and the other columns as a JSON object.
 ///
-/// Columns are asked for by name, not by place: a table that is altered must not show one column's
-/// values under another's name.
+/// Columns are selected by name, not by position: if the table is altered, one column's values must not appear
+/// under another's name.
 fn json_query(query: &str, columns: &[Column]) -> Result<String, String> {
     let [key, others @ ..] = columns else {
-        return Err("the query has no columns and is to have two at least, the key first".into());
+        return Err("expected a query with at least two columns, the key first, found none".into());
     };
     if others.is_empty() {
-        return Err("the query has 1 columns and is to have two at least, the key first".into());
+        return Err("expected a query with at least two columns, the key first, found 1".into());
     }
     let (mut names, mut fields) = (BTreeSet::new(), Vec::new());
     for column in others {
         let name = column.name();
         if !names.insert(name) {
-            return Err(format!("the query has two columns {name:?}: give one another name by AS"));
+            return Err(format!("the query has two columns named {name:?}: rename one with AS"));
         }
         let quoted = quoted(name);
         let value = match is_bytea(column.type_()) {
@@ -441,7 +449,7 @@ fn json_query(query: &str, columns: &[Column]) -> Result<String, String> {
         };
         fields.push(format!("{value} AS {quoted}"));
     }
-    // A second column of the key's name would be taken for it: only places tell them apart.
+    // If another column has the name of the key, only positions can tell them apart.
     let (key_name, places) = match names.contains(key.name()) {
         false => (quoted(key.name()), String::new()),
         true => {
@@ -451,7 +459,7 @@ fn json_query(query: &str, columns: &[Column]) -> Result<String, String> {
             ("\"shardmill key\"".to_owned(), format!("({})", places.join(", ")))
         }
     };
-    // The line break ends a comment that the query may end with.
+    // The line break ends a comment at the end of the query.
     Ok(format!(
         "SELECT q.{key_name}::text, (SELECT row_to_json(r.*) FROM (SELECT {}) r)::text \
          FROM ({query}\n) q{places}",

@@ -1,7 +1,7 @@
-//! Rows from a SQLite file, opened for reading only.
+//! Rows from a SQLite file, opened read-only.
 //!
-//! The keys are bound as one JSON array, which `json_each(?1)` unfolds: SQLite has no arrays, and a
-//! statement with a parameter per key would be prepared anew for each number of keys.
+//! The keys are bound as one JSON array that `json_each(?1)` expands. SQLite has no arrays, and a statement with
+//! one parameter per key would have to be prepared for each number of keys.
 
 use std::fmt::Write as _;
 use std::fs::Metadata;
@@ -22,39 +22,39 @@ use super::{LookupError, pool_error, stopped};
 use shardmill_core::masking::sanitized;
 use shardmill_core::off_thread;
 
-/// Steps of SQLite's machine between two looks at the clock: well below a millisecond.
+/// Steps of SQLite's virtual machine between two checks of the deadline: well below a millisecond.
 const STEPS: i32 = 10_000;
 
-/// Lanes share these, as with PostgreSQL: one slow query stops nobody else, and each connection keeps up to
-/// 2 MiB of the file.
+/// Maximum number of connections, shared by the lanes. One slow query must not stop all, and each connection caches
+/// up to 2 MiB of the file.
 const CONNECTIONS_MAX: usize = 4;
 
-/// A file's query, and the connections that lanes take turns on.
+/// The query of a file, and the connections that lanes share.
 pub(super) struct SqliteTable {
     query: String,
-    /// Gives connections in the order of the calls: a lane that asks again and again is not served before one that
-    /// waits.
+    /// Hands out connections in the order of requests, so that a lane that asks constantly is not served before one
+    /// that waits.
     connections: Pool<Opener>,
     runtime: Handle,
 }
 
 /// Opens the connections of the pool.
 ///
-/// A slot of the pool is empty while a query runs: the connection belongs to the query, and comes back after
-/// success. Where a query failed, the next call opens the file again.
+/// A slot of the pool is empty while a query runs: the query owns the connection and returns it after success. If a
+/// query fails, the next call opens the file again.
 struct Opener {
     path: PathBuf,
 }
 
 struct Open {
     connection: Connection,
-    /// The file that was opened: its device and number.
+    /// Device and inode of the file that was opened.
     file: (u64, u64),
 }
 
 impl SqliteTable {
     pub(super) fn new(path: PathBuf, query: &str, runtime: Handle) -> Result<Self, LookupError> {
-        // Waits have no limits of their own: each call has a deadline.
+        // The pool needs no timeouts: each call has a deadline.
         let connections = Pool::builder(Opener { path })
             .max_size(CONNECTIONS_MAX)
             .queue_mode(QueueMode::Lifo)
@@ -63,7 +63,7 @@ impl SqliteTable {
         Ok(Self { query: query.to_owned(), connections, runtime })
     }
 
-    /// Opens the file, and runs the query without a key.
+    /// Opens the file, and runs the query without keys.
     pub(super) fn prepare(&self, deadline: Instant) -> Result<(), LookupError> {
         self.fetch(&[], deadline, &mut FoundRows::default())
     }
@@ -87,7 +87,7 @@ impl SqliteTable {
         fetched
     }
 
-    /// Waits for a turn until `deadline` at most.
+    /// Waits for a connection until `deadline`.
     fn turn(&self, deadline: Instant) -> Result<Object<Opener>, LookupError> {
         let turn = async { timeout_at(deadline.into(), self.connections.get()).await };
         match off_thread::wait_on(&self.runtime, turn).ok_or_else(stopped)? {
@@ -111,7 +111,7 @@ impl SqliteTable {
             Some(ErrorCode::OperationInterrupted) => self.failed("the query took too long"),
             _ => self.failed(error),
         };
-        // A writer holds a file for moments only; what takes longer is tried again by the stage.
+        // A writer locks a file for moments only. If it takes longer, the stage retries.
         let left = deadline.saturating_duration_since(Instant::now());
         connection.busy_timeout(left).map_err(failed)?;
         let is_late = move || Instant::now() >= deadline;
@@ -120,7 +120,7 @@ impl SqliteTable {
         self.check(&statement)?;
         let columns: Vec<String> = statement.column_names().skip(1).map(json_text).collect();
         let texts = Asked::new(keys, |key| Some(key.to_owned()));
-        // An integer is one number however it is written.
+        // An integer key may be written in several ways.
         let numbers = Asked::new(keys, |key| key.parse::<i64>().ok());
         let array = serde_json::Value::from_iter(keys.iter().map(|key| &**key)).to_string();
         let mut rows = statement.query([array]).map_err(failed)?;
@@ -147,28 +147,29 @@ impl SqliteTable {
         let names: Vec<&str> = statement.column_names().collect();
         let twice = (1..names.len()).find(|place| names[1..*place].contains(&names[*place]));
         let cause = if !statement.readonly() {
-            "the query writes, and a lookup only reads".to_owned()
+            "expected a query that only reads, found one that writes".to_owned()
         } else if statement.parameter_count() != 1 {
             format!(
-                "the query has {} parameters and is to have one, the keys: \
-                 WHERE id IN (SELECT value FROM json_each(?1))",
+                "expected a query with one parameter, the keys \
+                 (WHERE id IN (SELECT value FROM json_each(?1))), found {} parameters",
                 statement.parameter_count()
             )
         } else if names.len() < 2 {
             format!(
-                "the query has {} columns and is to have two at least, the key first",
+                "expected a query with at least two columns, the key first, found {}",
                 names.len()
             )
         } else if let Some(place) = twice {
-            format!("the query has two columns {:?}: give one another name by AS", names[place])
+            format!("the query has two columns named {:?}: rename one with AS", names[place])
         } else {
             return Ok(());
         };
-        // The configuration's fault, or a table's that was altered: no record is to be given up for it.
+        // The configuration is wrong, or the table was altered: retryable, because no record must be rejected for
+        // it.
         Err(LookupError::retryable(cause))
     }
 
-    /// The columns behind the key as a JSON object; `columns` are their names as JSON texts.
+    /// Returns the columns after the key as a JSON object. `columns`: their names as JSON texts.
     fn json(&self, columns: &[String], row: &Row<'_>) -> Result<String, LookupError> {
         let mut json = String::from("{");
         for (place, column) in columns.iter().enumerate() {
@@ -179,10 +180,8 @@ impl SqliteTable {
             json.push_str(column);
             json.push(':');
             if !write_value(&mut json, value) {
-                let cause = format!(
-                    "{}: the column {column} has a text that is no UTF-8",
-                    self.opener().place()
-                );
+                let cause =
+                    format!("{}: invalid UTF-8 in the column {column}", self.opener().place());
                 return Err(LookupError::lasting(cause));
             }
         }
@@ -202,7 +201,7 @@ impl Opener {
         Ok(Open { connection, file })
     }
 
-    /// The file that is at the path now.
+    /// Returns the identity of the file that is at the path now.
     fn file(&self) -> Result<(u64, u64), LookupError> {
         let file = std::fs::metadata(&self.path).map_err(|error| self.failed(error))?;
         Ok(identity(&file))
@@ -217,9 +216,9 @@ impl Opener {
     }
 }
 
-/// Both open and look at files: they are called on threads that may block, by [`SqliteTable::turn`] alone.
+/// Both functions open or stat files. Only [`SqliteTable::turn`] calls them, on a thread that may block.
 impl Manager for Opener {
-    /// Empty while a query has the connection.
+    /// Empty while a query owns the connection.
     type Type = Option<Open>;
     type Error = LookupError;
 
@@ -227,7 +226,7 @@ impl Manager for Opener {
         self.open().map(Some)
     }
 
-    /// A table is often renewed by renaming a new file over it.
+    /// Tables are often replaced by renaming a new file over the old one.
     async fn recycle(&self, open: &mut Option<Open>, _: &Metrics) -> RecycleResult<LookupError> {
         match open {
             Some(open) if open.file == self.file()? => Ok(()),
@@ -243,7 +242,7 @@ fn open_file(path: &Path) -> rusqlite::Result<Connection> {
     Ok(connection)
 }
 
-/// Appends a value; false: it is no text.
+/// Appends a value; false: it is a text that is not UTF-8.
 fn write_value(json: &mut String, value: ValueRef<'_>) -> bool {
     match value {
         ValueRef::Null => json.push_str("null"),
@@ -286,7 +285,7 @@ fn identity(file: &Metadata) -> (u64, u64) {
     (file.dev(), file.ino())
 }
 
-/// Elsewhere an open file cannot be replaced.
+/// On other systems an open file cannot be replaced.
 #[cfg(not(unix))]
 fn identity(_file: &Metadata) -> (u64, u64) {
     (0, 0)
@@ -303,7 +302,7 @@ mod tests {
 
     const LONG: Duration = Duration::from_secs(60);
 
-    /// A table in a new file, which `script` makes.
+    /// Creates a table in a new file, by `script`.
     fn table(folder: &Path, runtime: &Runtime, script: &str) -> SqliteTable {
         let path = folder.join("t.db");
         Connection::open(&path).expect("a database").execute_batch(script).expect(script);
@@ -364,7 +363,7 @@ mod tests {
         };
         assert_eq!(fetch("1"), Ok(()));
         assert!(is_kept());
-        // A text that is no UTF-8.
+        // A text that is not UTF-8.
         assert!(fetch("2").is_err());
         assert!(!is_kept());
         assert_eq!(fetch("1"), Ok(()));

@@ -1,22 +1,22 @@
-//! The words of `lookup.get`: keys as a plugin names them, and rows as it gets them.
+//! The encoding of `lookup.get`: keys as a plugin passes them, and rows as it gets them.
 
 use std::sync::Arc;
 
-/// Keys that one call may ask for: more than any batch has, and few enough to hold.
+/// Maximum number of keys in one call: more than any batch has, and few enough to keep in memory.
 pub(crate) const KEYS_PER_CALL_MAX: usize = 100_000;
-/// Bytes of one key: longer than what an index of a database takes.
+/// Maximum length of a key, in bytes: longer than what a database index takes.
 pub const KEY_BYTES_MAX: usize = 8 << 10;
-/// Bytes of all keys of a call. Spans may overlap, so that this is not the arena's length.
+/// Maximum size of all keys of a call. Their spans may overlap, so it can exceed the length of the arena.
 pub(crate) const KEYS_BYTES_MAX: usize = 8 << 20;
 
-/// The words that stand for no row.
+/// The words for "no row".
 const NONE: [u32; 2] = [u32::MAX, 0];
 
-/// Keys that are not looked up.
+/// Keys that cannot be looked up.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs, reason = "the messages say it")]
 pub enum BadKeys {
-    #[error("the keys are {0} words, and each key has two")]
+    #[error("expected two words for each key, found {0} words in all")]
     Odd(usize),
     #[error(
         "a call asked for {0} keys, over the limit of {KEYS_PER_CALL_MAX}: ask in several calls"
@@ -30,33 +30,33 @@ pub enum BadKeys {
     TooLarge,
     #[error("key {key} ends at byte {end} of an arena of {arena} bytes")]
     OutOfArena { key: usize, end: u64, arena: usize },
-    #[error("key {0} is no UTF-8")]
+    #[error("key {0} is not valid UTF-8")]
     NotText(usize),
 }
 
 impl BadKeys {
-    /// Whether they are only too many or too long, which is answered in words. All else breaks the contract
-    /// of `lookup.get`: a trap.
+    /// Whether they are only too many or too long: the plugin gets an error. Anything else breaks the contract of
+    /// `lookup.get` and is a trap.
     pub(crate) fn is_excess(&self) -> bool {
         matches!(self, Self::TooMany(_) | Self::TooLong { .. } | Self::TooLarge)
     }
 }
 
-/// Rows that do not fit into an answer.
+/// The rows do not fit into an answer.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("the rows take more than {bytes_max} bytes, the limit of one answer: ask for fewer keys")]
 pub struct TooLarge {
     bytes_max: usize,
 }
 
-/// The keys that a plugin asks for: two words per key, the span of its text in `arena`. The words may lie in
-/// the plugin's memory, in its order of bytes.
+/// Reads the keys that a plugin asks for: two words per key, the span of its text in `arena`. The words may lie in
+/// the plugin's memory, in its byte order.
 ///
-/// Number and lengths are bounded before a byte of a key is read: spans that overlap could name the whole
-/// arena a hundred thousand times, and to read that alone would take minutes.
+/// Number and lengths are checked before any key is read. Overlapping spans could name the whole arena 100,000
+/// times, and only reading that would take minutes.
 ///
 /// # Errors
-/// [`BadKeys`] where the words are no keys, or too many.
+/// [`BadKeys`] if the words are not valid keys, or too many.
 pub fn keys<'a>(arena: &'a [u8], words: &[u32]) -> Result<Vec<&'a str>, BadKeys> {
     let (spans, []) = words.as_chunks::<2>() else { return Err(BadKeys::Odd(words.len())) };
     if spans.len() > KEYS_PER_CALL_MAX {
@@ -85,11 +85,11 @@ pub fn keys<'a>(arena: &'a [u8], words: &[u32]) -> Result<Vec<&'a str>, BadKeys>
     spans.iter().enumerate().map(text).collect()
 }
 
-/// Rows as a plugin gets them: an arena, and two words per key. `bytes_max`, at most 4 GiB, bounds
-/// the arena: a plugin may ask for one large row many times.
+/// Encodes rows for a plugin: an arena, and two words per key. `bytes_max`, at most 4 GiB, limits the arena: a
+/// plugin may ask for one large row many times.
 ///
 /// # Errors
-/// [`TooLarge`] where they take more.
+/// [`TooLarge`] if they take more.
 pub fn found(rows: &[Option<Arc<str>>], bytes_max: usize) -> Result<(Vec<u8>, Vec<u32>), TooLarge> {
     let bytes_max = bytes_max.min(u32::MAX as usize);
     let bytes = rows.iter().flatten().map(|row| row.len()).fold(0_usize, usize::saturating_add);
@@ -99,7 +99,7 @@ pub fn found(rows: &[Option<Arc<str>>], bytes_max: usize) -> Result<(Vec<u8>, Ve
     let mut arena = Vec::with_capacity(bytes);
     let mut words = Vec::with_capacity(rows.len() * 2);
     for row in rows {
-        // Neither is cut: the arena has at most `u32::MAX` bytes.
+        // The casts are lossless: the arena has at most `u32::MAX` bytes.
         words.extend(row.as_ref().map_or(NONE, |row| [arena.len() as u32, row.len() as u32]));
         arena.extend_from_slice(row.as_ref().map_or(&[], |row| row.as_bytes()));
     }
@@ -127,7 +127,7 @@ mod tests {
 
     #[test]
     fn wall_06_keys_are_bounded_before_they_are_read() {
-        // Not text: an error would say so if any of it were read.
+        // Not text: if any of it were read, the error would say so.
         let arena = vec![0xff; 64 << 20];
         let span = |bytes: usize| [0, bytes as u32];
         let many = |bytes: usize, count: usize| vec![span(bytes); count].concat();
