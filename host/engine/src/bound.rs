@@ -1,4 +1,4 @@
-//! The bound on a process's memory: a formula of the configuration, and what the machine has.
+//! The bound on a process's memory: a formula of the configuration, compared with what the machine has.
 
 use std::fmt;
 use std::path::{Path, PathBuf};
@@ -9,19 +9,18 @@ use shardmill_core::budget::ledger::{bytes_bound, encoded_bound, text};
 
 /// The process itself: its code, the runtime's threads, compiled plugins, the state database.
 const PROCESS_BYTES: usize = 100 << 20;
-/// Copies of a batch that a lane has in hand: the records, what a plugin is given, what it answers, and
-/// the rows.
+/// Copies of a batch that a lane has in hand: the records, the plugin's input, its answer, and the rows.
 const BATCH_COPIES: usize = 4;
 
-/// Copies of an answer while a payload is made again: as between two stages, and what is kept for the next
-/// letter of the record.
+/// Copies of an answer while a payload is made again: as between two stages, and one kept for the next dead letter
+/// of the record.
 const REMADE_ANSWER_COPIES: usize = 4;
-/// The largest record.
+/// The largest record of a stream.
 ///
 /// Source: API reference, PutRecord.
 const RECORD_BYTES_MAX: usize = 10 << 20;
-/// Copies of the record meanwhile: as it is stored, as it enters the stages, as it is packed, and as it is kept
-/// for the next letter.
+/// Copies of the record meanwhile: as stored, as it enters the stages, as packed, and one kept for the next dead
+/// letter.
 const REMADE_RECORD_COPIES: usize = 4;
 
 /// Upper bound of the memory that a pipeline holds.
@@ -33,12 +32,12 @@ pub struct MemoryBound {
     pub host_bytes: usize,
     /// Instances of plugins.
     pub instances: usize,
-    /// What they may have together, in bytes.
+    /// Memory that they may have together, in bytes.
     pub plugin_bytes: usize,
 }
 
 impl MemoryBound {
-    /// The bound of a pipeline with this many lanes.
+    /// Computes the bound of a pipeline with this many lanes.
     ///
     /// | part | bytes |
     /// |---|---|
@@ -56,7 +55,7 @@ impl MemoryBound {
     pub fn of(config: &PipelineConfig, lanes: usize) -> Self {
         let lanes = lanes.max(1);
         let buffers = bytes_bound(config.buffer_bytes_max, lanes);
-        // An answer is booked as what is read ahead before it is read, and one at a time may go beyond that.
+        // An answer is counted as read-ahead before it is read, and one at a time may exceed that.
         let (read_ahead, large_read) = match config.source.kinesis() {
             Some(_) => (buffers, READ_BYTES_MAX),
             None => (0, 0),
@@ -64,7 +63,8 @@ impl MemoryBound {
         let in_hand = lanes * BATCH_COPIES * config.source.batch.bytes_max;
         let limits = || config.stages.iter().map(|stage| &stage.limits);
         let large = limits().map(StageLimits::answer_bytes_max).max().unwrap_or_default();
-        // Between two stages: what the first answered, the same packed for the second, and its answer.
+        // Between two stages there are: the first one's answer, the same packed for the second, and the second one's
+        // answer.
         let copies_of_answer = if config.stages.len() > 1 { 3 } else { 1 };
         let answers = large.saturating_mul(copies_of_answer).saturating_mul(lanes);
         let trials = config.reload.samples.bytes_max * config.stages.len();
@@ -95,7 +95,7 @@ impl MemoryBound {
         }
     }
 
-    /// The bound of a redrive of letters whose payloads are made again, one letter at a time.
+    /// Computes the bound of a redrive of dead letters whose payloads are made again, one at a time.
     ///
     /// | part | bytes |
     /// |---|---|
@@ -118,17 +118,17 @@ impl MemoryBound {
         }
     }
 
-    /// The bound, in bytes.
+    /// Returns the bound, in bytes.
     pub(crate) fn total_bytes(&self) -> usize {
         self.host_bytes.saturating_add(self.plugin_bytes)
     }
 
-    /// A warning, where the machine, or the control group that the process runs in, has less memory.
+    /// Returns a warning if the machine, or the control group of the process, has less memory.
     pub fn warning(&self, available: Option<&AvailableMemory>) -> Option<String> {
         let available = available.filter(|available| available.bytes < self.total_bytes())?;
         Some(format!(
-            "memory may grow to {}, and {} has {}: {self}; lower `buffer` under [pipeline], or `memory` \
-             under [stage.limits], or run it where there is more",
+            "memory may grow to {}, but {} has only {}: {self}; lower `buffer` under [pipeline] or `memory` \
+             under [stage.limits], or give the process more memory",
             text(self.total_bytes()),
             available.of,
             text(available.bytes)
@@ -156,19 +156,19 @@ impl fmt::Display for MemoryBound {
 /// Memory that a process can have.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct AvailableMemory {
-    /// Its bytes.
+    /// The number of bytes.
     pub bytes: usize,
-    /// Whose they are, for messages.
+    /// Who has them, for messages.
     pub of: &'static str,
 }
 
-/// What this process can have: the machine's memory, or less where a control group limits it. `None`: the
-/// system does not say.
+/// Returns the memory that this process can have: the machine's, or less where a control group limits it. `None`:
+/// the system does not say.
 pub fn memory_bytes_available() -> Option<AvailableMemory> {
     available_below(Path::new("/"))
 }
 
-/// The same, with the system's files below `root`.
+/// Returns the same, with the system's files below `root`.
 ///
 /// Source: proc(5), `/proc/meminfo`; cgroups(7), `/proc/PID/cgroup`; the kernel's "Control Group v2",
 /// `memory.max`, and "Memory Resource Controller", `memory.limit_in_bytes`.
@@ -188,8 +188,8 @@ fn total_of_meminfo(meminfo: &str) -> Option<usize> {
     line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok()?.checked_mul(1 << 10)
 }
 
-/// The files that limit a process's memory, by a line of its `/proc/self/cgroup`: of its own group and of
-/// all around it. In a container the group's path may be the host's: then only the root is there.
+/// Returns the files that limit a process's memory, by a line of its `/proc/self/cgroup`: those of its own group and
+/// of all groups around it. In a container the path may be the host's; then only the root exists.
 fn limit_files(root: &Path, line: &str) -> Vec<PathBuf> {
     let mut fields = line.splitn(3, ':');
     let (_, controllers, path) = (fields.next(), fields.next(), fields.next());
@@ -218,7 +218,7 @@ mod tests {
 
     use super::*;
 
-    /// Types of which only the memory that they take is of interest. They let any key pass.
+    /// Sink types that matter only for their memory. They accept any key.
     const TYPES: SinkTypes = SinkTypes::new(&[
         &Stub { name: "discard", encodes_early: false },
         &Stub { name: "objects", encodes_early: true },
@@ -305,7 +305,7 @@ mod tests {
         let outer = [unlimited[0], ("sys/fs/cgroup/a/memory.max", "536870912\n")];
         let limited = Some((512, "its control group"));
         assert_eq!(bytes(system(MEMINFO, "0::/a/b\n", &outer)), limited);
-        // In a container, whose own group is the root that it sees.
+        // In a container, the process's own group is the root that it sees.
         let root = [("sys/fs/cgroup/memory.max", "536870912\n")];
         assert_eq!(bytes(system(MEMINFO, "0::/kubepods/x\n", &root)), limited);
         let old = [("sys/fs/cgroup/memory/a/memory.limit_in_bytes", "536870912\n")];

@@ -1,6 +1,6 @@
-//! Dead letters as one shard that goes on: what is copied to the sinks under `[dead_letters]`.
+//! Dead letters as one shard without an end: the source of the copies under `[dead_letters]`.
 //!
-//! A record is a letter as JSON; its position is its place in the log of letters.
+//! A record is a dead letter as JSON; its position is its number in the log of dead letters.
 
 use std::time::Duration;
 
@@ -19,12 +19,12 @@ use shardmill_core::source::{
 };
 use shardmill_state::{DeadLetters, LoggedDeadLetter};
 
-/// The one shard of the log.
+/// The only shard of the log.
 const SHARD: &str = "letters-000000000000";
-/// How often new letters are looked for.
+/// Interval at which new dead letters are looked for.
 const LOOK_INTERVAL: Duration = Duration::from_millis(500);
 
-/// The log of letters as a source.
+/// The log of dead letters as a source.
 pub struct DeadLetterLogSource {
     dead_letters: DeadLetters,
     pipeline: PipelineName,
@@ -33,8 +33,8 @@ pub struct DeadLetterLogSource {
 }
 
 impl DeadLetterLogSource {
-    /// The letters of a pipeline. Once `last` is cancelled no more are written: what there is then is
-    /// the rest.
+    /// Makes a source of a pipeline's dead letters. Once `last` is cancelled no more are written: those that exist
+    /// then are the last ones.
     pub fn new(
         dead_letters: DeadLetters,
         pipeline: PipelineName,
@@ -66,7 +66,7 @@ impl ShardSource for DeadLetterLogSource {
     ) -> Result<Box<dyn BatchReader>, SourceError> {
         let after = from.after.cloned();
         if let Some(after) = &after {
-            // A lane begins where its slowest sink stands.
+            // A lane begins at the position of its slowest sink, so earlier entries are not needed.
             self.dead_letters.forget_log(&after.sequence).await.map_err(unreadable)?;
         }
         Ok(Box::new(DeadLetterLogReader {
@@ -99,7 +99,7 @@ impl BatchReader for DeadLetterLogReader {
                 () = self.last.cancelled() => {}
             }
         }
-        // Asked before the look: what was written until then is found by it.
+        // This comes before the look, so that the look finds everything that was written until then.
         let is_last = self.last.is_cancelled();
         let after = super::redrive_source::dead_letter_number(self.after.as_ref())?;
         let BatchLimits { records_max, bytes_max, .. } = self.limits;

@@ -1,10 +1,29 @@
-//! Deliveries: the buffer, the rhythm and the patience between a lane and one of its sinks.
+//! Deliveries: the buffers between a lane and its sinks.
 //!
-//! One task per lane and sink. It gathers the rows of consecutive spans and hands them to its
-//! committer at the first of rows, bytes, age or pressure on the byte budget; while that is busy, the
-//! next commit grows, up to the same bounds: a slow sink gets fewer and larger ones. So a sink that
-//! rolls hourly does not stop one that commits every second. Spans that the sink already has are
-//! skipped here.
+//! There is one task per lane and sink. It has two halves: the gatherer collects the rows of consecutive position
+//! ranges into commit requests, and the committer (`committer.rs`) executes them one after the other. A request is
+//! complete at the first of: rows, bytes, age (the linger time), or pressure on the byte budget. While the committer
+//! is busy, the next request grows up to the same bounds, so a slow sink gets fewer and larger commits, and a sink
+//! that rolls hourly does not stop one that commits every second.
+//!
+//! Invariants:
+//!
+//! - Requests are consecutive: each begins where the one before ended, and rows are in ascending position.
+//! - A position range without rows moves the position too: a sink without output still gets an (empty) commit.
+//! - A request has rows of one revision only, because a commit records the revision that made it.
+//! - Rows that the sink must not get are dropped here, in `Gatherer::push`: rows that it has already, rows before
+//!   its start, and rows that are dead letters of this sink.
+//! - Where an earlier owner has promised an object that ends at a position (`must_cut_at`), nothing is committed
+//!   before that position is in hand, and the first request ends exactly there: the object must be made again with
+//!   the same content.
+//!
+//! | event | request |
+//! |---|---|
+//! | rows or bytes reach the maximum, or the promised end is in hand | at once; `push` waits for the committer |
+//! | linger time over, or memory pressure | as soon as the committer has room; until then it grows |
+//! | another revision | the buffer before it, at once |
+//! | a flush | the buffer at once, then an answer after its commit |
+//! | the end of the channel | none: what is in the buffer is read again |
 
 mod committer;
 
@@ -24,29 +43,30 @@ use shardmill_core::sink::{Acquired, CutRows, EncodeRows, LookAhead, RowEncoder,
 use shardmill_core::stop::Stop;
 use shardmill_state::DeadLetters;
 
-/// Spans that may wait in the channel before the lane waits: as many as a usual commit has, so that
-/// the next one is there when this one is done. Their bytes are bounded by the budget.
+/// Position ranges that may wait in the channel before the lane waits. This is as many as a usual commit has, so
+/// that the next commit is complete when the current one is done. The byte budget bounds their bytes.
 const DELIVERIES_IN_CHANNEL_MAX: usize = 16;
-/// The same for a sink whose rows are encoded as they arrive, which lets go of what they hold.
+/// The same for a sink whose rows are encoded as they arrive. Encoding frees the memory of the rows, so they should
+/// not wait in the channel.
 const DELIVERIES_IN_CHANNEL_ENCODED_MAX: usize = 2;
-/// Parcels that may wait for the committer: with one, the next is there, and encoded where that can be
-/// done ahead, when this one is committed.
+/// Commit requests that may wait for the committer. With one, the next request is complete, and encoded where that
+/// can be done ahead, when the current commit is done.
 const COMMITS_WAITING_MAX: usize = 1;
 
-/// How long a delivery that has nothing under way may take to hear that the lane has ended.
+/// Time for an idle delivery to notice that the lane has ended.
 const IDLE_END_MAX: Duration = Duration::from_millis(100);
-/// How long a delivery that is broken off is waited for.
+/// Time to wait for a delivery after it was aborted.
 const ABORT_WAIT_MAX: Duration = Duration::from_secs(1);
 
-/// One span's rows for one sink.
+/// Rows of one position range for one sink.
 pub struct Delivery {
-    /// Everything up to here is settled once this is committed.
+    /// Every record up to here has its outcome in this sink once this is committed.
     pub to_inclusive: Position,
     /// The rows, by ascending position.
     pub rows: Vec<Row>,
     /// The revision that made them.
     pub revision: Arc<str>,
-    /// The bytes that they hold in memory.
+    /// The budget permit for the memory that they hold.
     pub permit: Option<Permit>,
 }
 
@@ -60,7 +80,7 @@ enum Message {
 pub struct DeliveryProgress {
     /// Committed up to here.
     pub position: Option<Position>,
-    /// Why it does not go on; `None`: it does.
+    /// Why the sink is blocked; `None`: it is not.
     pub blocked: Option<String>,
 }
 
@@ -71,48 +91,48 @@ pub struct DeliveryHandle {
     sender: mpsc::Sender<Message>,
     /// How far it is.
     pub progress: watch::Receiver<DeliveryProgress>,
-    /// Told when what is in hand is to be committed, though more would fit.
+    /// Notified when the buffer should be committed although more would fit.
     pub commit_now: Arc<Notify>,
-    /// `None` once it has ended and said why.
+    /// `None` once the task has ended and its reason was returned.
     task: Option<tokio::task::JoinHandle<Result<(), SinkError>>>,
 }
 
-/// What a delivery needs beside its sink's writer.
+/// Everything that a delivery needs besides its sink's writer.
 pub struct DeliveryContext {
     /// The shard.
     pub shard: ShardKey,
     /// The sink.
     pub sink: SinkName,
-    /// When to commit.
+    /// The commit policy.
     pub commit_policy: CommitPolicy,
     /// Deadlines and pauses.
     pub timing: Timing,
     /// The lane's account in the budget of all sinks' buffers.
     pub account: Arc<Account>,
-    /// Where refused rows go.
+    /// Store of the dead letters of refused rows.
     pub dead_letters: DeadLetters,
-    /// The limits of refusals.
+    /// Limits on refused rows.
     pub rejected_max: shardmill_config::RejectedMax,
     /// Ends the task without a commit.
     pub abandon: CancellationToken,
-    /// By this it may give rows up: the owner's epoch in the dead letters.
+    /// The owner's epoch in the store of dead letters: with it the delivery may give rows up.
     pub epoch: i64,
-    /// Spans up to here are skipped (the sink's position, or the checkpoint if that is believed).
+    /// Rows up to here are skipped (the sink's position, or the checkpoint where the configuration prefers that).
     pub skip_to: Option<Position>,
-    /// Rows of records before this start are skipped as well: other sinks need them, and this one
-    /// takes records from its start on.
+    /// Rows of records before this start are skipped as well: other sinks need them, but this one takes records only
+    /// from its own start.
     pub from_start: Option<ShardStart>,
-    /// Rows that are dead letters of this sink: they were refused or given up before it was restored from a
-    /// backup. Written as well, they would be doubled by a redrive.
+    /// Rows that are dead letters of this sink already: they were refused or given up before the sink was restored
+    /// from a backup. If they were written as well, a redrive would duplicate them.
     pub own_dead_letters: HashSet<(Position, u32)>,
-    /// The position that the sink is to commit first, without a row: the end of the part that it skips is then its own, and a
-    /// later comparison with the state does not take it for a sink that was restored. With the
-    /// revision that runs.
+    /// Position that the sink commits first, without a row, and the revision that runs. The sink's own position then
+    /// covers the records that it skips. Without this commit, a later comparison with the state would take the sink
+    /// for one that was restored from a backup.
     pub first_to: Option<(Position, Arc<str>)>,
 }
 
 impl DeliveryHandle {
-    /// Starts the delivery of a shard that was acquired.
+    /// Starts the delivery of an acquired shard.
     pub fn start(acquired: Acquired, context: DeliveryContext) -> Self {
         let deliveries_max = match acquired.writer.encodes_rows() {
             Some(_) => DELIVERIES_IN_CHANNEL_ENCODED_MAX,
@@ -139,7 +159,7 @@ impl DeliveryHandle {
         Self { sink, sender, progress, commit_now, task }
     }
 
-    /// Where spans are handed over.
+    /// Returns a sender of position ranges.
     pub fn sender(&self) -> DeliverySender {
         DeliverySender(self.sender.clone())
     }
@@ -154,22 +174,22 @@ impl DeliveryHandle {
         flushed.await.map_err(|_| DeliveryEnded)
     }
 
-    /// Asks for a commit of everything that was handed over, without a wait. A delivery whose channel is full
-    /// has enough to commit.
+    /// Asks for a commit of everything that was handed over, without waiting. A delivery whose channel is full has
+    /// enough to commit anyway.
     pub(crate) fn flush_soon(&self) {
         let (done, _) = oneshot::channel();
-        // Who has ended says so elsewhere.
+        // A delivery that has ended reports that by `ended` or `join`.
         let _ = self.sender.try_send(Message::Flush(done));
     }
 
-    /// Completes when the delivery ends by itself, with the reason; once.
+    /// Completes when the delivery ends by itself, with the reason; only once.
     pub async fn ended(&mut self) -> SinkError {
         let Some(task) = &mut self.task else { return std::future::pending().await };
         let ended = task.await;
         self.task = None;
         match ended {
             Ok(Err(error)) => error,
-            Ok(Ok(())) => self.unavailable("the delivery ended".into()),
+            Ok(Ok(())) => self.unavailable("the delivery task ended unexpectedly".into()),
             Err(panic) => self.unavailable(format!("the delivery failed: {panic}")),
         }
     }
@@ -178,9 +198,9 @@ impl DeliveryHandle {
         SinkError::Unavailable { sink: self.sink.clone(), cause }
     }
 
-    /// Ends the delivery and waits until it has. What is not committed is dropped; it will be read
-    /// again. A commit that outlasts the time of the end is broken off: the sink refuses it to a writer
-    /// that has lost the shard, and whoever acquires the shard next reads what came of it.
+    /// Ends the delivery and waits until it has ended. What is not committed is dropped and read again. A commit
+    /// that outlasts the shutdown is aborted: the sink refuses it, because this writer no longer owns the shard, or
+    /// it has landed, and the next owner sees that in the sink's position.
     ///
     /// # Errors
     /// Why the delivery ended by itself, if it did and [`DeliveryHandle::ended`] has not said so.
@@ -190,11 +210,12 @@ impl DeliveryHandle {
         let Some(mut task) = task else { return Ok(()) };
         let ended = match stop.until_over(&mut task).await {
             Some(ended) => ended,
-            // Nothing of it is under way, and it ends at once: what did not come to its end is another part.
+            // The shutdown ran out of time elsewhere. This delivery is idle and ends at once, so that is not an
+            // error.
             None if let Ok(ended) = tokio::time::timeout(IDLE_END_MAX, &mut task).await => ended,
             None => {
                 task.abort();
-                // It ends at its next wait. One that never comes to it is left behind.
+                // The task ends at its next await. One that never reaches an await is left to itself.
                 match tokio::time::timeout(ABORT_WAIT_MAX, task).await {
                     Ok(ended) => ended,
                     Err(_) => return Err(broken_off(sink)),
@@ -213,15 +234,15 @@ impl DeliveryHandle {
 }
 
 fn broken_off(sink: SinkName) -> SinkError {
-    let cause = "a commit did not end in time and was broken off; its records are read again";
+    let cause = "a commit did not finish in time and was aborted; its records are read again";
     SinkError::Unavailable { sink, cause: cause.into() }
 }
 
-/// Hands spans over to a delivery.
+/// Hands position ranges to a delivery.
 pub struct DeliverySender(mpsc::Sender<Message>);
 
 impl DeliverySender {
-    /// Hands a span over; waits while the sink is behind.
+    /// Hands a position range over; waits while the sink is lagging.
     ///
     /// # Errors
     /// When the delivery has ended: [`DeliveryHandle::ended`] says why.
@@ -234,10 +255,10 @@ impl DeliverySender {
 #[derive(Debug)]
 pub struct DeliveryEnded;
 
-/// Rows in hand.
+/// Rows that are gathered for the next commit.
 struct Buffer {
     rows: Vec<Row>,
-    /// What became of rows that are not kept.
+    /// Encodes rows on arrival instead of keeping them.
     encoder: Option<Box<dyn RowEncoder>>,
     count: usize,
     bytes: usize,
@@ -245,29 +266,30 @@ struct Buffer {
     to_inclusive: Position,
     revision: Arc<str>,
     opened: Instant,
-    /// By this it is asked to commit when others need its bytes.
+    /// Registration in the budget, which notifies the delivery with the largest buffer when others need memory.
     open: OpenBuffer,
 }
 
-/// Gathers rows into parcels, while the committer is busy with those before them.
+/// Gathers rows into commit requests, while the committer is busy with those before them.
 struct Gatherer {
     context: Arc<DeliveryContext>,
-    /// What rows become as they arrive.
+    /// Makes an encoder for each commit, where the sink encodes rows as they arrive.
     encode: Option<Arc<dyn EncodeRows>>,
-    /// Who is shown a parcel before its turn comes.
+    /// Sees the rows of a request before their commit begins.
     ahead: Option<Arc<dyn LookAhead>>,
     must_cut_at: Option<Position>,
     buffer: Option<Buffer>,
-    /// The buffer is to be committed as soon as the one before it is: until then it grows.
+    /// The buffer is committed as soon as the committer has room; until then it grows.
     must_commit: bool,
-    /// The rows of the last parcel.
+    /// Number of rows in the last request.
     rows_expected: usize,
-    /// Rows after an earlier owner's promise: they are encoded as those that arrive.
+    /// Rows after the end that an earlier owner promised. They go through `push` again, so that they are encoded as
+    /// all others.
     rest_of_promise: Option<Delivery>,
     pressure: Arc<Notify>,
 }
 
-/// The committer has ended, and says why itself.
+/// The committer has ended. Its own result has the reason.
 struct CommitterEnded;
 
 impl Gatherer {
@@ -293,7 +315,7 @@ impl Gatherer {
         let context = self.context.clone();
         tokio::select! {
             () = context.abandon.cancelled() => {}
-            // Where the committer has ended, it says why.
+            // Where the committer has ended, its result has the reason.
             _ = self.gather(receiver, &requests) => {}
         }
     }
@@ -325,7 +347,7 @@ impl Gatherer {
         }
     }
 
-    /// When the oldest span in hand must be committed.
+    /// Returns when the oldest rows in hand must be committed.
     fn deadline(&self) -> Option<Instant> {
         match (&self.buffer, &self.must_cut_at) {
             (Some(buffer), None) if !self.must_commit => {
@@ -379,21 +401,21 @@ impl Gatherer {
             self.hand_over(requests).await?;
         }
         if let Some(rest) = self.rest_of_promise.take() {
-            // Nothing is promised any more: it comes back once.
+            // No promise is left, so this recursion is one level deep.
             Box::pin(self.push(rest, requests)).await?;
         }
         Ok(())
     }
 
-    /// Takes rows up to `to_inclusive` into the buffer. Gives those that belong to the next commit, if this
-    /// one is as large as it may be, with their part of the permit.
+    /// Takes rows up to `to_inclusive` into the buffer. Where the commit is full, returns the rows that belong to
+    /// the next one, with their part of the permit.
     async fn take(
         &mut self,
         mut rows: Vec<Row>,
         (to_inclusive, revision): (&Position, &Arc<str>),
         permit: Option<Permit>,
     ) -> (Option<Permit>, Option<Vec<Row>>) {
-        // An earlier owner's promise is cut exactly at its end, and kept in its layout: of rows.
+        // The object that an earlier owner promised is cut exactly at its end, so its rows are kept as rows.
         let encode = self.encode.as_ref().filter(|_| self.must_cut_at.is_none());
         let buffer = self.buffer.get_or_insert_with(|| {
             Buffer {
@@ -442,14 +464,15 @@ impl Gatherer {
                     if let Some(to_inclusive) = to_inclusive {
                         buffer.to_inclusive = to_inclusive;
                     }
-                    // They share with the rows before them: all that came with them is still held.
+                    // These rows share memory with the rows before them, so everything that arrived with them stays
+                    // counted.
                     rest_permit = match (&mut buffer.permit, came_bytes) {
                         (Some(permit), Some(bytes)) => Some(permit.split(bytes)),
                         _ => None,
                     };
                     cut = Some(rest);
                 }
-                // The rows are gone, and with them what they held.
+                // The encoder dropped the rows, and with them the memory that they held.
                 if let Some(permit) = &mut buffer.permit {
                     permit.resize(encoder.occupied_bytes());
                 }
@@ -460,7 +483,7 @@ impl Gatherer {
         (rest_permit, cut)
     }
 
-    /// Hands over what is in hand; where an earlier owner promised an end, exactly up to there.
+    /// Hands the buffer to the committer; where an earlier owner promised an end, exactly up to that end.
     async fn hand_over(
         &mut self,
         requests: &mpsc::Sender<CommitRequest>,

@@ -1,8 +1,8 @@
-//! A pipeline that a program builds and runs by itself, with sources and sinks of its own.
+//! A pipeline that a program builds and runs, with sources and sinks of its own.
 //!
-//! [`PipelineBuilder`] puts together what `pipeline.toml` says for `shardmill run`, and from there both go the same
-//! way: [`Run`] with its lanes, its state folder, its checkpoints and its dead letters. What is left out here is what
-//! belongs to a process rather than to a pipeline: ports, signals, reloads of files.
+//! [`PipelineBuilder`] collects what `pipeline.toml` describes for `shardmill run`. From there both take the same
+//! way: [`Run`] with its lanes, its state folder, its checkpoints and its dead letters. Parts of a process rather
+//! than of a pipeline are left out: ports, signals, reloads of files.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::{Debug, Display};
@@ -28,24 +28,23 @@ use shardmill_core::source::ShardSource;
 use shardmill_core::stop::Stop;
 use shardmill_plugin::{Backends, CompileCache, PluginEngine, PluginHost};
 
-/// When a sink commits: at the first of these.
+/// When a sink commits: at the first of these limits.
 pub use shardmill_config::CommitPolicy;
 
-/// The commit policy of a sink that is given none: one commit per second and shard, or what fits in memory without a
-/// thought.
+/// The default commit policy: one commit per second and shard, within an amount of memory that suits any machine.
 pub const DEFAULT_COMMIT_POLICY: CommitPolicy = CommitPolicy {
     rows_max: 10_000,
     bytes_max: 4 << 20,
     linger_max: Duration::from_secs(1),
     give_up_after: None,
 };
-/// The state folder of a pipeline that is given none, as in a file.
+/// The default state folder, as in a file.
 const STATE_DIR: &str = "state";
 
 /// A pipeline that can run.
 ///
-/// It may run several times, one after the other: each run goes on where the one before ended, in another process
-/// too.
+/// It may run several times, one after the other: each run goes on where the previous one ended, also in another
+/// process.
 pub struct Pipeline {
     config: PipelineConfig,
     source: Arc<dyn ShardSource>,
@@ -66,7 +65,7 @@ pub struct PipelineBuilder {
     timing: Timing,
 }
 
-/// A sink of the program, and when it commits.
+/// A sink of the program, with its commit policy.
 struct GivenSink {
     sink: Arc<dyn Sink>,
     commits: CommitPolicy,
@@ -102,13 +101,13 @@ pub enum BuildError {
         /// The name.
         name: String,
     },
-    /// Nothing is read.
+    /// There is no source.
     #[error("the source is missing: call `source` of the builder")]
     NoSource,
-    /// Nothing is written.
+    /// There is no sink.
     #[error("expected at least one sink, found none: call `sink` of the builder")]
     NoSink,
-    /// A route goes to a sink that is not there.
+    /// A route goes to an unknown sink.
     #[error("route {route:?} of stage {stage} goes to an unknown sink, {sink:?}: {help}")]
     UnknownSink {
         /// The stage.
@@ -117,7 +116,7 @@ pub enum BuildError {
         route: String,
         /// The sink's name.
         sink: String,
-        /// The sinks that there are.
+        /// The known sinks.
         help: String,
     },
     /// No route of the last stage goes to a sink.
@@ -126,13 +125,13 @@ pub enum BuildError {
         /// The stage.
         stage: String,
     },
-    /// Nothing would ever come to a sink.
+    /// No route leads to a sink.
     #[error("no route leads to sink {sink}: bind one, or leave the sink out")]
     Unreached {
         /// The sink.
         sink: SinkName,
     },
-    /// A stage's configuration that no plugin could read.
+    /// A stage's configuration is not a JSON object.
     #[error("invalid configuration of stage {stage}: expected a JSON object, found {found}")]
     StageConfig {
         /// The stage.
@@ -168,11 +167,11 @@ pub enum BuildError {
 #[non_exhaustive]
 pub enum PipelineError {
     /// A component cannot be loaded, or its formats, columns, routes or imports do not fit its place. One sentence
-    /// each.
+    /// per problem.
     #[error("{}", .0.join("; "))]
     Misfit(Vec<String>),
-    /// Something else: the state folder is taken, the source or a sink is out of reach when the run begins, or going
-    /// on would lose records.
+    /// Another problem: the state folder is in use, the source or a sink cannot be reached when the run begins, or
+    /// going on would lose records.
     #[error(transparent)]
     Failed(anyhow::Error),
 }
@@ -186,7 +185,7 @@ impl From<anyhow::Error> for PipelineError {
     }
 }
 
-/// A problem without its place: there is no file.
+/// Formats a problem without a place, because there is no file.
 fn sentence(problem: &shardmill_config::Problem) -> String {
     match problem.help() {
         Some(help) => format!("{}: {help}", problem.message()),
@@ -211,32 +210,32 @@ impl Pipeline {
         }
     }
 
-    /// Runs until `stop` is asked for, every shard has ended, or the source has nothing more. What is in hand by then
-    /// is committed; what is not committed within the time of the end is read again by the next run.
+    /// Runs until `stop` is asked for, every shard has ended, or the source has no more records. Records in hand at
+    /// that time are committed; those that are not committed in time are read again by the next run.
     ///
-    /// Each lane calls its plugins on a thread of the runtime for calls that block, of which tokio has 512 by default:
-    /// raise `max_blocking_threads` for a source with several hundred shards. A component is compiled by this process,
-    /// once; the state folder keeps the result. A run that is stopped before it has begun counts nothing.
+    /// Each lane calls its plugins on a thread of the runtime for blocking calls, of which tokio has 512 by default:
+    /// raise `max_blocking_threads` for a source with several hundred shards. A component is compiled by this
+    /// process, once; the state folder keeps the result. A run that is stopped before it has begun counts nothing.
     ///
     /// # Errors
-    /// [`PipelineError`]. A sink that fails while it runs is no error: its shards wait, and the log says so.
+    /// [`PipelineError`]. A sink that fails during the run is not an error: its shards wait, and the log says so.
     pub async fn run(&self, stop: &Stop) -> Result<RunSummary, PipelineError> {
         self.run_as(RunOptions::new(false), stop).await
     }
 
-    /// As [`Pipeline::run`], and ends as well when everything that the source has is committed.
+    /// Does the same as [`Pipeline::run`], and also ends when everything that the source has is committed.
     ///
     /// # Errors
-    /// As [`Pipeline::run`].
+    /// The same as of [`Pipeline::run`].
     pub async fn run_until_caught_up(&self, stop: &Stop) -> Result<RunSummary, PipelineError> {
         self.run_as(RunOptions::new(true), stop).await
     }
 
-    /// Takes the state folder and validates the components and the sinks, without reading a record: for programs that
-    /// watch the lanes of a run, or change its stages while it runs.
+    /// Acquires the state folder and validates the components and the sinks, without reading a record: for programs
+    /// that watch the lanes of a run, or change its stages during the run.
     ///
     /// # Errors
-    /// As [`Pipeline::run`].
+    /// The same as of [`Pipeline::run`].
     pub async fn prepare(&self, options: RunOptions) -> Result<Run, PipelineError> {
         let stream = self.source.identity().await.map_err(anyhow::Error::from)?;
         let source = source_config(&stream, &self.config.source);
@@ -248,9 +247,9 @@ impl Pipeline {
     }
 
     async fn run_as(&self, options: RunOptions, stop: &Stop) -> Result<RunSummary, PipelineError> {
-        // An error ends the run, and nothing else of the program.
+        // An error ends this run, but nothing else of the program.
         let stop = stop.child();
-        // Servers that do not answer are not waited for: nothing has been read yet.
+        // Nothing has been read yet, so servers that do not answer are not waited for.
         let Some(run) = stop.unless_asked(Box::pin(self.prepare(options))).await else {
             return Ok(RunSummary::default());
         };
@@ -258,16 +257,22 @@ impl Pipeline {
         let (statuses, dead_letters) = (run.pipeline().statuses(), run.pipeline().dead_letters());
         Box::pin(run.run(&stop)).await?;
         let counted = stop.until_over(RunSummary::of(&statuses, &dead_letters)).await;
-        Ok(counted.context("the dead letters were not counted within the time of the end")??)
+        Ok(counted
+            .context("counting the dead letters did not finish within the shutdown time")??)
     }
 
-    /// Gives the program's sinks, by the names in the configuration.
+    /// Returns the program's sinks, by their names in the configuration.
     fn build_sinks(&self) -> BuildSinks {
         let given = self.sinks.clone();
         Arc::new(move |config| {
             let by_name = |own: &SinkConfig| {
                 let sink = given.iter().find(|sink| *sink.name() == own.name.value);
-                sink.cloned().with_context(|| format!("the program has no sink {}", own.name.value))
+                sink.cloned().with_context(|| {
+                    format!(
+                        "unknown sink {}: expected one that was given to the builder",
+                        own.name.value
+                    )
+                })
             };
             config.sinks.iter().map(by_name).collect()
         })
@@ -281,13 +286,13 @@ impl PipelineBuilder {
         Self { state_dir: folder.into(), ..self }
     }
 
-    /// Sets what records come from.
+    /// Sets the source of the records.
     pub fn source(self, source: Arc<dyn ShardSource>) -> Self {
         Self { source: Some(source), ..self }
     }
 
-    /// Adds a stage; records pass the stages in this order. Without a stage, every record goes to every sink as it
-    /// came.
+    /// Adds a stage; records pass the stages in this order. Without a stage, every record goes unchanged to every
+    /// sink.
     pub fn stage(mut self, stage: Stage) -> Self {
         self.stages.push(stage);
         self
@@ -326,11 +331,11 @@ impl PipelineBuilder {
         Self { timing, ..self }
     }
 
-    /// Checks that the parts fit together. Opens no file and asks no server: components are loaded, and sinks are
-    /// asked, when a run begins.
+    /// Checks that the parts fit together, without opening a file or asking a server: components are loaded, and
+    /// sinks are asked, when a run begins.
     ///
     /// # Errors
-    /// [`BuildError`], the first that is found.
+    /// The first [`BuildError`] that is found.
     pub fn build(self) -> Result<Pipeline, BuildError> {
         self.check_names()?;
         let Some(source) = self.source.clone() else { return Err(BuildError::NoSource) };
@@ -385,7 +390,7 @@ impl PipelineBuilder {
         }
     }
 
-    /// Every route goes to sinks that are there, and every sink is reached.
+    /// Checks that every route goes to known sinks, and that a route leads to every sink.
     fn check_bindings(&self) -> Result<(), BuildError> {
         let sinks: Vec<&str> = self.sinks.iter().map(|given| given.sink.name().as_str()).collect();
         let mut reached = BTreeSet::new();
@@ -412,7 +417,7 @@ impl PipelineBuilder {
         }
     }
 
-    /// No sink waits for more than the buffer holds, or for nothing.
+    /// Checks that a sink can always commit: its limits are not zero, and not larger than the buffer.
     fn check_policies(&self) -> Result<(), BuildError> {
         let out_of_range = |what: String, expected: String, found: &dyn Display| {
             Err(BuildError::OutOfRange { what, expected, found: found.to_string() })
@@ -448,7 +453,8 @@ impl Stage {
         }
     }
 
-    /// Sets the plugin's configuration, a JSON object. It is stored in the state folder as it is: no place for secrets.
+    /// Sets the plugin's configuration, a JSON object. It is stored in the state folder as it is, so it is no place
+    /// for secrets.
     pub fn config(self, config: serde_json::Value) -> Self {
         Self { config, ..self }
     }
@@ -459,24 +465,25 @@ impl Stage {
         self
     }
 
-    /// Sets what one call of the plugin may use.
+    /// Sets the limits of one call of the plugin.
     pub fn limits(self, limits: StageLimits) -> Self {
         Self { limits, ..self }
     }
 
-    /// Binds a route of the plugin to a sink; one route may go to several. What is bound here goes to no later stage.
+    /// Binds a route of the plugin to a sink; one route may go to several. Outputs of a bound route go to no later
+    /// stage.
     pub fn route(mut self, route: impl Into<String>, sink: impl Into<String>) -> Self {
         self.routes.entry(route.into()).or_default().push(sink.into());
         self
     }
 
-    /// Drops the rows of a route, on purpose.
+    /// Drops the outputs of a route, on purpose.
     pub fn drop_route(mut self, route: impl Into<String>) -> Self {
         self.routes.entry(route.into()).or_default();
         self
     }
 
-    /// Gives the stage as a file would describe it.
+    /// Returns the stage as a file would describe it.
     fn config_of(&self) -> Result<StageConfig, BuildError> {
         if !self.config.is_object() {
             let found = self.config.to_string();
@@ -507,12 +514,12 @@ impl Stage {
     }
 }
 
-/// A value that stands in no file.
+/// A value that is in no file.
 fn unplaced<T>(value: T) -> Located<T> {
     Located { value, span: 0..0 }
 }
 
-/// The settings of a sink that the program has made.
+/// Settings of a sink that the program has made.
 struct ProgramSink(Arc<dyn Sink>);
 
 impl Debug for ProgramSink {
@@ -532,7 +539,7 @@ impl SinkSettings for ProgramSink {
         None
     }
 
-    /// Asked before a sink has answered where it stands; each says it itself when a shard is acquired.
+    /// Asked before a sink has said where it is; each one says it itself when a shard is acquired.
     fn is_exact(&self) -> bool {
         false
     }
@@ -546,10 +553,10 @@ impl SinkSettings for ProgramSink {
     }
 }
 
-/// A sink of the program as a configuration has it.
+/// Returns a sink of the program in the form of a configuration.
 ///
-/// Settings say how a sink is made, and where it writes. A sink of the program is made already, and only the program
-/// knows where it writes.
+/// A configuration says how a sink is made, and where it writes. A sink of the program exists already, and only the
+/// program knows where it writes.
 fn sink_config(given: &GivenSink) -> SinkConfig {
     let name = given.sink.name();
     SinkConfig {
@@ -573,15 +580,15 @@ fn unnamed_source() -> SourceConfig {
     }
 }
 
-/// A source of the program as a configuration has it: of its kind, only the name of the stream is ever asked for,
-/// which is a file's path.
+/// Returns a source of the program in the form of a configuration. Of its type, only the name of the stream is ever
+/// used, which is a file's path.
 fn source_config(stream: &StreamIdentity, unnamed: &SourceConfig) -> SourceConfig {
     let file = FileConfig { path: (&*stream.name).into(), cut: FileCut::Lines, skip_lines: 0 };
     SourceConfig { kind: SourceKind::File(file), ..unnamed.clone() }
 }
 
-/// Makes what the plugins are loaded with. Components are compiled in this process, without the limits of
-/// `shardmill run`, which starts itself again for that: run components of people whom the program trusts.
+/// Makes the host of the plugins. Components are compiled in this process, without the limits of `shardmill run`,
+/// which starts a process for that: run components only of people whom the program trusts.
 fn plugin_host(config: &PipelineConfig) -> anyhow::Result<PluginHost> {
     shardmill_core::system::check_start()?;
     let engine = PluginEngine::new().map_err(anyhow::Error::from)?;

@@ -1,8 +1,32 @@
 //! A lane: one shard on its way from the source through the stages to the sinks.
 //!
-//! `pipeline.rs` shows the order of things; here are the things: `Lane::acquire` takes the
-//! shard over (in `acquire.rs`), the steps of the loop, how it changes to another revision
-//! (`change.rs`), and how it is settled at the end.
+//! `pipeline.rs` shows the order of the steps; this module has the steps. `Lane::acquire` acquires the shard
+//! (`acquire.rs`), `change.rs` changes to another revision, `settle` and `abandon` end the lane.
+//!
+//! Invariants:
+//!
+//! - `at` (the lane's position) moves only in `deliver`, after every delivery has the batch. Before that every
+//!   record of the batch has an outcome: rows, filtered, or a dead letter that is already durable.
+//! - A record that some sink has (up to `highest`) is run by the revision that ran it first.
+//! - One batch is in work at a time, so dead letters, rows and changes of revision keep the order of the shard.
+//!
+//! The positions of a lane, and who moves each:
+//!
+//! | position | meaning | moved by |
+//! |---|---|---|
+//! | `at` | the last record handed to all deliveries | `deliver` |
+//! | `highest` | some sink has records up to here, or has promised them; fixed when the lane begins | `acquire` |
+//! | `DeliveryProgress::position` of a delivery | the last record committed by that sink | the committer |
+//! | the checkpoint | the minimum over the sinks | `checkpointer.rs`, and `settle` at the end |
+//!
+//! Races that this module handles:
+//!
+//! - A stop while a batch is in the plugins: the call goes on in its thread until the time of the shutdown is over;
+//!   its outcome is dropped and the batch is read again.
+//! - A stop while a batch is handed to the deliveries: some sinks may have it and others not. `at` did not move, so
+//!   the sinks that lack it get it again, and the others skip it.
+//! - A write to the ledger or the checkpoint that is still under way when the lane ends: `settle` and `abandon` wait
+//!   for it, because it would otherwise overtake what the shard's next lane writes.
 
 mod acquire;
 pub mod agreement;
@@ -50,88 +74,89 @@ use shardmill_state::{
     StateError,
 };
 
-/// Runs of a batch that failed as a whole.
+/// Retries of a batch that failed as a whole.
 const STAGE_RETRY: RetryPolicy = RetryPolicy::every(Duration::from_secs(5));
-/// How often an idle lane notes that it has everything, in milliseconds: far below the 24 hours that
-/// a stream keeps records at least.
+/// Interval in milliseconds at which an idle lane notes that it has everything. It is far below 24 hours, the
+/// shortest retention of a stream.
 const CAUGHT_UP_NOTE_MS: i64 = 600_000;
-/// The part of a lane that shows a search for records that run out of time.
+/// Part of a lane, in the status: a search for records that exceed their time limit.
 const SEARCH: &str = "search";
-/// The part of a lane that shows a batch that stays in the plugins for long.
+/// Part of a lane, in the status: a batch that has been in the plugins for long.
 const CALL: &str = "plugin call";
-/// The part of a lane that shows retries which a plugin has asked for.
+/// Part of a lane, in the status: retries that a plugin asked for.
 const RETRIES: &str = "retries";
-/// The part of a lane that its stages block.
+/// Part of a lane, in the status: its stages block it.
 const STAGES: &str = "stages";
-/// The part of a lane that a busy machine blocks: no version of a plugin is judged by it.
+/// Part of a lane, in the status: a busy machine blocks it. Probation ignores this part, because it says nothing
+/// about a version of a plugin.
 const STARVED: &str = "cores";
-/// The part of a lane that waits for the store of dead letters.
+/// Part of a lane, in the status: it waits for the store of dead letters.
 const DEAD_LETTERS: &str = "dead letters";
-/// The metric of what the sinks' buffers hold.
+/// Metric of the bytes that the sinks' buffers hold.
 const SINK_BUFFERS: &str = metric::BUFFER_BYTES;
-/// How long a stage asks for retries until that is shown.
+/// Time for which a stage may ask for retries before that is shown as blocked.
 const RETRIES_SHOWN_AFTER: Duration = Duration::from_secs(5);
-/// Bytes of rows up to which a copy of them is made on the lane's own thread: some 100 µs of work.
+/// Bytes of rows up to which they are copied on the lane's own thread: about 100 µs of work.
 const COPIED_IN_PLACE_BYTES: usize = 1 << 20;
-/// Writes of dead letters that failed. Many letters take the state database for long before it is known that the
-/// store is too full: other lanes need it meanwhile.
+/// Retries of a write of dead letters that failed. The pause grows, because a write of many letters keeps the state
+/// database locked for long before it finds the store too full, and other lanes need the database meanwhile.
 const DEAD_LETTER_RETRY: RetryPolicy =
     RetryPolicy::doubling(Duration::from_secs(1), Duration::from_secs(8));
-/// Reads of dead letters that failed.
+/// Retries of a read of dead letters that failed.
 const DEAD_LETTER_READ_RETRY: RetryPolicy = RetryPolicy::every(Duration::from_secs(1));
 
-/// Makes the sinks that a configuration names, in its order; talks to none of them.
+/// Makes the sinks that a configuration names, in its order, without contacting any of them.
 pub type BuildSinks =
     Arc<dyn Fn(&PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>>> + Send + Sync>;
 
-/// What all lanes of a pipeline share.
+/// State and services that all lanes of a pipeline share.
 pub(crate) struct Shared {
     /// The pipeline, as configured.
     pub config: PipelineConfig,
-    /// Where records come from.
+    /// Source of the records.
     pub source: Arc<dyn ShardSource>,
-    /// The revision that is to run; lanes take another one over at their next batch's boundary.
+    /// Revision that is wanted now. Each lane changes to it at a batch boundary.
     pub current: watch::Sender<Arc<Revision>>,
     /// Revisions that ran before.
     pub revisions: RevisionStore,
     /// The sinks, in the configuration's order.
     pub sinks: Vec<Arc<dyn Sink>>,
-    /// Sinks that were taken out of the configuration and may be given up while behind.
+    /// Sinks that were removed from the configuration and whose missing records may be given up.
     pub dropped_sinks: HashSet<SinkName>,
     /// Checkpoints.
     pub checkpoints: Checkpoints,
-    /// Which sinks there were.
+    /// Sinks that the pipeline has or had.
     pub roster: Roster,
-    /// What sinks were not given.
+    /// Records that sinks were not given.
     pub holes: Holes,
-    /// Which revision ran from where.
+    /// Which revision ran from which position.
     pub ledger: Ledger,
     /// Dead letters.
     pub dead_letters: DeadLetters,
-    /// What sinks' buffers may hold.
+    /// Memory that the sinks' buffers may hold.
     pub budget: Budget,
-    /// What is shown of the lanes.
+    /// Status of the lanes.
     pub statuses: StatusRegistry,
     /// Whether stages have started in any lane.
     pub starts: Starts,
-    /// What entered the stages of late.
+    /// Recent inputs of the stages, for trials.
     pub samples: Samples,
-    /// The run ends once all is read and committed: what sinks gather is committed as soon as nothing more comes.
+    /// The run ends once everything is read and committed: sinks commit as soon as no more records arrive.
     pub until_caught_up: bool,
 }
 
 impl Shared {
-    /// The revision that is to run.
+    /// Returns the revision that is wanted now.
     pub fn revision(&self) -> Arc<Revision> {
         self.current.borrow().clone()
     }
 
-    /// The same for lanes that are taken over anew with another revision.
+    /// Copies this for lanes that restart with another revision.
     pub(crate) fn with_revision(&self, revision: Arc<Revision>) -> Self {
         self.reshaped(self.config.clone(), revision, self.sinks.clone(), self.revisions.clone())
     }
 
-    /// The same for lanes that are taken over anew with another configuration.
+    /// Copies this for lanes that restart with another configuration.
     pub(crate) fn reshaped(
         &self,
         config: PipelineConfig,
@@ -169,60 +194,60 @@ impl Shared {
     }
 }
 
-/// The budget of what the sinks' buffers hold.
+/// Makes the memory budget of the sinks' buffers.
 pub(crate) fn sinks_budget(config: &PipelineConfig) -> Budget {
     Budget::with_turn(config.buffer_bytes_max, SINK_BUFFERS, config.timing.memory_turn_max)
 }
 
-/// How a lane ended.
+/// How a lane ended without an error.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum LaneEnd {
     /// It was asked to stop.
     Stopped,
-    /// The shard was closed, and everything in it is settled.
+    /// The shard was closed, and all its records are committed.
     ShardEnd,
-    /// The source has nothing more for now, and everything that it had is settled.
+    /// The source has no more records for now, and all that it had are committed.
     SourceEnd,
 }
 
 /// Why a lane ended early.
 #[derive(Debug, thiserror::Error)]
 pub enum LaneError {
-    /// The source failed in a way that trying again within the lane does not mend.
+    /// The source failed, and a retry within the lane does not help.
     #[error(transparent)]
     Source(#[from] SourceError),
-    /// A sink lost the shard, or cannot take it over.
+    /// A sink lost the shard, or cannot acquire it.
     #[error(transparent)]
     Sink(#[from] SinkError),
     /// The state database failed.
     #[error(transparent)]
     State(#[from] StateError),
-    /// Going on would lose or double records: a person must decide.
+    /// Going on would lose or duplicate records: a person must decide.
     #[error("{0}")]
     Fatal(String),
-    /// The end was asked for while the lane waited. It does not leave the lane.
+    /// A stop was asked for while the lane waited. This error does not leave the lane.
     #[error("the lane was stopped")]
     Stopped,
 }
 
 impl LaneError {
-    /// Whether trying again does not mend it.
+    /// Whether a person must act, because a retry does not help.
     pub fn needs_a_person(&self) -> bool {
         match self {
             Self::Fatal(_) => true,
             Self::Source(error) => error.needs_a_person(),
-            // What is written there is lost: to try again would lose more.
+            // A final error means that what is written to this state is lost: a retry would lose more.
             Self::State(error) => error.is_final(),
             Self::Sink(_) | Self::Stopped => false,
         }
     }
 }
 
-/// What happens to a lane beside records.
+/// Something that happens to a lane besides records.
 pub(crate) enum LaneEvent {
     /// A sink has ended by itself: it lost the shard.
     SinkEnded(LaneError),
-    /// There is something to do for another revision, which is to take over.
+    /// A change of revision can take its next step.
     NextRevision,
 }
 
@@ -232,54 +257,55 @@ struct ActiveSegment {
     revision: Arc<Revision>,
 }
 
-/// The result of running a batch through the stages.
+/// Result of running a batch through the stages.
 #[derive(Debug)]
 pub(crate) enum StagesRan {
     /// The outcome of all its records.
     All(ChainOutcome),
-    /// Nothing yet: together it would hold too much. So many of its first records have room.
+    /// No outcome yet: the outputs of the whole batch would hold too much memory. This many of its first records
+    /// fit.
     First(usize),
 }
 
-/// One shard, taken over.
+/// One acquired shard.
 pub(crate) struct Lane<'a> {
     shared: &'a Shared,
     shard: ShardKey,
-    /// Each wait of the lane ends with it.
+    /// Every wait of the lane ends with it.
     stop: Stop,
     /// Ends the deliveries and the checkpointer without another commit.
     abandon: CancellationToken,
     deliveries: Vec<DeliveryHandle>,
-    /// Its part of the sinks' budget.
+    /// The lane's share of the sinks' memory budget.
     account: Arc<Account>,
-    /// Per delivery: up to here it must not wait for the budget (see `acquire.rs`).
+    /// Per delivery: up to this position its rows must not wait for the budget (see `acquire.rs`).
     unbudgeted_to: Vec<Option<Position>>,
     checkpointer: JoinHandle<()>,
     /// The lane's position: the last record handed to all sinks.
     at: Option<Position>,
-    /// Some sink has records up to here.
+    /// Some sink has records up to here, or has promised them.
     highest: Option<Position>,
     replayed: u64,
-    /// The revision at work first, then those that follow.
+    /// The revision at work, then those that follow it.
     segments: Vec<ActiveSegment>,
     change: PendingChange,
     chain: Option<Chain>,
     swap_pause: SwapPause,
-    /// Up to here some items have a stage's letter already.
+    /// Up to here some items have a dead letter of a stage already.
     dead_lettered_to: Option<Position>,
     start: ShardStart,
-    /// Everything that had arrived by then is settled, in milliseconds since 1970 by the server's clock,
-    /// as last noted.
+    /// Everything that had arrived by this time is committed, as last noted; milliseconds since 1970 by the server's
+    /// clock.
     caught_up_ms: Option<i64>,
-    /// Everything that had arrived by then is in the sinks' hands, by the same clock.
+    /// Everything that had arrived by this time was handed to the sinks, by the same clock.
     read_up_to_ms: Option<i64>,
-    /// What the reader waits for.
+    /// Waits of the reader for the source.
     waiting: Waiting,
     waits: WaitWatch,
 }
 
 impl Lane<'_> {
-    /// The reader of the shard, from the lane's position on.
+    /// Opens a reader of the shard, after the lane's position.
     ///
     /// # Errors
     /// [`LaneError::Source`].
@@ -310,7 +336,7 @@ impl Lane<'_> {
         self.stop.unless_asked(wait).await.ok_or(LaneError::Stopped)
     }
 
-    /// Shows that the reader gets no answer from the source, or that it does again.
+    /// Shows that the source does not answer the reader, or that it answers again.
     fn show_wait(&self, cause: Option<String>) {
         match cause {
             Some(cause) => self.block("source", &cause),
@@ -318,8 +344,8 @@ impl Lane<'_> {
         }
     }
 
-    /// Nothing new in the shard. Now and then it is noted that everything is settled: when the
-    /// stream drops records that were read long ago, nothing is lost.
+    /// Handles a read that brought nothing. From time to time it notes that everything is committed: when the stream
+    /// later drops those records, the notice proves that none of them was lost.
     ///
     /// # Errors
     /// [`LaneError::Stopped`].
@@ -346,10 +372,11 @@ impl Lane<'_> {
         Ok(())
     }
 
-    /// Puts on record that every sink lacks the records that the stream dropped.
+    /// Records that every sink lacks the records that the stream dropped.
     ///
     /// # Errors
-    /// [`LaneError::State`] and [`LaneError::Stopped`]; nothing after them may be delivered then.
+    /// [`LaneError::State`] and [`LaneError::Stopped`]: nothing after the hole may be delivered then, or the hole
+    /// would be lost.
     pub(crate) async fn record_hole(&self, lost: LostRecords) -> Result<(), LaneError> {
         let LostRecords { from_exclusive, to_inclusive, why } = lost;
         let (sink, shard) = (None, self.shard.clone());
@@ -358,31 +385,35 @@ impl Lane<'_> {
         Ok(())
     }
 
-    /// The shard was read to its end; `caught_up_ms` is a time at which it was still open.
+    /// Notes that the shard was read to its end; `caught_up_ms` is a time at which it was still open.
     pub(crate) fn reached_end(&mut self, caught_up_ms: Option<i64>) {
         self.read_up_to_ms = self.read_up_to_ms.max(caught_up_ms);
     }
 
-    /// Whether it is long ago that the lane noted that everything is settled.
+    /// Whether the last notice that everything is committed is old.
     fn is_note_old(&self, now_ms: i64) -> bool {
         self.caught_up_ms.is_none_or(|noted| now_ms - noted >= CAUGHT_UP_NOTE_MS)
     }
 
-    /// Whether every sink has everything that was handed over.
+    /// Whether every sink has committed everything that was handed over.
     fn is_committed(&self) -> bool {
         self.deliveries.iter().all(|own| own.progress.borrow().position >= self.at)
     }
 
-    /// Notes that everything that had arrived by then is settled.
+    /// Notes that everything that had arrived by then is committed.
     async fn note_caught_up(&mut self, at_ms: i64) {
         match self.shared.checkpoints.note_caught_up(&self.shard, at_ms).await {
             Ok(()) => self.caught_up_ms = Some(at_ms),
-            Err(error) => tracing::warn!(shard = %self.shard.shard, %error, "not noted"),
+            Err(error) => {
+                tracing::warn!(
+                    shard = %self.shard.shard, %error,
+                    "failed to store that everything is committed; it is tried again later"
+                )
+            }
         }
     }
 
-    /// Completes when a lane that waits for records has something else to do. Dropping the future loses
-    /// nothing.
+    /// Completes when a lane that waits for records has something else to do. Dropping the future loses nothing.
     pub async fn event(&mut self) -> LaneEvent {
         loop {
             let ended = self.deliveries.iter_mut().map(|delivery| Box::pin(delivery.ended()));
@@ -397,9 +428,8 @@ impl Lane<'_> {
         }
     }
 
-    /// Parts a batch where another revision takes over: a revision that did not get far before the
-    /// next one came has only a part of the batch. The rest is parted in its turn: meanwhile more
-    /// revisions may have come.
+    /// Cuts a batch where another revision begins, and returns the first part and the rest. Only one cut is made at
+    /// a time: further revisions may arrive while the first part runs.
     ///
     /// # Errors
     /// [`LaneError::Stopped`].
@@ -430,14 +460,14 @@ impl Lane<'_> {
         })
     }
 
-    /// Runs a batch through the stages, or tells how many of its first records are to be run by themselves.
+    /// Runs a batch through the stages, or says how many of its first records must be run separately.
     ///
     /// # Errors
-    /// [`LaneError::Fatal`] when the stages start in no lane; [`LaneError::State`] when the dead letters are
-    /// gone; [`LaneError::Stopped`]: the batch has no outcome.
+    /// [`LaneError::Fatal`] when the stages start in no lane; [`LaneError::State`] when the store of dead letters is
+    /// lost; [`LaneError::Stopped`]: the batch has no outcome.
     pub(crate) async fn run_stages(&mut self, batch: &Arc<Batch>) -> Result<StagesRan, LaneError> {
         let dead_lettered = Arc::new(self.dead_lettered_in(batch).await?);
-        // Since when the plugin asks for another try of this batch.
+        // Time of the first retry that the plugin asked for, for this batch.
         let mut retried_since = None;
         let mut failed_starts = Tries::default();
         let pause_max = self.shared.config.timing.retry_pause_max;
@@ -457,7 +487,8 @@ impl Lane<'_> {
             });
             self.announce_after(&batch.range.to_inclusive).await;
             let ran = self.stop.until_over(self.show_search(&mut searching, run)).await;
-            // A call that outlasts the time of the end goes on by itself: the batch is read again.
+            // A call that outlasts the shutdown goes on in its thread; its outcome is dropped and the batch is read
+            // again.
             let (part, cause, pause) = match ran.ok_or(LaneError::Stopped)? {
                 Ok((chain, outcome, ran_at)) => {
                     self.swap_pause.begin(ran_at);
@@ -491,7 +522,7 @@ impl Lane<'_> {
                         Err(Blocked::TooMuch(records)) => return Ok(StagesRan::First(records)),
                     }
                 }
-                // The host's own fault, in this lane. Its instances are gone: others are started.
+                // The host itself failed, in this lane. Its instances are lost: the next round starts new ones.
                 Err(panic) => {
                     let pause = stage_retries.next_pause();
                     (STAGES, format!("a stage failed: {panic}"), Some(pause))
@@ -512,14 +543,14 @@ impl Lane<'_> {
             tokio::select! {
                 () = pause => {}
                 () = stop.asked() => return Err(LaneError::Stopped),
-                // Another plugin may get it done.
+                // Another version of the plugin may succeed with the batch.
                 () = self.change.until_ready() => { self.change_before_blocked().await?; }
             }
         }
     }
 
-    /// Reads which items of a batch have a stage's letter already. Once the lane is past the letters that
-    /// were there when it started, nothing is read.
+    /// Reads which items of a batch have a dead letter of a stage already. Once the lane is past the letters that
+    /// existed when it started, nothing is read.
     async fn dead_lettered_in(&self, batch: &Batch) -> Result<DeadLetteredItems, LaneError> {
         let (Some(first), Some(last)) = (batch.records.first(), batch.records.last()) else {
             return Ok(DeadLetteredItems::default());
@@ -544,8 +575,8 @@ impl Lane<'_> {
         }
     }
 
-    /// Keeps the letters that a search has found before it was stopped: the next start does not search
-    /// for these records again.
+    /// Stores the dead letters that a search has found before it was stopped, so that the next start does not search
+    /// for the same records.
     async fn keep_found(&self, batch: &Batch, dead_letters: Vec<DeadLetter>) {
         if dead_letters.is_empty() {
             return;
@@ -561,14 +592,15 @@ impl Lane<'_> {
             }
             Some(Err(error)) => {
                 tracing::warn!(shard = %self.shard.shard, %error, found,
-                    "the records that a search has found are searched for again");
+                    "failed to store the dead letters that a search has found; the next start searches for \
+                     these records again");
             }
             None => {}
         }
     }
 
-    /// Waits for a run of the stages. A search for culprits that takes long is shown meanwhile, and a call of
-    /// a plugin that does: its limit may be far above what a person waits for in silence.
+    /// Waits for a run of the stages. Meanwhile it shows a search for culprits that takes long, and a plugin call
+    /// that takes long: the limit of the call may be far longer than a person would wait without a sign.
     async fn show_search<T>(
         &self,
         searching: &mut Searching,
@@ -597,8 +629,8 @@ impl Lane<'_> {
         ran
     }
 
-    /// Waits until a call is to be tried again as its plugin asked. Meanwhile the instances of a wanted
-    /// revision are started; it takes the batch over where it may.
+    /// Waits until it is time to retry a call, as its plugin asked. Meanwhile the instances of a wanted revision are
+    /// started; that revision runs the batch if it may.
     async fn pause_for_retry(&mut self, pause: Duration) -> Result<(), LaneError> {
         let stop = self.stop.clone();
         let end = tokio::time::Instant::now() + pause;
@@ -614,8 +646,8 @@ impl Lane<'_> {
         Ok(())
     }
 
-    /// Sees to it that the revision of the batch's records is the one at work. `Ok(Err(_))`: its stages do
-    /// not start, for this reason.
+    /// Makes the revision of the batch's records the one at work. `Ok(Err(_))`: its stages do not start, for this
+    /// reason.
     async fn enter_revision(
         &mut self,
         batch: &Batch,
@@ -632,7 +664,7 @@ impl Lane<'_> {
             let revision = self.segments[0].revision.clone();
             let (limits, samples) = (self.shared.config.rejected_max, self.shared.samples.clone());
             let (wanted, shard, stop) = (revision.clone(), self.shard.clone(), self.stop.clone());
-            // `configure` is the plugin's code: it may take long.
+            // `configure` is the plugin's code and may take long, so it does not run on an async thread.
             let start = move || Chain::start(&wanted, &shard, limits, samples, stop.token());
             let started = self.unless_stopped(tokio::task::spawn_blocking(start)).await?;
             let chain = match started {
@@ -650,10 +682,10 @@ impl Lane<'_> {
         Ok(Ok(()))
     }
 
-    /// Makes dead letters durable, before any sink commits the span that they belong to.
+    /// Makes dead letters durable, before any sink commits the position range that they belong to.
     ///
     /// # Errors
-    /// [`LaneError::Stopped`]: what is not written belongs to a batch that is read again.
+    /// [`LaneError::Stopped`]: letters that are not written belong to a batch that is read again.
     pub(crate) async fn write_dead_letters(
         &self,
         batch: &Batch,
@@ -681,11 +713,11 @@ impl Lane<'_> {
         Ok(())
     }
 
-    /// Hands a batch's rows to their sinks, and its span to all of them.
+    /// Hands the rows of a batch to their sinks, and its position range to all sinks.
     ///
     /// # Errors
-    /// [`LaneError::Sink`] when a sink has lost the shard; [`LaneError::Stopped`] when some sinks may have
-    /// the batch and others not: those get it again.
+    /// [`LaneError::Sink`] when a sink has lost the shard; [`LaneError::Stopped`] when some sinks may have the batch
+    /// and others not: those without it get it again.
     pub async fn deliver(
         &mut self,
         batch: &Arc<Batch>,
@@ -694,7 +726,7 @@ impl Lane<'_> {
     ) -> Result<(), LaneError> {
         let Some(chain) = &self.chain else { return Ok(()) };
         let mut rows: Vec<Vec<Row>> = self.deliveries.iter().map(|_| Vec::new()).collect();
-        // Neighbours mostly come by one route: its sinks are looked up once.
+        // Consecutive rows mostly have the same route, so its sinks are looked up once.
         let mut route = None;
         let mut bound = Vec::new();
         for one in routed {
@@ -706,7 +738,7 @@ impl Lane<'_> {
                 };
                 bound = (0..rows.len()).filter(is_bound).collect();
             }
-            // The last takes the row itself, which saves counting references.
+            // The last sink takes the row itself, which saves reference counting.
             let Some((last, others)) = bound.split_last() else { continue };
             for index in others {
                 rows[*index].push(one.row.clone());
@@ -715,7 +747,7 @@ impl Lane<'_> {
         }
         let revision = chain.revision().id.clone();
         let to_inclusive = batch.range.to_inclusive.clone();
-        // Before it waits for anything: what is not copied keeps all that it came with.
+        // This comes before any wait for memory: rows that are not copied keep their whole batch and arenas alive.
         let copied = self.unless_stopped(keep_own(rows, batch.occupied_bytes(), arenas)).await?;
         for (index, (rows, bytes)) in copied.into_iter().enumerate() {
             let waits = self.unbudgeted_to[index].as_ref().is_none_or(|to| to_inclusive > *to);
@@ -724,7 +756,7 @@ impl Lane<'_> {
             let sent = self.while_changing(async move {
                 let permit = match rows.is_empty() {
                     false if waits => Some(account.take(bytes).await),
-                    // It is there already, and others wait the longer.
+                    // The promised rows are in memory already; other lanes wait longer instead.
                     false => Some(account.force(bytes)),
                     true => None,
                 };
@@ -740,8 +772,8 @@ impl Lane<'_> {
         Ok(())
     }
 
-    /// Waits for something that another revision does not break off: its instances are started
-    /// meanwhile, so that it takes over once the wait ends.
+    /// Waits for something that a change of revision does not interrupt. Meanwhile the instances of the next
+    /// revision are started, so that it can take its turn when the wait ends.
     async fn while_changing<T>(&mut self, wait: impl Future<Output = T>) -> Result<T, LaneError> {
         let stop = self.stop.clone();
         tokio::select! {
@@ -752,7 +784,7 @@ impl Lane<'_> {
         }
     }
 
-    /// Notes what has been handed over.
+    /// Moves the lane's position over a batch that was handed over.
     fn advance(&mut self, batch: &Batch) {
         let records = batch.records.len() as u64;
         let replayed = self.highest.as_ref().map_or(0, |highest| {
@@ -763,7 +795,7 @@ impl Lane<'_> {
             metrics::counter!(metric::REPLAYED_RECORDS_TOTAL).increment(replayed);
             if self.highest.as_ref().is_some_and(|highest| batch.range.to_inclusive >= *highest) {
                 tracing::info!(shard = %self.shard.shard, records = self.replayed,
-                    "replayed what only some sinks had");
+                    "replayed records that only some sinks had");
             }
         }
         self.at = Some(batch.range.to_inclusive.clone());
@@ -776,13 +808,13 @@ impl Lane<'_> {
         metrics::counter!(metric::SOURCE_BYTES_TOTAL).increment(batch.bytes() as u64);
     }
 
-    /// Lets the sinks commit what is in hand, writes the checkpoint, and ends the lane. Once the lane is
-    /// to stop, all of it has the time of the end.
+    /// Lets the sinks commit what they hold, writes the last checkpoint, and ends the lane. Once the lane is to
+    /// stop, all of this has the time of the shutdown.
     ///
     /// # Errors
     /// [`LaneError`] when the sinks or the state database fail.
     pub async fn finish(mut self, end: LaneEnd) -> Result<LaneEnd, LaneError> {
-        // Children, or somebody at a prompt, wait for a shard's end: there is no hurry, only completeness.
+        // At the end of a shard there is no deadline: its children, or a person at a prompt, need all of it.
         let flushed = self.stop.until_over(flush(&self.deliveries)).await.unwrap_or(false);
         self.end_checkpointer().await;
         let ended = end == LaneEnd::ShardEnd && flushed;
@@ -791,8 +823,8 @@ impl Lane<'_> {
         }
         let stop = self.stop.clone();
         let written = stop.until_over(async {
-            // A sink may have committed only now what was read long before. And an ended shard's children were made
-            // later: from then on, none of their records may be missing.
+            // A sink may have committed only now what was read long ago. And for an ended shard the notice must be
+            // as late as possible: its children were created after it, and none of their records may be missing.
             if let Some(at_ms) = self.read_up_to_ms
                 && flushed
                 && (self.is_note_old(at_ms) || ended && Some(at_ms) > self.caught_up_ms)
@@ -807,7 +839,7 @@ impl Lane<'_> {
         match written {
             Some(written) => written?,
             None => tracing::warn!(shard = %self.shard.shard,
-                "the last checkpoint was not written in time; what it would cover is read again"),
+                "the last checkpoint was not written in time; the records since the one before are read again"),
         }
         joined?;
         Ok(if flushed { end } else { LaneEnd::Stopped })
@@ -816,23 +848,23 @@ impl Lane<'_> {
     /// Ends the lane without another commit.
     pub(crate) async fn abandon(mut self) {
         self.end_checkpointer().await;
-        // It may not come behind what the shard's next lane writes.
+        // A write to the ledger that is under way must not land after a write of the shard's next lane.
         let _ = self.stop.until_over(self.change.until_written()).await;
-        // Why the lane failed is known already.
+        // The caller already has the error that ended the lane.
         let _ = self.join_deliveries().await;
     }
 
-    /// Waits until the checkpointer asks for no other write. One that is being made has the state database by
-    /// then: whoever reads the state next comes behind it. Otherwise the sinks of the next lanes would be
-    /// settled by a checkpoint that moves afterwards.
+    /// Waits until the checkpointer starts no other write. A write that is under way holds the state database by
+    /// then, so whoever reads the state next sees it. Otherwise a checkpoint could move after the next lane has
+    /// compared it with the sinks.
     async fn end_checkpointer(&mut self) {
         self.checkpointer.abort();
-        // It ends at its next wait, by being cancelled: that is no news.
+        // The task ends at its next await, with a cancellation error that means nothing.
         let _ = (&mut self.checkpointer).await;
     }
 
-    /// Waits until no delivery is at work. One that went on would write refused rows beside the
-    /// next lane of the shard, which holds the same letters.
+    /// Waits until no delivery is at work. A delivery that went on would write the dead letters of refused rows
+    /// beside the shard's next lane, which writes the same letters.
     async fn join_deliveries(&mut self) -> Result<(), SinkError> {
         self.abandon.cancel();
         let deliveries = std::mem::take(&mut self.deliveries);
@@ -858,15 +890,15 @@ async fn flush(deliveries: &[DeliveryHandle]) -> bool {
     futures::future::try_join_all(flushes).await.is_ok()
 }
 
-/// Lets each sink's rows keep what is their own of the batch and of the plugins' answers; gives them with
-/// the memory that they hold, in bytes.
+/// Detaches each sink's rows from the batch and the plugins' arenas where a copy is smaller than what they keep
+/// alive. Returns them with the memory that they hold, in bytes.
 async fn keep_own(
     mut rows: Vec<Vec<Row>>,
     batch_bytes: usize,
     arenas: Arenas,
 ) -> Vec<(Vec<Row>, usize)> {
     for rows in &mut rows {
-        // Stages that route to one sink come one after the other: order by record again.
+        // Rows of several stages for one sink arrive stage by stage: restore the order of the records.
         rows.sort_by_key(|row| (row.record, row.ordinal));
     }
     let plan = |rows: &Vec<Row>| CopyPlan::of(rows, batch_bytes, &arenas);

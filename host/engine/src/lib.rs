@@ -1,8 +1,8 @@
-//! The engine: records from a source through stages to sinks, each once, while what runs is changed.
+//! The engine: takes records from a source through stages to sinks, each once, while what runs may change.
 //!
-//! `pipeline.rs` is the path of a record on one screen. [`stage`] runs plugins on batches, [`lane`] is one shard taken
+//! `pipeline.rs` is the path of a record on one screen. [`stage`] runs plugins on batches, [`lane`] takes one shard
 //! along the path, `delivery.rs` gathers rows between a lane and a sink, [`supervisor`] starts a lane per shard, and
-//! [`swap`] changes what runs. It knows sources and sinks by their contracts alone, and is given both.
+//! [`swap`] changes what runs. The engine knows sources and sinks only by their contracts, and is given both.
 //!
 //! A program can have a pipeline of its own: [`Pipeline::builder`] takes sources and sinks of the program, and
 //! components as [`Stage`]s. `examples/embed` has a sink that writes each row once. Here each record of a list goes to

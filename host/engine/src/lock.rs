@@ -1,7 +1,7 @@
-//! Who may read: on one machine, a lock on the pipeline's state folder.
+//! The lock on a pipeline's state folder: on one machine, it decides who runs the pipeline.
 //!
-//! The lock keeps a second `run` of the same pipeline out; the fence against a process that is gone
-//! but not dead is the epoch in each sink. Leases that a fleet shares come in a later version.
+//! The lock keeps out a second `run` of the same pipeline. It is no fence: a process that has lost the lock but
+//! still runs is fenced by the epoch in each sink. Leases that a fleet shares come in a later version.
 
 use std::fs::{File, TryLockError};
 use std::io::Read as _;
@@ -13,13 +13,13 @@ use shardmill_core::private;
 use shardmill_core::private::{PrivateError, StateDir};
 use shardmill_core::record::PipelineName;
 
-/// The pipeline's folder cannot be had.
+/// The pipeline's folder cannot be locked.
 #[derive(Debug, thiserror::Error)]
 pub enum LockError {
     /// Another process runs the pipeline.
     #[error(
-        "pipeline {pipeline} is running already, as process {owner} (lock {path}); stop it first, or \
-         give this one another name or state_dir"
+        "pipeline {pipeline} is already running, as process {owner} (lock {path}); stop it first, or give this \
+         one another name or state_dir"
     )]
     Taken {
         /// The pipeline.
@@ -32,7 +32,7 @@ pub enum LockError {
     /// Another command works with the pipeline's dead letters or replays.
     #[error(
         "another redrive or replay of pipeline {pipeline} is running, as process {owner} (lock {path}); wait \
-         for it to end, then give the command again"
+         for it to end, then run the command again"
     )]
     Redriving {
         /// The pipeline.
@@ -42,33 +42,33 @@ pub enum LockError {
         /// The lock's file.
         path: String,
     },
-    /// The lock's file cannot be made.
+    /// The lock's file cannot be created.
     #[error("failed to lock {path}: {cause}; free the disk, or set `state_dir` elsewhere")]
     Unusable {
         /// The lock's file.
         path: String,
-        /// What the system says.
+        /// The system's error.
         cause: std::io::Error,
     },
-    /// It cannot be seen whether a process runs the pipeline.
+    /// It cannot be checked whether a process runs the pipeline.
     #[error(
-        "failed to look whether pipeline {pipeline} runs, at {path}: {cause}; give the command as the user \
-         who runs it"
+        "failed to check whether pipeline {pipeline} is running, at {path}: {cause}; run the command as the \
+         user who runs the pipeline"
     )]
     Hidden {
         /// The pipeline.
         pipeline: PipelineName,
         /// The lock's file.
         path: String,
-        /// The system's words.
+        /// The system's error.
         cause: std::io::Error,
     },
-    /// Others can reach the folder, or it cannot be made.
+    /// Others can reach the folder, or it cannot be created.
     #[error(transparent)]
     Folder(#[from] PrivateError),
 }
 
-/// The right to run a pipeline on this machine; given back when dropped or when the process dies.
+/// The right to run a pipeline on this machine; returned when dropped or when the process dies.
 #[derive(Debug)]
 pub struct PipelineLock {
     _file: File,
@@ -76,8 +76,8 @@ pub struct PipelineLock {
 }
 
 impl PipelineLock {
-    /// Takes the lock of the pipeline's folder under the state folder, which is created. The folder must be
-    /// this user's alone.
+    /// Locks the pipeline's folder under the state folder, and creates it. The folder must belong to this user
+    /// alone.
     ///
     /// # Errors
     /// [`LockError`].
@@ -86,8 +86,8 @@ impl PipelineLock {
         Self::take_file(state_dir, pipeline, "lock", taken)
     }
 
-    /// Takes the right to redrive the pipeline's dead letters: positions of its own, so that the
-    /// pipeline may run at the same time.
+    /// Takes the right to redrive the pipeline's dead letters. A redrive has positions of its own, so the pipeline
+    /// may run at the same time.
     ///
     /// # Errors
     /// [`LockError`].
@@ -100,8 +100,8 @@ impl PipelineLock {
         Self::take_file(state_dir, pipeline, "redrive.lock", taken)
     }
 
-    /// Takes the right to run records again with positions in a folder of their own under the pipeline's: one command
-    /// at a time, beside the pipeline.
+    /// Takes the right to run records again with positions in a folder of their own under the pipeline's: one
+    /// command at a time, beside the pipeline.
     ///
     /// # Errors
     /// [`LockError`].
@@ -122,7 +122,7 @@ impl PipelineLock {
         let mut file = private::open_lock(&path).map_err(unusable)?;
         if !locks_soon(&file) {
             let mut owner = String::new();
-            // Only for the message.
+            // Only for the message, so an error is ignored.
             let _ = file.read_to_string(&mut owner);
             let path = path.display().to_string();
             return Err(taken(pipeline.clone(), owner.trim().into(), path));
@@ -131,7 +131,7 @@ impl PipelineLock {
         Ok(Self { _file: file, folder })
     }
 
-    /// Checks that a start could use the lock's file, if there is one. It is neither made nor taken.
+    /// Checks that a start could use the lock's file, if there is one. The file is neither created nor locked.
     ///
     /// # Errors
     /// [`LockError::Unusable`].
@@ -145,7 +145,7 @@ impl PipelineLock {
         }
     }
 
-    /// Whether some process runs the pipeline: has the lock of its folder under the state folder.
+    /// Whether some process runs the pipeline, that is, holds the lock of its folder under the state folder.
     ///
     /// # Errors
     /// [`LockError::Hidden`] where the lock is another user's, [`LockError::Unusable`].
@@ -162,20 +162,20 @@ impl PipelineLock {
             Err(error) => return Err(unusable(error)),
         };
         match file.try_lock_shared() {
-            // Given back at once: whoever starts in this moment tries again.
+            // Released at once: a process that starts in this moment tries again.
             Ok(()) => Ok(false),
             Err(TryLockError::WouldBlock) => Ok(true),
             Err(TryLockError::Error(error)) => Err(unusable(error)),
         }
     }
 
-    /// The pipeline's own folder.
+    /// Returns the pipeline's own folder.
     pub fn folder(&self) -> &Path {
         &self.folder
     }
 }
 
-/// Takes a lock that a command may just be looking at ([`PipelineLock::is_taken`]).
+/// Takes a lock that a command may be checking at this moment ([`PipelineLock::is_taken`]).
 fn locks_soon(file: &File) -> bool {
     (0..5).any(|tried| {
         if tried > 0 {

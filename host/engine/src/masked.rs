@@ -1,7 +1,7 @@
-//! A sink whose errors show the names of variables in the place of their values.
+//! A wrapper of sinks whose errors show the names of variables instead of their values.
 //!
-//! A server may repeat what it was sent, and errors go into the log, the status, the dead letters and the state. So
-//! the texts of every sink pass here, whatever its kind.
+//! A server may quote what it was sent, and errors go to the log, the status, the dead letters and the state. So the
+//! texts of every sink pass through here, whatever its type.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use shardmill_core::sink::{
     SinkError, SinkWriter,
 };
 
-/// The same sink; its errors, warnings and refusals show none of the values.
+/// Wraps a sink so that its errors, warnings and refusals show none of the values.
 pub fn masked(sink: Arc<dyn Sink>, values: &Values) -> Arc<dyn Sink> {
     match values.is_empty() {
         true => sink,
@@ -139,7 +139,7 @@ impl SinkWriter for MaskedWriter {
     }
 }
 
-/// Where refused rows are kept, with reasons that show no value.
+/// A log of refused rows whose reasons show no value.
 struct MaskedLog<'a> {
     inner: &'a dyn RefusalLog,
     values: &'a Values,

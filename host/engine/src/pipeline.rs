@@ -1,7 +1,17 @@
 //! The path of a record, on one screen.
 //!
-//! One lane per shard: read a batch, run it through the stages, write its dead letters, hand its
-//! rows to the sinks. Sinks commit in their own rhythm; the checkpoint follows the slowest.
+//! One lane per shard. The lane reads a batch, runs it through the stages, stores its dead letters, and hands its
+//! rows to the sinks. The order is the invariant: the dead letters of a position range are durable before any sink
+//! can commit that range. Each sink commits by its own commit policy; the checkpoint follows the slowest sink.
+//!
+//! How the loop ends, and what happens to rows that were handed over but are not committed yet:
+//!
+//! | end | rows in the deliveries |
+//! |---|---|
+//! | the shard or the source ended | committed, then the last checkpoint is written |
+//! | a stop was asked for | committed within the time of the shutdown, the rest is read again |
+//! | the source failed | committed, then the error is reported and the lane restarts |
+//! | a sink, the state or a stage failed | dropped: the next lane of the shard reads them again |
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -11,16 +21,16 @@ use shardmill_core::record::{Batch, ShardKey};
 use shardmill_core::source::{BatchReader, NextBatch};
 use shardmill_core::stop::Stop;
 
-/// Reads one shard from where its sinks stand until it ends or `stop` is asked for.
+/// Reads one shard from the positions of its sinks until it ends or `stop` is asked for.
 ///
 /// # Errors
-/// [`LaneError`]: what was not committed is read again when the lane is started anew.
+/// [`LaneError`]: what was not committed is read again when the lane is restarted.
 pub(crate) async fn run_lane(
     shared: &Shared,
     shard: ShardKey,
     stop: &Stop,
 ) -> Result<LaneEnd, LaneError> {
-    // Nothing is in hand yet: a sink that does not answer is not waited for.
+    // No rows are in hand yet, so a stop does not wait for a sink that does not answer.
     let Some(lane) = stop.unless_asked(Lane::acquire(shared, shard, stop)).await else {
         return Ok(LaneEnd::Stopped);
     };
@@ -28,7 +38,7 @@ pub(crate) async fn run_lane(
     match read_to_end(shared, &mut lane, stop).await {
         Ok(end) => lane.finish(end).await,
         Err(LaneError::Stopped) => lane.finish(LaneEnd::Stopped).await,
-        // What was read before is as good as ever.
+        // The batches read before the failure are complete: commit them, then report the failure.
         Err(error @ LaneError::Source(_)) => lane.finish(LaneEnd::Stopped).await.and(Err(error)),
         Err(error) => {
             lane.abandon().await;
@@ -37,8 +47,8 @@ pub(crate) async fn run_lane(
     }
 }
 
-/// Takes records along the path until there are no more. Each wait ends when `stop` is asked for, with
-/// [`LaneError::Stopped`].
+/// Reads batches and takes them along the path until there are no more. Each wait ends when `stop` is asked for,
+/// with [`LaneError::Stopped`].
 async fn read_to_end(
     shared: &Shared,
     lane: &mut Lane<'_>,
@@ -46,7 +56,7 @@ async fn read_to_end(
 ) -> Result<LaneEnd, LaneError> {
     let mut reader = lane.reader().await?;
     'batches: loop {
-        // It goes on whatever else the lane does: a read that is broken off again and again never ends.
+        // This future survives all events of the lane: a read that is cancelled at each event would never finish.
         let mut next = reader.next_batch();
         let batch = loop {
             tokio::select! {
@@ -79,10 +89,10 @@ async fn read_to_end(
     }
 }
 
-/// Takes a batch along the path.
+/// Takes a batch along the path: stages, dead letters, deliveries.
 async fn take_along(lane: &mut Lane<'_>, batch: Batch) -> Result<(), LaneError> {
-    // A batch is run in parts where it straddles a change of revision, and where what it becomes would hold
-    // too much. Those that wait, the next one last.
+    // A batch is run in parts where it straddles a change of revision, and where its outputs would hold too much
+    // memory. This is the stack of parts still to run: the next one is last.
     let mut waiting = vec![batch];
     let mut records_max = usize::MAX;
     while let Some(batch) = waiting.pop() {
@@ -91,7 +101,7 @@ async fn take_along(lane: &mut Lane<'_>, batch: Batch) -> Result<(), LaneError> 
         let (part, rest) = lane.cut_at_swap(batch).await?;
         waiting.extend(rest);
         match lane.run_stages(&part).await? {
-            // Nothing behind a part without an outcome may go on.
+            // The position may move only over records with an outcome: a later part waits for this one.
             StagesRan::All(outcome) => {
                 lane.write_dead_letters(&part, outcome.dead_letters).await?;
                 lane.deliver(&part, outcome.routed, outcome.arenas).await?;
@@ -105,8 +115,8 @@ async fn take_along(lane: &mut Lane<'_>, batch: Batch) -> Result<(), LaneError> 
     Ok(())
 }
 
-/// Waits until a batch has gone along the path. When that takes as long as `patience`, the lane is blocked,
-/// and what was read ahead is given back, so that it is not missing where lanes go on.
+/// Waits until a batch has gone along the path. After `patience` the lane counts as blocked, and its read-ahead is
+/// returned to the common memory budget, so that other lanes can use it.
 async fn giving_back<T>(
     reader: &mut dyn BatchReader,
     patience: Duration,

@@ -1,4 +1,4 @@
-//! Spans of a source's shards, each on its own: what is run again after a rollback.
+//! Position ranges of a source's shards, each read on its own: the records that run again after a rollback.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,7 +12,7 @@ use shardmill_core::source::{
     BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError,
 };
 
-/// A stretch of a shard, `(from, to]`.
+/// A position range of a shard, `(from, to]`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ShardRange {
     /// Exclusive; `None`: from the shard's beginning.
@@ -21,14 +21,14 @@ pub struct ShardRange {
     pub to_inclusive: Option<Position>,
 }
 
-/// The records of a source that lie in spans.
+/// The records of a source that lie in position ranges.
 pub struct RangesSource {
     source: Arc<dyn ShardSource>,
     ranges: BTreeMap<ShardId, ShardRange>,
 }
 
 impl RangesSource {
-    /// These spans of a source, one per shard.
+    /// Makes a source of these ranges, one per shard.
     pub fn new(source: Arc<dyn ShardSource>, ranges: BTreeMap<ShardId, ShardRange>) -> Self {
         Self { source, ranges }
     }
@@ -41,7 +41,7 @@ impl ShardSource for RangesSource {
     }
 
     async fn shards(&self) -> Result<Vec<Shard>, SourceError> {
-        // Without their parents: each is read for itself.
+        // Parents are left out: each shard is read independently.
         Ok(self.ranges.keys().cloned().map(Shard::only).collect())
     }
 

@@ -1,7 +1,8 @@
-//! Dead letters as one shard that ends by itself: what a redrive reads.
+//! Dead letters as one shard with an end: the source of a redrive.
 //!
-//! A record's position is its letter's place in the redrive. A batch holds letters that enter the path
-//! at one place by one route, and that the same sinks have already.
+//! A record's position is its dead letter's number in the redrive, so a redrive that was interrupted goes on where
+//! it was. A batch holds dead letters that enter the path at one place by one route, and that the same sinks have
+//! already.
 
 use std::sync::{Arc, PoisonError};
 
@@ -23,10 +24,10 @@ use shardmill_state::{LostPayload, RedriveId, RedriveRecord, Redrives, StateErro
 /// A key and a payload.
 pub type Made = (Bytes, Bytes);
 
-/// Makes again what entered the place of a dead letter, where only its digest is kept.
+/// Makes again the input of a dead letter's place, where only its digest is kept.
 #[async_trait]
 pub trait Remake: Send {
-    /// Makes what entered the place of a letter.
+    /// Makes the input of a letter's place.
     ///
     /// # Errors
     /// Why it cannot be made, as a sentence.
@@ -47,22 +48,22 @@ pub struct RedriveSource {
     remade: Arc<Remade>,
 }
 
-/// Makes again what is not kept of letters.
+/// Makes again the payloads that are not kept.
 #[derive(Default)]
 struct Remade {
-    /// One letter at a time: what it makes is large. `None`: nothing can be made.
+    /// Runs one letter at a time, because what it makes is large. `None`: nothing can be made.
     remaker: Option<Mutex<Box<dyn Remake>>>,
-    /// How far each sink was before the redrive ran now.
+    /// Position of each sink in the redrive before this run.
     reached: Vec<(SinkName, Option<Position>)>,
     left_out: LeftOut,
 }
 
-/// Letters that were left out because what entered their place could not be made again: number and reason.
+/// Dead letters that were left out because their input could not be made again: number and reason.
 pub type LeftOut = Arc<std::sync::Mutex<Vec<(i64, String)>>>;
 
 impl RedriveSource {
-    /// The letters of a redrive, but for those that enter at the places of `without`. Letters that are kept as a
-    /// digest are left out.
+    /// Makes a source of the dead letters of a redrive, except those that enter at the places of `without`. Dead
+    /// letters of which only a digest is kept are left out.
     pub fn new(
         redrives: Redrives,
         id: RedriveId,
@@ -74,8 +75,8 @@ impl RedriveSource {
         Self { redrives, id, identity, limits, without, remade: Arc::default() }
     }
 
-    /// The same with what is kept as a digest: it is made again. `reached` says how far each sink is with the
-    /// redrive.
+    /// Makes the same source, with payloads that are made again where only a digest is kept. `reached` has each
+    /// sink's position in the redrive.
     pub fn remade_by(
         self,
         remaker: Box<dyn Remake>,
@@ -85,7 +86,7 @@ impl RedriveSource {
         Self { remade: Arc::new(Remade { remaker, reached, left_out }), ..self }
     }
 
-    /// The letters that were left out so far.
+    /// Returns the dead letters that were left out so far.
     pub fn left_out(&self) -> LeftOut {
         self.remade.left_out.clone()
     }
@@ -134,7 +135,8 @@ struct RedriveReader {
 }
 
 impl RedriveReader {
-    /// Gives a letter with its payload; `None`: it could not be made again, and is left out.
+    /// Returns a dead letter with its payload; `None`: the payload could not be made again, and the letter is left
+    /// out.
     async fn whole(
         &self,
         mut dead_letter: RedriveRecord,
@@ -142,19 +144,19 @@ impl RedriveReader {
         let Some(lost) = dead_letter.lost.take() else { return Ok(Some(dead_letter)) };
         let made = match &self.remade.remaker {
             Some(remaker) => remaker.lock().await.make(&dead_letter, &lost).await,
-            None => Err("only a digest is kept of what entered there".into()),
+            None => Err("only a digest of the input is stored".into()),
         };
         match made {
             Ok((key, payload)) => {
-                // Copied: they may be a small part of a plugin's answer, which would be kept with them.
+                // Copied, because they may be a small part of a plugin's answer, which they would keep in memory.
                 (dead_letter.key, dead_letter.payload) = (key.to_vec(), payload.to_vec());
                 Ok(Some(dead_letter))
             }
             Err(why) => {
                 tracing::warn!(
-                    letter = lost.dead_letter,
+                    dead_letter = lost.dead_letter,
                     cause = why,
-                    "a dead letter is not redriven"
+                    "a dead letter is left out of the redrive"
                 );
                 let reached = self.remade.reached.clone();
                 let left = self.redrives.leave_out(self.id, lost.dead_letter, reached).await;
@@ -168,12 +170,12 @@ impl RedriveReader {
     }
 }
 
-/// Gives the error of a source for one of the state.
+/// Converts an error of the state to one of a source.
 pub(crate) fn unreadable(error: StateError) -> SourceError {
     SourceError::DeadLetters { cause: error.to_string(), is_final: error.is_final() }
 }
 
-/// The properties that the letters of one batch share.
+/// Properties that the dead letters of one batch share.
 #[derive(PartialEq, Eq)]
 struct Common {
     place: DeadLetterPlace,
@@ -213,7 +215,7 @@ impl BatchReader for RedriveReader {
                 if common.as_ref().is_some_and(|common| *common != own) {
                     break;
                 }
-                // One that is left out is not read again.
+                // A letter that is left out is not read again.
                 let Some(dead_letter) = self.whole(dead_letter).await? else { continue };
                 bytes += dead_letter.key.len() + dead_letter.payload.len();
                 if common.is_some() && bytes > bytes_max {
@@ -248,15 +250,17 @@ impl BatchReader for RedriveReader {
     }
 }
 
-/// The number of the letter that was read last; 0 before the first.
+/// Returns the number of the dead letter that was read last; 0 before the first.
 ///
 /// # Errors
-/// [`SourceError::DeadLetters`]: a position that is not of letters. Read as any number, it would pass letters
-/// over or run them twice.
+/// [`SourceError::DeadLetters`]: a position that is not of dead letters. If it were read as any number, letters would be
+/// skipped or run twice.
 pub(super) fn dead_letter_number(after: Option<&Position>) -> Result<u64, SourceError> {
     let Some(after) = after else { return Ok(0) };
     after.sequence.as_str().parse().map_err(|error| SourceError::DeadLetters {
-        cause: format!("position {after} is not of a dead letter: {error}; restore the state"),
+        cause: format!(
+            "not a valid position of a dead letter: {after}: {error}; restore the state folder"
+        ),
         is_final: true,
     })
 }

@@ -1,4 +1,12 @@
-//! Refused rows on their way to the dead letters: held before the sink commits, shown after.
+//! Refused rows on their way to the dead letters.
+//!
+//! The order is fixed: a refused row's dead letter is durable before the sink commits the row's range, as pending.
+//! It becomes visible after the commit. A crash in between leaves a pending letter, and the next acquisition decides
+//! by the sink's position: the commit landed (visible), or the row is read again (deleted). Nothing is lost or shown
+//! twice in either case.
+//!
+//! Refusals are counted against `max_rejected` with the commit in hand, but the count becomes final only when that
+//! commit lands: a commit that is retried must not count its refusals twice.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -19,12 +27,12 @@ pub struct PendingRefusals {
 
 struct Counted {
     window: RejectionWindow,
-    /// The window as it will be once the commit in hand has landed.
+    /// The window as it will be when the commit in hand has landed.
     pending: Option<RejectionWindow>,
 }
 
 impl PendingRefusals {
-    /// Writes into `dead_letters`; past the limits a commit is not to be made.
+    /// Makes a log that writes into `letters`; beyond the limits a commit must not be made.
     pub fn new(dead_letters: DeadLetters, sink: SinkName, rejected_max: RejectedMax) -> Self {
         let window = RejectionWindow::new(rejected_max);
         Self { dead_letters, sink, counted: Mutex::new(Counted { window, pending: None }) }
@@ -39,7 +47,7 @@ impl PendingRefusals {
         }
     }
 
-    /// Plays the commit's rows through the window.
+    /// Counts the commit's rows on a copy of the window.
     fn count(&self, commit: &Commit, refusals: &[Refusal]) -> Result<(), String> {
         let mut counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
         let refused = refusals.iter().map(|refusal| commit.number_of(refusal.row));
@@ -52,11 +60,11 @@ impl PendingRefusals {
     fn too_many(&self, limit: &str) -> SinkError {
         SinkError::TooManyRefused {
             sink: self.sink.clone(),
-            cause: format!("{limit}; nothing is written"),
+            cause: format!("{limit}; nothing was written"),
         }
     }
 
-    /// The letter of a row that the sink did not take, made by a revision.
+    /// Makes the dead letter of a row that the sink did not take; `revision` made the row.
     pub fn dead_letter(&self, row: &Row, reason: String, revision: &Arc<str>) -> DeadLetter {
         let record = row.source();
         DeadLetter {
@@ -80,7 +88,7 @@ impl PendingRefusals {
     }
 }
 
-/// A window after some rows, of which these were refused.
+/// Counts rows in a window, of which these were refused.
 fn played(
     mut window: RejectionWindow,
     rows: usize,
@@ -117,7 +125,7 @@ impl RefusalLog for PendingRefusals {
             let counted = self.counted.lock().unwrap_or_else(PoisonError::into_inner);
             counted.window.clone()
         };
-        // Rows that come after the last of these may all be taken.
+        // Rows after the last of these may all be accepted, so they are not counted.
         played(window, rows, &refused).map(drop).map_err(|limit| self.too_many(&limit))
     }
 }

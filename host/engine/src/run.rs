@@ -19,15 +19,15 @@ use shardmill_core::stop::Stop;
 use shardmill_plugin::PluginHost;
 use shardmill_state::{DeadLetters, StoredDeadLetter};
 
-/// Makes what the plugins of a pipeline are loaded with.
+/// Makes the host that loads a pipeline's plugins.
 pub type MakeHost = fn(&PipelineConfig) -> anyhow::Result<PluginHost>;
 
 /// A pipeline that is validated and owns its state, ready to run.
 pub struct Run {
     pipeline: Supervisor,
-    /// What copies its dead letters to the sinks for them.
+    /// Copies its dead letters to the sinks under `[dead_letters]`.
     copies: Option<Supervisor>,
-    /// Cancelled when the pipeline has ended: from then on no dead letter is written.
+    /// Cancelled when the pipeline has ended: no dead letter is written afterwards.
     no_more_dead_letters: CancellationToken,
 }
 
@@ -36,14 +36,14 @@ pub struct Run {
 pub struct RunSummary {
     /// Records handed to the sinks.
     pub records: u64,
-    /// Of these, read again because only some sinks had them.
+    /// Of these, records that were read again because only some sinks had them.
     pub replayed: u64,
     /// Dead letters in the store.
     pub dead_letters: u64,
 }
 
 impl RunSummary {
-    /// Counts what the lanes of a board have done, and the dead letters.
+    /// Counts the work of a pipeline's lanes, and the dead letters.
     ///
     /// # Errors
     /// When the dead letters cannot be read.
@@ -86,7 +86,7 @@ impl Run {
         host: MakeHost,
         options: RunOptions,
     ) -> anyhow::Result<Self> {
-        // It ends after the pipeline, by the last letter.
+        // The copies end after the pipeline, with the last dead letter.
         let copied = RunOptions { until_caught_up: false, ..options.clone() };
         let pipeline = prepare(lock, config.clone(), source, host, options).await?;
         let no_more_dead_letters = CancellationToken::new();
@@ -100,12 +100,12 @@ impl Run {
         &self.pipeline
     }
 
-    /// What is shown of the lanes of the pipeline, and of those that copy its dead letters.
+    /// Returns the status of the pipeline's lanes, and of those that copy its dead letters.
     pub fn registries(&self) -> Vec<StatusRegistry> {
         [&self.pipeline].into_iter().chain(&self.copies).map(Supervisor::statuses).collect()
     }
 
-    /// Runs until the end is asked for, or the pipeline ends by itself. When the pipeline or the copy fails, the
+    /// Runs until a stop is asked for, or the pipeline ends by itself. When the pipeline or the copy fails, the
     /// other is drained within the same time.
     ///
     /// # Errors
@@ -135,7 +135,7 @@ impl Run {
     }
 }
 
-/// The pipeline that copies dead letters to the sinks for them, if there are any.
+/// Makes the pipeline that copies dead letters to the sinks under `[dead_letters]`, if there are any.
 async fn prepare_copies(
     config: &PipelineConfig,
     pipeline: &Supervisor,

@@ -1,6 +1,22 @@
-//! Which shards may be read now: parents before children, children from their beginning.
+//! Shard lineage: which shards may be read now, and where each begins.
 //!
-//! A pure decision over what the stream lists and what was settled.
+//! A pure decision over what the stream lists and what the state knows. Two invariants keep the order of records per
+//! key, and lose none: a shard is read after all its parents have ended, and a child of a shard that was begun
+//! starts at its first record, whatever the configuration says.
+//!
+//! | configured start | shard that was not begun yet | begins at |
+//! |---|---|---|
+//! | LATEST | descends from a begun shard | its first record |
+//! | LATEST | closed at the first look | nowhere: it is skipped, its records are older |
+//! | LATEST | any other | the time of the first start |
+//! | a time | any, descendants included | its first record of that time or later |
+//! | sequence numbers | named | its sequence number |
+//! | sequence numbers | an ancestor of a named one | nowhere: it is skipped |
+//! | sequence numbers | any other | its first record |
+//! | TRIM_HORIZON | any | its first record |
+//!
+//! A begun shard that is no longer listed is read on from its position: only the server knows whether it is really
+//! gone. A shard that was listed, or must have existed, but was never begun and is not listed any more, is lost.
 
 use std::collections::{BTreeSet, HashMap, HashSet};
 
@@ -12,15 +28,15 @@ use shardmill_state::KnownShards;
 /// The decision.
 #[derive(Debug, PartialEq, Eq)]
 pub struct ReadPlan {
-    /// Shards to read now, in the order of the listing, those that are no longer listed last.
+    /// Shards to read now, in the order of the listing; those that are no longer listed come last.
     pub ready: Vec<Beginning>,
-    /// Closed shards that a first start at LATEST passes over: all their records are older.
+    /// Closed shards that a first start at LATEST skips: all their records are older.
     pub skipped: Vec<ShardId>,
     /// Shards that were never begun and are no longer listed: none of their records was read.
     pub lost: Vec<ShardId>,
-    /// Listed shards wait for parents that are not settled: not all records are being read.
+    /// Some listed shards wait for parents that have not ended, so not all records are being read.
     pub some_wait: bool,
-    /// Every shard is settled to its end.
+    /// Every shard was read to its end.
     pub all_ended: bool,
 }
 
@@ -31,18 +47,18 @@ pub struct Beginning {
     pub shard: ShardId,
     /// Where it begins.
     pub start: ShardStart,
-    /// A time before which none of its records is missed, in milliseconds since 1970, where one is
-    /// known: LATEST itself, or a time at which a parent was still read to its newest record.
+    /// A time since which none of its records is missing, in milliseconds since 1970, where one is known: LATEST
+    /// itself, or a time at which a parent was still read to its newest record.
     pub caught_up_ms: Option<i64>,
 }
 
 /// Decides what may be read.
 ///
-/// A shard waits for every parent that is listed, or was begun, and is not settled; a parent that the
-/// stream has forgotten holds nobody. LATEST is `now_ms` at the first start, in milliseconds since
-/// 1970, and what it was then ever after: it passes over shards that are closed at the first start,
-/// for their records are all older. A child of a shard that was begun starts at its horizon, whatever
-/// the configuration says; with a time, that is its first record of then or later.
+/// A shard waits for every parent that is listed or was begun, and has not ended. A parent that the stream has
+/// forgotten keeps nobody waiting. LATEST is resolved once, to `now_ms` of the first start (milliseconds since
+/// 1970), and keeps that value. It skips shards that are closed at the first start, because their records are all
+/// older. A child of a shard that was begun starts at its first record, whatever the configuration says; with a
+/// configured time, at its first record of that time or later.
 pub fn plan_shards(
     shards: &[Shard],
     known: &KnownShards,
@@ -52,7 +68,7 @@ pub fn plan_shards(
     let family = Family::new(shards);
     let descends = family.descends_from(|shard| known.begun.contains_key(shard));
     let first_start = known.is_first_start();
-    // Versions that did not note which shards they had seen passed over these at each look.
+    // Versions that did not record the shards that they had seen skipped these at each look.
     let first_look = first_start || known.seen.is_empty();
     let latest_ms = if first_start { now_ms } else { known.resolved_latest_ms() };
     let before_places = match start {
@@ -75,17 +91,17 @@ pub fn plan_shards(
         None => known.begun.get(parent).is_some_and(|state| !state.ended),
     };
     let begins = |shard: &Shard| {
-        // A child was made after each of its parents had closed, and so after any time at which a
-        // parent was open and read to its newest record.
+        // A child is created after each of its parents has closed, so after any time at which a parent was still
+        // open and was read to its newest record.
         let parents = shard.parents.iter().filter_map(|parent| known.begun.get(parent));
         let after_parents_ms = parents.filter_map(|state| state.caught_up_ms).max();
         let (start, caught_up_ms) = match start {
-            // A time holds for descendants too: a parent that ended before it has no record to
-            // give, and its children have older ones.
+            // A time holds for descendants too: a parent that ended before it has no records to give, and its
+            // children may have older ones.
             StartPosition::AtTimestampMs(at_ms) => (ShardStart::AtMs(*at_ms), after_parents_ms),
             _ if descends.contains(&shard.id) => (ShardStart::Horizon, after_parents_ms),
             StartPosition::Latest => match latest_ms {
-                // Also for a shard whose way from the first start on is no longer listed.
+                // Also for a shard whose ancestors back to the first start are no longer listed.
                 Some(at_ms) => (ShardStart::AtMs(at_ms), Some(at_ms)),
                 None => (ShardStart::Horizon, None),
             },
@@ -102,7 +118,7 @@ pub fn plan_shards(
     let ready = waiting.iter().filter(|shard| !shard.parents.iter().any(blocks));
     let mut ready: Vec<Beginning> = ready.map(|shard| begins(shard)).collect();
     let some_wait = ready.len() < waiting.len();
-    // The server says whether they are really gone.
+    // The server decides whether they are really gone.
     let mut unlisted: Vec<_> = known
         .begun
         .iter()
@@ -127,8 +143,8 @@ pub fn plan_shards(
 
 /// Finds shards that were never begun and are no longer listed.
 ///
-/// One was listed before. Of another, only a child is seen: it is listed for the first time, so its
-/// parents had not closed when the stream was looked at last, and one that is gone was never read.
+/// There are two kinds. One was listed before. Of the other, only a child is seen: the child is listed for the first
+/// time, so its parents were open at the last look, and a parent that is gone was never read.
 fn lost(family: &Family<'_>, known: &KnownShards) -> Vec<ShardId> {
     if known.seen.is_empty() {
         return Vec::new();
@@ -141,8 +157,8 @@ fn lost(family: &Family<'_>, known: &KnownShards) -> Vec<ShardId> {
     lost.into_iter().cloned().collect()
 }
 
-/// Shards by their ids. Each walk visits a shard once: lineages that split and merge again have twice
-/// as many ways with each generation.
+/// Shards by their ids. Each walk visits a shard once: with shards that split and merge again, the number of paths
+/// doubles with each cycle.
 struct Family<'s> {
     shards: &'s [Shard],
     by_id: HashMap<&'s ShardId, &'s Shard>,
@@ -157,7 +173,7 @@ impl<'s> Family<'s> {
         self.by_id.get(shard).copied()
     }
 
-    /// The listed shards that have an ancestor of which `is_one` holds, whether that is listed or not.
+    /// Returns the listed shards that have an ancestor, listed or not, for which `is_one` holds.
     fn descends_from(&self, is_one: impl Fn(&ShardId) -> bool) -> HashSet<&'s ShardId> {
         let mut children: HashMap<&ShardId, Vec<&'s ShardId>> = HashMap::new();
         for shard in self.shards {
@@ -178,7 +194,7 @@ impl<'s> Family<'s> {
         found
     }
 
-    /// All ancestors of the shards, as far as the listing goes.
+    /// Returns all ancestors of the shards, as far as they are listed.
     fn ancestors_of<'a>(&self, shards: impl Iterator<Item = &'a ShardId>) -> HashSet<ShardId> {
         let mut open: Vec<&Shard> = shards.filter_map(|shard| self.get(shard)).collect();
         let mut found = HashSet::new();

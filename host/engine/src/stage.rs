@@ -1,9 +1,9 @@
-//! Stages: what a batch's records pass, one plugin after the other.
+//! Stages: a batch's records pass them one after the other, each a plugin.
 //!
-//! [`Revision`] is everything that decides what a record becomes (plugins, configurations,
-//! bindings), loaded and proven. [`Chain`] is one lane's instances of it and runs batches. The
-//! faults of a plugin end here: they become dead letters of single records, or a blocked lane. [`Samples`]
-//! are what a candidate for a stage is tried on, `Health` is what it is judged by.
+//! [`Revision`] is a loaded and validated revision: everything that decides what a record becomes (plugins,
+//! configurations, bindings). [`Chain`] is one lane's instances of it and runs batches. The faults of a plugin end
+//! here: they become dead letters of single records, or block the lane. [`Samples`] are recent inputs, on which a
+//! candidate for a stage is tried; its `Health` is what it is judged by.
 
 mod answer;
 mod chain;

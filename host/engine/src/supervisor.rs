@@ -1,5 +1,33 @@
-//! Runs a pipeline: everything is proven and taken before the first record, then one lane per
-//! shard, children after their parents, each lane started anew when it fails.
+//! Runs a pipeline: validates everything and acquires the state before the first record, then runs one lane per
+//! shard.
+//!
+//! [`Supervisor::prepare`] loads the plugins, checks them against each other and the sinks, and reads no record.
+//! [`Supervisor::run`] is one loop over events: a lane ended, lanes must restart for a change, it is time to look
+//! for shards, a look has finished, the state is gone, a stop.
+//!
+//! Invariants:
+//!
+//! - A shard's lane starts only after the start of the shard is durable (`find`), and after its parents have ended.
+//! - The state is compared with the sinks before the first record (`Comparison`), and again after each restart of
+//!   the lanes, because the sinks may be others then.
+//! - A restart for a change begins only when every lane has ended: whether the lanes can begin depends on what their
+//!   sinks have committed by then.
+//!
+//! | a lane ends with | what follows |
+//! |---|---|
+//! | the end of the shard | a look for its children, at once |
+//! | the end of the source | the run ends when nothing else is read |
+//! | stopped | nothing |
+//! | an error that may pass | the lane restarts, with backoff (`run_patiently`) |
+//! | an error that a person must resolve | the run stops; the other lanes are drained first |
+//!
+//! Races that this module handles:
+//!
+//! - A shard ends while a look for shards is under way: the look is dropped and repeated, because it may not know of
+//!   the end, and the children must not wait for the next interval.
+//! - Two processes with separate states acquire each other's shards in turn: the one that started later gives up
+//!   after it has lost a shard three times within a minute.
+//! - A stop while lanes restart for a change: the restart is dropped.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -47,47 +75,46 @@ use shardmill_state::{
 };
 use shardmill_state::{RevisionSpec, StageSpec};
 
-/// The part of a run that looks for shards to read.
+/// Part of a run, in the status: the look for shards to read.
 const SHARDS: &str = "shards";
 
-/// Looks for shards, and lanes, that failed; up to the longest pause that is configured.
+/// Retries of a look for shards, and of a lane, up to the longest pause that is configured.
 const RETRY: RetryPolicy =
     RetryPolicy::doubling(Duration::from_millis(200), Duration::MAX).with_jitter();
-/// How long a shard that was read to its end is known after the stream has dropped it, in milliseconds: a
-/// sink that is restored from a backup of then is named with what it has lost.
+/// Time in milliseconds for which an ended shard stays known after the stream has dropped it. If a sink is restored
+/// from a backup of that time, the shard can be named with the records that the sink has lost.
 const GONE_KEPT_MS: i64 = 7 * 24 * 3_600 * 1_000;
-/// A compiled component that is younger may be of a pipeline that is about to start.
+/// Age below which a compiled component is kept: it may belong to a pipeline that is about to start.
 const COMPILED_AGE_MIN: Duration = Duration::from_secs(3_600);
-/// Changes that may wait for the lanes of the one before to end.
+/// Changes that may wait while the lanes of the one before end.
 const RESTARTS_MAX: usize = 16;
 
-/// What a run is told beside its configuration.
+/// Options of a run, besides its configuration.
 #[derive(Clone)]
 pub struct RunOptions {
-    /// Stop when every shard is read to its end and every sink has committed it.
+    /// Stop when every shard is read to its newest record and every sink has committed it.
     pub until_caught_up: bool,
-    /// Sinks that were taken out of the configuration and may be given up while behind.
+    /// Sinks that were removed from the configuration and whose missing records may be given up.
     pub dropped_sinks: HashSet<SinkName>,
-    /// Run what the files say, whatever was swapped in, or cannot be read of it.
+    /// Run what the files describe, regardless of earlier swaps, even if those cannot be read.
     pub files_count: bool,
     /// Go on from the sinks' positions although the state is older than they are.
     pub trust_sinks: bool,
-    /// Plugins that the binary carries, by path.
+    /// Returns plugins that the binary carries, by path.
     pub embedded_plugin: fn(&Path) -> Option<&'static [u8]>,
-    /// Makes sinks, when a reload names others.
+    /// Makes sinks, when a reload needs others.
     pub build_sinks: BuildSinks,
-    /// Whether it is the pipeline itself that runs.
+    /// Whether the pipeline itself runs, or a command beside it.
     pub role: RunRole,
 }
 
-/// Who runs with a pipeline's state.
+/// Role of a process that uses a pipeline's state.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum RunRole {
-    /// The pipeline itself: what it runs is noted, and lasts.
+    /// The pipeline itself: what it runs is stored, and survives a restart.
     Pipeline,
-    /// A command beside the pipeline, such as a redrive. It runs what the pipeline runs, or would run if
-    /// it were started now, and notes nothing of that: the files may say something else that nobody has
-    /// loaded yet.
+    /// A command beside the pipeline, such as a redrive. It runs what the pipeline runs, or would run if it were
+    /// started now, and stores nothing about that: the files may describe something else that nobody has loaded yet.
     Beside {
         /// The pipeline is running.
         is_running: bool,
@@ -95,11 +122,12 @@ pub enum RunRole {
 }
 
 impl RunOptions {
-    /// A run with all that the configuration names, and plugins from files.
+    /// Makes options with all that the configuration names, and plugins from files.
     pub fn new(until_caught_up: bool) -> Self {
         let dropped_sinks = HashSet::new();
-        let build_sinks: BuildSinks =
-            Arc::new(|_| Err(anyhow::anyhow!("whoever runs this pipeline makes no other sinks")));
+        let build_sinks: BuildSinks = Arc::new(|_| {
+            Err(anyhow::anyhow!("this program cannot make other sinks while it runs"))
+        });
         let role = RunRole::Pipeline;
         Self {
             until_caught_up,
@@ -113,7 +141,7 @@ impl RunOptions {
     }
 }
 
-/// A pipeline that is proven and owns its state.
+/// A validated pipeline that owns its state.
 pub struct Supervisor {
     shared: Arc<Shared>,
     stream: Arc<StreamIdentity>,
@@ -124,13 +152,13 @@ pub struct Supervisor {
     lock: PipelineLock,
     swapper: Swapper,
     restarts: mpsc::Receiver<LaneRestart>,
-    /// Ends what the swapper does by itself, with the run.
+    /// Ends the background work of the swapper, with the run.
     ends: CancellationToken,
 }
 
 impl Supervisor {
-    /// Takes the state folder, loads the plugins, and checks them against each other and against
-    /// the sinks. Reads no record.
+    /// Locks the state folder, loads the plugins, and checks them against each other and against the sinks. Reads no
+    /// record.
     ///
     /// # Errors
     /// What does not fit, with its place in the configuration where it has one.
@@ -145,7 +173,7 @@ impl Supervisor {
         Self::prepare_under(lock, config, host, source, sinks, options).await
     }
 
-    /// As [`Supervisor::prepare`], under a lock that was taken.
+    /// Does the same as [`Supervisor::prepare`], with a lock that is held already.
     ///
     /// # Errors
     /// As [`Supervisor::prepare`].
@@ -191,7 +219,7 @@ impl Supervisor {
         let variables = Variables::new(state.clone());
         let changed_variables = match is_pipeline {
             true => variables.note(&revision.spec, &environment).await?,
-            // What runs is noted by who runs it.
+            // The process that runs the pipeline notes its variables.
             false => variables.changed_variables(&revision.spec, &environment).await?,
         };
         changed_variables.warn(&revision.id);
@@ -200,8 +228,8 @@ impl Supervisor {
             changes.record_running(&running, None, None).await?;
             changes.note_sinks(config.sink_fingerprints()).await?;
             if let Err(error) = ledger.prune(&revision.spec).await {
-                // Nothing is lost, only space. A replay that needs what cannot be read says so itself.
-                tracing::warn!(%error, "components that are not needed any more stay");
+                // Only space is lost. A replay that needs what cannot be read reports that itself.
+                tracing::warn!(%error, "failed to remove components that are no longer needed");
             }
         }
         tokio::task::spawn_blocking({
@@ -259,27 +287,27 @@ impl Supervisor {
         })
     }
 
-    /// What changes it while it runs.
+    /// Returns the handle that changes the pipeline while it runs.
     pub fn swapper(&self) -> Swapper {
         self.swapper.clone()
     }
 
-    /// What is shown of the lanes.
+    /// Returns the status of the lanes.
     pub fn statuses(&self) -> StatusRegistry {
         self.shared.statuses.clone()
     }
 
-    /// The folder of its state.
+    /// Returns the folder of its state.
     pub fn folder(&self) -> &Path {
         self.lock.folder()
     }
 
-    /// What sinks were not given.
+    /// Returns the records that sinks were not given.
     pub fn holes(&self) -> Holes {
         self.shared.holes.clone()
     }
 
-    /// What it may hold in memory, with the shards that the stream has now.
+    /// Returns the bound of its memory, with the shards that the stream has now.
     ///
     /// # Errors
     /// When the stream cannot be listed.
@@ -290,21 +318,21 @@ impl Supervisor {
         Ok(MemoryBound::of(&self.shared.config, shards.iter().filter(is_read).count()))
     }
 
-    /// The dead letters.
+    /// Returns the store of dead letters.
     pub fn dead_letters(&self) -> DeadLetters {
         self.shared.dead_letters.clone()
     }
 
-    /// Runs until `stop`, or until caught up if asked for, or until every shard has ended.
+    /// Runs until `stop`, or until caught up if the options say so, or until every shard has ended.
     ///
     /// # Errors
-    /// What a person must decide; the other lanes are drained first.
+    /// An error that a person must resolve; the other lanes are drained first.
     pub async fn run(self, stop: CancellationToken) -> anyhow::Result<()> {
         let drain_max = self.shared.config.timing.drain_max;
         self.run_until(Stop::at(stop.child_token(), drain_max)).await
     }
 
-    /// As [`Supervisor::run`], within the time of an end that others share: a fatal error asks for it.
+    /// Does the same as [`Supervisor::run`], with a stop that others share: a fatal error asks for it.
     ///
     /// # Errors
     /// As [`Supervisor::run`].
@@ -325,7 +353,8 @@ impl Supervisor {
         let mut ended = false;
         let mut discovery = tokio::time::interval(self.shared.config.timing.shard_sync_interval);
         let mut glance = tokio::time::interval(Duration::from_millis(100));
-        // A look for new shards: the stream may take long to answer, and the lanes go on meanwhile.
+        // A look for new shards. It is a separate future, because the stream may take long to answer and the lanes
+        // go on.
         let mut look: Option<BoxFuture<'static, Result<ReadPlan, LaneError>>> = None;
         let mut has_looked = false;
         let retry_pause_max = self.shared.config.timing.retry_pause_max;
@@ -334,12 +363,12 @@ impl Supervisor {
         let mut waits = waiting.watch(self.shared.config.timing.call_blocked_after);
         let (show, shown) = watch::channel(self.shared.clone());
         let mut memory_waits = std::pin::pin!(show_waits(shown));
-        // The files may be deleted or replaced while no lane writes.
+        // The state's files may be deleted or replaced while no lane writes.
         let interval = self.shared.config.timing.checkpoint_interval;
         let mut gone = watch_state(&self.state, self.shared.dead_letters.clone(), interval);
         let mut comparison = Arc::new(Comparison::new(self.state.clone(), self.trust_sinks));
         let mut fatal = None;
-        // A change for which the lanes are let go.
+        // A change for which the lanes are ending.
         let mut restart: Option<LaneRestart> = None;
         while !(lanes.tasks.is_empty()
             && (lanes_stop.is_asked()
@@ -347,7 +376,7 @@ impl Supervisor {
         {
             tokio::select! {
                 Some(done) = lanes.tasks.join_next() => {
-                    // It may not know yet of the shard that has just ended.
+                    // The look may not know yet of the shard that has just ended.
                     if look.take().is_some() {
                         discovery.reset_immediately();
                     }
@@ -361,16 +390,16 @@ impl Supervisor {
                     }
                 }
                 () = lanes_stop.asked(), if !self.ends.is_cancelled() => self.ends.cancel(),
-                // The next one waits: whether its lanes can begin depends on where these end.
+                // A second change waits: whether its lanes can begin depends on where these end.
                 Some(request) = self.restarts.recv(), if restart.is_none() => {
                     lanes.stop.ask();
                     restart = Some(request);
                 }
-                // The lanes are let go: what they had is committed, as far as their sinks answer.
+                // All lanes have ended: what they had is committed, as far as their sinks answered.
                 () = std::future::ready(()), if restart.is_some() && lanes.tasks.is_empty() => {
                     if let Some(request) = restart.take() {
                         look = None;
-                        // The sinks may be others.
+                        // The sinks may be others, so they are compared again.
                         comparison = Arc::new(Comparison::new(self.state.clone(), self.trust_sinks));
                         let begun = lanes.restart(request, &lanes_stop);
                         if stop.unless_asked(begun).await.is_some() {
@@ -410,12 +439,12 @@ impl Supervisor {
                             fatal.get_or_insert(error);
                             stop.ask();
                         }
-                        // Nothing runs yet: who starts the process hears at once.
+                        // Nothing runs yet: the person who starts the process gets the error at once.
                         Err(error) if !has_looked => {
                             fatal.get_or_insert(error);
                             stop.ask();
                         }
-                        // Shards wait to be read, and nobody reads them: as bad as a blocked lane.
+                        // Shards wait and nobody reads them: this is shown like a blocked lane.
                         Err(error) => {
                             waiting.answered();
                             self.shared.statuses.block_run(SHARDS, &error.to_string());
@@ -432,10 +461,10 @@ impl Supervisor {
                 cause = waits.changed() => if let Some(cause) = cause {
                     self.shared.statuses.block_run(SHARDS, &cause);
                 },
-                // It never ends.
+                // This future never completes.
                 () = &mut memory_waits => {}
-                // Until a parent's children have begun there are shards that nobody reads: not caught up,
-                // though a closed parent may give empty answers before its end.
+                // Until the children of an ended shard have begun, some shards have no reader. The run is not caught
+                // up then, though a closed parent may give empty answers before its end.
                 _ = glance.tick(), if self.until_caught_up && !lanes.awaits_children => {
                     let shards = self.shared.statuses.snapshot();
                     if !shards.is_empty() && shards.values().all(|status| status.caught_up()) {
@@ -448,10 +477,10 @@ impl Supervisor {
     }
 }
 
-/// Removes compiled components that no pipeline with its state in this folder keeps.
+/// Removes compiled components that no pipeline with its state in this folder needs.
 fn remove_unneeded(cache: &CompileCache) {
     if let Err(error) = cache.remove_unused() {
-        tracing::debug!(%error, "compiled plugins of this user are not looked through");
+        tracing::debug!(%error, "failed to look through the compiled plugins of this user");
     }
     let Some(state_dir) = cache.own_folder().and_then(Path::parent) else { return };
     let removed = needed_components(state_dir)
@@ -459,8 +488,8 @@ fn remove_unneeded(cache: &CompileCache) {
         .and_then(|needed| Ok(cache.remove_unneeded(&needed, COMPILED_AGE_MIN)?));
     match removed {
         Ok(0) => {}
-        Ok(files) => tracing::info!(files, "compiled plugins that nothing needs are removed"),
-        Err(error) => tracing::debug!(%error, "compiled plugins are not looked through"),
+        Ok(files) => tracing::info!(files, "removed compiled plugins that nothing needs"),
+        Err(error) => tracing::debug!(%error, "failed to look through the compiled plugins"),
     }
 }
 
@@ -470,7 +499,7 @@ impl Drop for Supervisor {
     }
 }
 
-/// The outcome of a future, where there is one.
+/// Returns the outcome of a future, if there is one.
 async fn some<T>(future: &mut Option<BoxFuture<'static, T>>) -> Option<T> {
     match future {
         Some(future) => Some(future.await),
@@ -478,8 +507,8 @@ async fn some<T>(future: &mut Option<BoxFuture<'static, T>>) -> Option<T> {
     }
 }
 
-/// Looks which shards may be read now. What is new is durable when this returns: where each shard
-/// begins, all in one step.
+/// Finds the shards that may be read now. When this returns, the start of each new shard is durable, all in one
+/// step.
 async fn find(
     shared: &Shared,
     stream: &Arc<StreamIdentity>,
@@ -508,8 +537,8 @@ async fn find(
         let (stream, shard) = (stream.name.to_string(), shard.to_string());
         return Err(SourceError::NoSuchShard { stream, shard }.into());
     }
-    // By the clock that the records' times of arrival are of, and after the shards were listed: those
-    // that were closed by then hold only older records.
+    // By the clock that stamps the records' arrival, and after the shards were listed: shards that were closed by
+    // then hold only older records.
     let resolves_latest = *start == StartPosition::Latest && known.is_first_start();
     let now_ms = match resolves_latest {
         true => {
@@ -519,7 +548,7 @@ async fn find(
         false => None,
     };
     let adopted = comparison.adopted(shared, stream, &shards, &mut known).await?;
-    // A shard in which a sink has a position counts as begun, though this state has not begun it.
+    // A shard in which a sink has a position counts as begun, even if this state has not begun it.
     let mut with_adopted = known.clone();
     with_adopted.latest_ms = known.latest_ms.or(now_ms);
     for shard in &adopted {
@@ -527,7 +556,7 @@ async fn find(
     }
     let mut plan = plan_shards(&shards, &with_adopted, start, now_ms);
     for beginning in plan.ready.iter_mut().filter(|own| adopted.contains(&own.shard)) {
-        // Records since the sinks' positions are needed: that none of them is missing is not known.
+        // Records since the sinks' positions are needed, and it is not known that all of them are still there.
         if !known.begun.contains_key(&beginning.shard) {
             beginning.caught_up_ms = None;
         }
@@ -538,7 +567,7 @@ async fn find(
         if lost_records != Some(OnLostRecords::Continue) {
             return Err(error.into());
         }
-        tracing::error!(%error, "going on, as configured");
+        tracing::error!(%error, "records are lost; going on, as configured (on_lost_records)");
         for shard in &plan.lost {
             count_loss(shard, 0);
             let shard = ShardKey {
@@ -571,11 +600,11 @@ async fn find(
     Ok(plan)
 }
 
-/// The comparison of the state with the sinks, which comes before the first record.
+/// The comparison of the state with the sinks, before the first record.
 struct Comparison {
     state: StateStore,
     trust_sinks: bool,
-    /// Shards that the state did not know and in which a sink has a position; `None`: not compared yet.
+    /// Shards unknown to the state in which a sink has a position; `None`: not compared yet.
     adopted: Mutex<Option<Vec<ShardId>>>,
 }
 
@@ -584,7 +613,7 @@ impl Comparison {
         Self { state, trust_sinks, adopted: Mutex::default() }
     }
 
-    /// Compares, the first time; what is known may change by that.
+    /// Compares, on the first call only; that may change what is known.
     async fn adopted(
         &self,
         shared: &Shared,
@@ -605,8 +634,8 @@ impl Comparison {
     }
 }
 
-/// Looks now and then whether the state's files are still those that are open: they may be deleted or
-/// replaced while no lane writes. Shows what the dead letters hold, too. Ends when nobody listens.
+/// Checks at intervals that the state's files are still the ones that are open: they may be deleted or replaced
+/// while no lane writes. Also updates the metrics of the dead letters. Ends when nobody listens.
 fn watch_state(
     state: &StateStore,
     dead_letters: DeadLetters,
@@ -623,21 +652,20 @@ fn watch_state(
             }
             match state.verify().await {
                 Err(error) if error.is_final() => {
-                    // Nobody may listen any more.
+                    // The receiver may be gone already.
                     let _ = found.send(error).await;
                     return;
                 }
                 _ => {}
             }
-            // Another process may have purged some. What cannot be read now is shown the next time.
+            // Another process may have purged some. A failed read is repeated at the next interval.
             let _ = dead_letters.show_kept().await;
         }
     });
     gone
 }
 
-/// Forgets shards that nothing needs any more: read to their end, and no longer listed, not even as a
-/// parent.
+/// Forgets shards that nothing needs any more: they were read to their end and are not listed, not even as a parent.
 async fn forget_gone(
     checkpoints: &Checkpoints,
     stream: &StreamIdentity,
@@ -652,37 +680,37 @@ async fn forget_gone(
     let listed: Vec<ShardId> = listed.into_iter().cloned().collect();
     let now_ms = chrono::Utc::now().timestamp_millis();
     if let Err(error) = checkpoints.forget_gone(stream, &listed, now_ms, GONE_KEPT_MS).await {
-        tracing::warn!(%error, "shards that are gone are not forgotten yet");
+        tracing::warn!(%error, "failed to forget shards that no longer exist; it is tried again");
     }
 }
 
-/// The error of shards none of whose records was read.
+/// Makes the error of shards none of whose records were read.
 fn lost(stream: &StreamIdentity, first: &ShardId, count: usize) -> SourceError {
     let others = match count {
         1 => String::new(),
-        _ => format!(", nor was any of {} others", count - 1),
+        _ => format!(", and neither were {} others", count - 1),
     };
     SourceError::LostRecords {
         place: format!("stream {}, shard {first}", stream.name),
         extent: format!(
-            "it was never begun, and is no longer listed: its retention ended before it was read{others}"
+            "it was never begun and is no longer listed: its retention ended before it was read{others}"
         ),
     }
 }
 
-/// The lanes that run.
+/// The running lanes.
 struct Lanes {
     shared: Arc<Shared>,
     state: StateStore,
     build_sinks: BuildSinks,
     stream: Arc<StreamIdentity>,
-    /// Ends these lanes: with the run, or because others take their shards over.
+    /// Ends these lanes: with the run, or because others will run their shards.
     stop: Stop,
     running: HashSet<ShardId>,
     tasks: JoinSet<(ShardId, Result<LaneEnd, LaneError>)>,
-    /// The source has nothing more for now, and nobody waits for it.
+    /// The source has no more records for now, and none are waited for.
     source_ended: bool,
-    /// A shard has ended, and its children were not looked for yet; or listed shards wait for their parents.
+    /// A shard has ended and its children were not looked for yet; or listed shards wait for their parents.
     awaits_children: bool,
 }
 
@@ -690,7 +718,7 @@ impl Lanes {
     /// Starts a lane for each shard that may be read now. True when every shard has ended.
     ///
     /// # Errors
-    /// [`LaneError::Fatal`] when the system does not let the process have what they need.
+    /// [`LaneError::Fatal`] when the limits of the system are too low for more lanes.
     fn begin(&mut self, plan: ReadPlan) -> Result<bool, LaneError> {
         let is_fresh = |shard: &ShardId| !self.running.contains(shard);
         self.check_limits(plan.ready.iter().filter(|it| is_fresh(&it.shard)).count())?;
@@ -710,7 +738,7 @@ impl Lanes {
         }
     }
 
-    /// Checks that the system lets the process have what more lanes need. Those that run have theirs.
+    /// Checks that the limits of the system allow more lanes. Those that run have their resources already.
     fn check_limits(&self, lanes: usize) -> Result<(), LaneError> {
         if lanes == 0 {
             return Ok(());
@@ -727,7 +755,7 @@ impl Lanes {
         needs.check().map_err(|error| LaneError::Fatal(error.to_string()))
     }
 
-    /// Lets the lanes begin anew by what an order says, or as before where that would lose records.
+    /// Prepares a restart of the lanes with what an order describes, or as before where that would lose records.
     async fn restart(&mut self, request: LaneRestart, stop: &Stop) {
         let outcome = self.resolve_sinks(&request.shared).await;
         let outcome = outcome.map_err(|error| shardmill_config::error_text(&error));
@@ -735,11 +763,11 @@ impl Lanes {
             self.shared = request.shared;
         }
         self.stop = stop.child();
-        // Whoever asked may have gone.
+        // The requester may be gone already.
         let _ = request.done.send(outcome);
     }
 
-    /// Settles which sinks there are from here on.
+    /// Decides which sinks the pipeline has from here on.
     async fn resolve_sinks(&self, next: &Shared) -> anyhow::Result<()> {
         let Shared { config, sinks, source, .. } = next;
         roster::rename(config, sinks, &self.state, &**source, &self.stream).await?;
@@ -766,12 +794,12 @@ impl Lanes {
         });
     }
 
-    /// Whether the source has nothing more. A shard whose parent has just ended may have.
+    /// Whether the source has no more records. The children of a shard that has just ended may have some.
     fn has_source_ended(&self) -> bool {
         self.source_ended && !self.awaits_children
     }
 
-    /// True when a shard has ended, and its children may begin.
+    /// Notes that a lane has ended. True when its shard has ended, so that its children may begin.
     fn ended(
         &mut self,
         (shard, end): (ShardId, Result<LaneEnd, LaneError>),
@@ -786,8 +814,7 @@ impl Lanes {
             status.running = false;
             status.ended = end != LaneEnd::Stopped;
             if status.ended {
-                // All of it is settled: what was shown last is over, though its checkpointer, which would
-                // have said so, is gone.
+                // All of it is committed. The checkpointer, which would have cleared what blocked, is gone.
                 status.blocked.clear();
             }
         });
@@ -795,7 +822,7 @@ impl Lanes {
     }
 }
 
-/// What the pipeline runs, as it has noted it; `None`: it has not.
+/// Returns what the pipeline runs, as stored in the state; `None`: nothing is stored.
 async fn noted(
     state: &StateStore,
     revisions: &RevisionStore,
@@ -805,15 +832,15 @@ async fn noted(
     let revision = revisions
         .load(running.running.clone(), &config.source.stream_name())
         .await
-        .context("what the pipeline runs cannot be run beside it")?;
+        .context("failed to load what the pipeline runs")?;
     Ok(Some((running, revision)))
 }
 
-/// The way out where what was swapped in cannot be started any more.
-const WAY_PAST_A_SWAP: &str = "what was swapped in does not load; start once with `run --files-count` to run \
-    what the files say, or change the stage's file: it counts more than an earlier swap";
+/// Way out when a swapped-in plugin cannot be started any more.
+const WAY_PAST_A_SWAP: &str = "failed to load the plugin that was swapped in; start once with `run --files-count` \
+    to run what the files describe, or change the stage's file: a newer file replaces an earlier swap";
 
-/// What is to run: as the files describe it, or as it was changed since they were read last.
+/// Returns what is to run: the files' description, or what was changed since the files were last read.
 async fn carry_over(
     state: &StateStore,
     revisions: &RevisionStore,
@@ -859,19 +886,19 @@ async fn carry_over(
     for stage in &running.stages {
         if declared.spec.stage(&stage.name) != Some(stage) {
             tracing::warn!(stage = %stage.name, changed = running_instead(&declared, stage),
-                "runs what was swapped in, not what the files say; change the files, or roll back");
+                "runs what was swapped in, not what the files describe; change the files, or roll back");
         }
     }
     Ok((Running { declared: declared.spec, running }, revision))
 }
 
-/// What runs in place of what the files say, in words.
+/// Describes how a stage that runs differs from the files.
 fn running_instead(declared: &Revision, stage: &StageSpec) -> String {
     let described = declared.spec.stage(&stage.name);
     described.map(|described| described.changes_to(stage).join(", ")).unwrap_or_default()
 }
 
-/// The stages whose swaps do not count any more because the files have changed.
+/// Returns the stages whose swaps no longer count, because their files have changed.
 fn dropped_swaps(before: &Running, now: &RevisionSpec) -> Vec<String> {
     let mut dropped = Vec::new();
     for stage in &before.running.stages {
@@ -879,7 +906,7 @@ fn dropped_swaps(before: &Running, now: &RevisionSpec) -> Vec<String> {
         let goes_on = now.stage(&stage.name).is_none_or(|now| now == stage);
         if was_swapped && !goes_on {
             tracing::warn!(stage = %stage.name, digest = %&stage.digest[..12],
-                "the files have changed since this was swapped in: they count now");
+                "the files have changed since this was swapped in: the files count now");
         }
         if !goes_on {
             dropped.push(stage.name.to_string());
@@ -888,7 +915,7 @@ fn dropped_swaps(before: &Running, now: &RevisionSpec) -> Vec<String> {
     dropped
 }
 
-/// Runs a lane, and starts it anew when it fails for a reason that may pass.
+/// Runs a lane, and restarts it when it fails for a reason that may pass.
 async fn run_patiently(
     shared: &Shared,
     shard: ShardKey,
@@ -902,7 +929,7 @@ async fn run_patiently(
         let began = std::time::Instant::now();
         let error = match run_lane(shared, shard.clone(), stop).await {
             Err(error) if error.needs_a_person() => {
-                // The others are drained first, which may take a while: said now.
+                // The other lanes are drained first, which may take a while, so this is logged now.
                 tracing::error!(shard = %shard.shard, %error, "the pipeline stops");
                 shared.statuses.block(&shard.shard, "lane", &error.to_string());
                 return Err(error);
@@ -911,7 +938,10 @@ async fn run_patiently(
             end => return end,
         };
         if stop.is_asked() {
-            tracing::warn!(shard = %shard.shard, %error, "stopped with records in hand; they are read again");
+            tracing::warn!(
+                shard = %shard.shard, %error,
+                "stopped with uncommitted records; they are read again"
+            );
             return Ok(LaneEnd::Stopped);
         }
         if let LaneError::Sink(SinkError::Fenced { sink, by: Some(other), .. }) = &error
@@ -933,13 +963,13 @@ async fn run_patiently(
     }
 }
 
-/// Why the later of two processes stops.
+/// Describes why the later of two processes stops.
 fn lost_to(other: &OwnerName, own: &OwnerName, shard: &ShardKey, sink: &SinkName) -> String {
     format!(
-        "shard {} was taken over three times within a minute by another process that runs pipeline {} \
-         with a state of its own, and writes to sink {sink}: {other}. This one ({own}) started later and \
-         stops. Run one of them; or let both use one `state_dir`, where the second is refused while the \
-         first runs; or give this one another `name` under [pipeline]",
+        "shard {} was acquired three times within a minute by another process, which runs pipeline {} with its \
+         own state and writes to sink {sink}: {other}. This process ({own}) started later and stops. Run only \
+         one of them; or let both use one `state_dir`, where the second is refused while the first runs; or \
+         give this one another `name` under [pipeline]",
         shard.shard, shard.pipeline
     )
 }

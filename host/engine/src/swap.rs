@@ -1,9 +1,16 @@
 //! Changes of a running pipeline: another plugin for a stage, other files, and the way back.
 //!
-//! [`Swapper`] makes one change at a time: a `candidate` is fetched, checked, compiled and configured
-//! off the path, a `trial` compares it with the incumbent, then the change is durable and each lane
-//! takes it over at its next batch's boundary; `probation` watches it and may undo it. Up to the
-//! promotion the incumbent serves, untouched, and an error says which step failed.
+//! A change is prepared beside the running pipeline and takes effect in one durable step:
+//!
+//! 1. `candidate.rs` fetches, compiles, configures and checks the new version. Nothing that runs is touched.
+//! 2. `trial.rs` runs it on recent records and compares its answers with the incumbent's.
+//! 3. `promotion.rs` makes the change durable; each lane changes at its next batch boundary.
+//! 4. `probation.rs` watches the new version and may roll it back.
+//!
+//! Several changes may be prepared at once, but they are promoted one at a time: `Setup` is locked for a
+//! promotion, and a change that was prepared beside an older number of changes is prepared again, or put on top of
+//! what runs now (`in_turn`). Up to the promotion an error means that nothing was changed, and it says which step
+//! failed.
 
 mod candidate;
 mod probation;
@@ -39,41 +46,41 @@ use shardmill_core::record::StreamIdentity;
 use shardmill_plugin::PluginHost;
 use shardmill_state::{Change, ChangeKind, Changes, NewChange, Running, StateStore};
 
-/// How long a candidate may run beside the incumbent at most before it takes over.
+/// The longest time for which a candidate may run beside the incumbent before it takes its place.
 pub const SHADOW_MAX: Duration = Duration::from_secs(24 * 3_600);
-/// How often a change that was prepared beside others is prepared again when one of them came first.
+/// Attempts of a change that has to be prepared again because another change came first.
 const TURNS_MAX: u32 = 5;
-/// Why it is given up then.
-const OTHERS_FIRST: &str = "other changes came first, again and again; try it again";
+/// Cause of the refusal after that.
+const OTHERS_FIRST: &str = "other changes came first several times; try again";
 
-/// Where a candidate comes from.
+/// Source of a candidate.
 #[derive(Clone, Debug)]
 pub enum Component {
     /// Its bytes; the name is for messages.
     Bytes {
-        /// The file, as its sender calls it.
+        /// Name of the file, as the sender gives it.
         name: String,
         /// The component.
         bytes: Bytes,
     },
-    /// One that ran before: the first digits of its digest.
+    /// A component that ran before: the first digits of its digest.
     Kept(String),
 }
 
-/// A swap that is asked for.
+/// A requested swap.
 #[derive(Clone, Debug)]
 pub struct SwapRequest {
     /// The stage.
     pub stage: StageName,
     /// The candidate.
     pub component: Component,
-    /// Of 100 partition keys, how many the candidate gets; `None`: all.
+    /// Share of the partition keys that the candidate gets, in percent; `None`: all.
     pub canary_percent: Option<u8>,
-    /// How long the candidate runs beside the incumbent before it takes over.
+    /// Time for which the candidate runs beside the incumbent before it takes its place.
     pub shadow: Duration,
-    /// What it must keep; what is not said here, the configuration says.
+    /// Limits that the candidate must keep; where they are unset, the configuration's apply.
     pub gates: Gates,
-    /// Try it and report; change nothing.
+    /// Try the candidate and report, but change nothing.
     pub dry_run: bool,
 }
 
@@ -89,7 +96,7 @@ pub enum Step {
     Compile,
     /// Imports against grants, configuration, formats and columns against neighbours and tables.
     Check,
-    /// The trial on records that came of late.
+    /// The trial on recent records.
     Trial,
     /// The change itself.
     Promote,
@@ -108,21 +115,21 @@ impl std::fmt::Display for Step {
     }
 }
 
-/// A change that was not made: what ran before runs on.
+/// A change that was refused: what ran before goes on.
 #[derive(Debug, thiserror::Error)]
 #[error("refused at step {step}: {cause}; {runs_on}")]
 pub struct ChangeRefused {
     /// The step that failed.
     pub step: Step,
-    /// Why.
+    /// The cause.
     pub cause: String,
-    /// What runs on.
+    /// The version or revision that goes on running.
     pub runs_on: String,
-    /// How the trial went, if it came so far.
+    /// Report of the trial, if there was one.
     pub trial: Option<Box<TrialReport>>,
 }
 
-/// Why a step failed, before it is said what runs on.
+/// Failure of a step, before it is known what goes on running.
 struct StepFailed {
     step: Step,
     cause: String,
@@ -130,7 +137,7 @@ struct StepFailed {
 }
 
 impl Step {
-    /// Says in the log that a change of the stage is at this step.
+    /// Logs that a change of the stage is at this step.
     fn begin(self, stage: &str) {
         tracing::debug!(step = %self, stage, "a change");
     }
@@ -140,12 +147,12 @@ impl Step {
     }
 }
 
-/// A plugin in a stage, for people.
+/// Version of a plugin in a stage, for people.
 #[derive(Clone, Debug, Serialize)]
 pub struct Version {
-    /// The plugin's name, as it says.
+    /// The plugin's name, from its descriptor.
     pub plugin: String,
-    /// Its version, as it says.
+    /// Its version, from its descriptor.
     pub version: String,
     /// The digest of its component.
     pub digest: String,
@@ -174,31 +181,31 @@ pub struct SwapReport {
     pub number: Option<i64>,
     /// The stage.
     pub stage: String,
-    /// What ran before.
+    /// The version that ran before.
     pub before: Version,
-    /// What runs now.
+    /// The version that runs now.
     pub after: Version,
-    /// Of 100 partition keys, how many the new version gets.
+    /// Share of the partition keys that the new version gets, in percent.
     pub percent: u8,
     /// The revision that runs now.
     #[serde(rename = "generation")]
     pub revision: String,
-    /// How the trial went; `None`: there was none.
+    /// Report of the trial; `None`: there was none.
     pub trial: Option<TrialReport>,
-    /// Why there was none.
+    /// Why there was no trial.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub no_trial: Option<String>,
     /// The lanes that have changed.
     pub lanes: Vec<LaneChange>,
-    /// Those that have not yet, and why: they replay what the old version ran first, or wait for a sink.
+    /// Lanes that have not changed yet, and why: they replay what the old version ran first, or wait for a sink.
     pub waiting: Vec<WaitingLane>,
-    /// As in [`ReloadReport::may_be_undone`].
+    /// The same as [`ReloadReport::may_be_undone`].
     pub may_be_undone: bool,
-    /// How long it is watched, in seconds.
+    /// Length of the probation, in seconds.
     pub probation_s: u64,
 }
 
-/// Changes one running pipeline; its clones share it.
+/// Changes one running pipeline. Clones share it.
 #[derive(Clone)]
 pub struct Swapper {
     inner: Arc<Inner>,
@@ -209,40 +216,40 @@ struct Inner {
     changes: Changes,
     /// The stream that is read.
     stream: Arc<StreamIdentity>,
-    /// Of plugins that the binary carries.
+    /// Returns plugins that the binary carries.
     embedded_plugin: fn(&Path) -> Option<&'static [u8]>,
-    /// What runs. Locked while a change is made durable, and not while lanes take it over.
+    /// The present setup. Locked while a change is made durable, but not while the lanes change.
     setup: Mutex<Setup>,
     /// Makes the sinks that a configuration names.
     build_sinks: BuildSinks,
-    /// To the supervisor: lanes are to be taken over anew.
+    /// To the supervisor: lanes must restart.
     restarts: mpsc::Sender<LaneRestart>,
-    /// Cancelled when the pipeline has ended: nothing is watched any more.
+    /// Cancelled when the pipeline has ended, which ends every trial and probation.
     ends: CancellationToken,
 }
 
-/// What runs, and what it was made of.
+/// The revision that runs, and what it was made of.
 #[derive(Clone)]
 struct Setup {
     shared: Arc<Shared>,
     config: Arc<PipelineConfig>,
     host: PluginHost,
     running: Running,
-    /// Changes so far. What was prepared beside one number is not promoted under another.
+    /// Number of changes so far. A change that was prepared beside one number is not promoted under another.
     changes: u64,
 }
 
-/// What a [`Swapper`] is made with.
+/// Parts that a [`Swapper`] is made of.
 pub(crate) struct SwapperParts {
     /// The pipeline's state.
     pub(crate) state: StateStore,
-    /// What the lanes share.
+    /// State and services that the lanes share.
     pub(crate) shared: Arc<Shared>,
     /// The stream that is read.
     pub(crate) stream: Arc<StreamIdentity>,
-    /// What plugins are loaded with.
+    /// Host that loads plugins.
     pub(crate) host: PluginHost,
-    /// What runs in place of what the files describe.
+    /// The specification that runs in place of the files' description.
     pub(crate) running: Running,
     /// Plugins that the binary carries, by path.
     pub(crate) embedded_plugin: fn(&Path) -> Option<&'static [u8]>,
@@ -255,7 +262,7 @@ pub(crate) struct SwapperParts {
 }
 
 impl Swapper {
-    /// For a pipeline that is about to run.
+    /// Makes a swapper for a pipeline that is about to run.
     pub(crate) fn new(parts: SwapperParts) -> Self {
         let SwapperParts {
             state,
@@ -276,7 +283,7 @@ impl Swapper {
         Self { inner: Arc::new(inner) }
     }
 
-    /// What was changed, and what was refused.
+    /// Returns the history of changes, made and refused.
     pub fn changes(&self) -> &Changes {
         &self.inner.changes
     }
@@ -309,7 +316,7 @@ impl Swapper {
         }
     }
 
-    /// Undoes the last change of a stage that is in force.
+    /// Undoes a stage's last change that is in force.
     ///
     /// # Errors
     /// [`ChangeRefused`]: nothing was changed.
@@ -330,7 +337,7 @@ impl Swapper {
 }
 
 impl Inner {
-    /// A swap on one screen. Others may go on meanwhile, up to the promotion.
+    /// Makes a swap. The whole flow is on one screen. Other changes may be made meanwhile, up to the promotion.
     async fn swap(
         self: &Arc<Self>,
         setup: &Setup,
@@ -408,8 +415,8 @@ impl Inner {
         Ok(report)
     }
 
-    /// Back to what ran before a change: the one with this number, or the stage's last that is in force.
-    /// An error comes with what runs on.
+    /// Goes back to what ran before a change: the one with this number, or the stage's last that is in force. An
+    /// error carries the revision that goes on running.
     async fn roll_back(
         self: &Arc<Self>,
         stage: &StageName,
@@ -427,7 +434,7 @@ impl Inner {
         Err((self.setup.lock().await.shared.revision(), Step::Promote.failed(OTHERS_FIRST)))
     }
 
-    /// One try of it; `None`: another change came first.
+    /// Tries a rollback once; `None`: another change came first.
     async fn roll_back_beside(
         self: &Arc<Self>,
         beside: &Setup,
@@ -441,7 +448,7 @@ impl Inner {
         let last = last.map_err(|error| Step::Fetch.failed(error))?;
         let Some(undone) = last.filter(|last| number.is_none_or(|number| number == last.number))
         else {
-            let cause = format!("stage {stage} has no swap that is in force");
+            let cause = format!("stage {stage} has no swap in force that could be rolled back");
             return Err(Step::Fetch.failed(cause));
         };
         let spec = self.spec_before(beside, before, stage, &undone).await?;
@@ -484,7 +491,7 @@ impl Inner {
         }))
     }
 
-    /// What runs now, with the stage as it was before a change.
+    /// Returns the revision that runs now, with the stage as it was before a change.
     async fn spec_before(
         &self,
         setup: &Setup,
@@ -497,7 +504,7 @@ impl Inner {
         let mut spec = current.spec.clone();
         let own = spec.stages.iter_mut().find(|own| own.name == *stage);
         match (own, was.stage(stage)) {
-            // The files have changed more than the component.
+            // A reload may have changed more than the stage's component.
             (Some(own), Some(was)) if undone.kind == ChangeKind::Reload => {
                 *own = was.clone();
                 Ok(spec)
@@ -506,11 +513,11 @@ impl Inner {
                 (own.digest, own.canary) = (was.digest.clone(), was.canary.clone());
                 Ok(spec)
             }
-            _ => Err(Step::Fetch.failed(format!("stage {stage} was not there before that swap"))),
+            _ => Err(Step::Fetch.failed(format!("stage {stage} did not exist before that swap"))),
         }
     }
 
-    /// Notes a change that was refused, and says what runs on.
+    /// Stores a refused change in the history, and says what goes on running.
     async fn refused(
         &self,
         kind: ChangeKind,
@@ -523,14 +530,14 @@ impl Inner {
         let incumbent = before.stages.iter().find(|own| own.name.as_str() == stage);
         let runs_on = match incumbent {
             Some(incumbent) => format!("{} runs on in stage {stage}", Version::of(incumbent)),
-            None => format!("generation {} runs on", before.id),
+            None => format!("revision {} runs on", before.id),
         };
         if !dry_run {
             let (before, after) = (before.id.to_string(), String::new());
             let change = NewChange { kind, stage, before, after };
             let noted = self.changes.record_refused(change, format!("{step}: {cause}")).await;
             if let Err(error) = noted {
-                tracing::warn!(%error, "a refused change is not noted");
+                tracing::warn!(%error, "failed to store a refused change in the history");
             }
             metrics::counter!(metric::CHANGES_TOTAL, "outcome" => "refused").increment(1);
             tracing::warn!(%step, cause, "a change was refused");

@@ -1,7 +1,7 @@
-//! A part of a stream, by the time at which its records arrived: what a replay reads.
+//! A part of a stream by the records' time of arrival: what a replay reads.
 //!
-//! A server begins at a time by itself; where to end is decided here. Times of arrival are not quite in
-//! order (API reference, `Record`: "approximate"), so a shard is read some way past the end.
+//! The server can begin at a time; the end is decided here. Times of arrival are only approximately in order (API
+//! reference, `Record`: "approximate"), so a shard is read some way beyond the end.
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -16,14 +16,14 @@ use shardmill_core::source::{
     BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError,
 };
 
-/// How far past the end a record's time of arrival must be for nothing before it to come after it.
+/// Distance beyond the end at which a record's time of arrival shows that no earlier record follows.
 const PAST_END_MS: u64 = 60_000;
 
 /// The last record of the window in each shard that has one.
 pub type LastInWindow = Arc<Mutex<BTreeMap<ShardId, Position>>>;
 
-/// The records of a source that arrived in a window, in milliseconds since 1970. The window lies in the
-/// past, and the source starts at its beginning.
+/// The records of a source that arrived in a window, in milliseconds since 1970. The window lies in the past, and
+/// the source starts at its beginning.
 pub struct WindowSource {
     source: Arc<dyn ShardSource>,
     window_ms: Range<u64>,
@@ -31,12 +31,12 @@ pub struct WindowSource {
 }
 
 impl WindowSource {
-    /// The window of a source.
+    /// Makes the window of a source.
     pub fn new(source: Arc<dyn ShardSource>, window_ms: Range<u64>) -> Self {
         Self { source, window_ms, last: LastInWindow::default() }
     }
 
-    /// What is noted of the window's last records, while it is read.
+    /// Returns the window's last records, which are noted while it is read.
     pub fn last(&self) -> LastInWindow {
         self.last.clone()
     }
@@ -101,7 +101,8 @@ impl BatchReader for WindowReader {
     async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
         Ok(match self.reader.next_batch().await? {
             NextBatch::Batch(batch) => self.part(batch),
-            // What arrives from now on is not of the past. Twice, as a run that ends when caught up.
+            // What arrives from now on is outside of the window. Two such reads are needed, as in a run that ends
+            // when caught up.
             NextBatch::Idle { lag_ms: 0, .. } if self.was_idle => NextBatch::SourceEnd,
             idle @ NextBatch::Idle { lag_ms, .. } => {
                 self.was_idle = lag_ms == 0;
@@ -117,7 +118,7 @@ impl BatchReader for WindowReader {
 }
 
 impl WindowReader {
-    /// What a batch has of the window; its span stays whole.
+    /// Keeps the records of a batch that lie in the window; the batch's position range stays whole.
     fn part(&mut self, mut batch: Batch) -> NextBatch {
         self.was_idle = false;
         let past_end_ms = self.window_ms.end + PAST_END_MS;

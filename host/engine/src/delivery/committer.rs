@@ -1,4 +1,26 @@
-//! Commits: one span after the other into a sink, with patience.
+//! Commits: one position range after the other, into one sink.
+//!
+//! Invariant: each commit covers `(from, to]`, where `from` is the position that the sink has now (`stored`). The
+//! sink refuses any other `from`, so a commit lands at most once, however often it is tried. An error of `commit`
+//! leaves the outcome open only until the next try: the writer reads the sink's position and answers a commit that
+//! had landed as done.
+//!
+//! | outcome of a try | `stored` | published position | dead letters |
+//! |---|---|---|---|
+//! | committed | `to` | `to` | pending ones up to `to` become visible |
+//! | sink unavailable, or too many rows refused | unchanged | unchanged | none; retry with backoff |
+//! | unavailable for `give_up_after`, sink keeps its position | unchanged | `to` | the rows, pending |
+//! | unavailable for `give_up_after`, at-least-once sink | `to` | `to` | the rows, visible |
+//! | another owner, or destination closed | unchanged | unchanged | none; the delivery ends |
+//!
+//! The third line is the delicate one. Nobody knows whether the last try landed after all, so the dead letters of
+//! the rows stay pending, and `stored` stays: the next commit begins at the same `from` and skips the rows that were
+//! given up. When it lands, no earlier try has, and the letters become visible. If an earlier try had landed, the
+//! sink refuses the commit, and the next acquisition of the shard deletes the letters of the try that landed
+//! (`host/state/src/pending.rs`).
+//!
+//! The dead letters of refused rows are written before the commit, as pending, and become visible after it: a crash
+//! in between leaves a pending letter, which the next acquisition resolves by the sink's position.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,48 +35,48 @@ use shardmill_core::record::{Position, PositionRange, Row};
 use shardmill_core::retry::RetryPolicy;
 use shardmill_core::sink::{Acquired, Commit, EncodedRows, SinkError, SinkWriter};
 
-/// Commits that a sink did not take, up to the longest pause that is configured.
+/// Retries of a commit that failed, up to the longest pause that is configured.
 const RETRY: RetryPolicy =
     RetryPolicy::doubling(Duration::from_millis(100), Duration::MAX).with_jitter();
-/// Time for the commit under way when its delivery is abandoned.
+/// Time for a commit that is under way when its delivery is abandoned.
 const LAST_COMMIT_MAX: Duration = Duration::from_secs(2);
 
-/// The rows of one commit.
+/// A commit request: the rows of one commit, and its end.
 pub(super) struct PendingCommit {
     /// By ascending position.
     pub(super) rows: Arc<Vec<Row>>,
-    /// What became of them as they arrived.
+    /// The rows that were encoded as they arrived; then `rows` has only the refused ones.
     pub(super) encoded: Option<Arc<EncodedRows>>,
-    /// Everything up to here is settled with it.
+    /// Every record up to here has its outcome in this sink once this is committed.
     pub(super) to_inclusive: Position,
     /// The revision that made them.
     pub(super) revision: Arc<str>,
-    /// The bytes of their payloads and keys.
+    /// Bytes of their payloads and keys.
     pub(super) bytes: usize,
-    /// The bytes that they hold in memory.
+    /// The budget permit for the memory that they hold.
     pub(super) permit: Option<Permit>,
 }
 
-/// What a committer is asked to do, in this order.
+/// A request to a committer. Requests are executed in order.
 pub(super) enum CommitRequest {
     Commit(PendingCommit),
-    /// Say that everything before is committed.
+    /// Answer once everything before this is committed.
     Flush(oneshot::Sender<()>),
 }
 
-/// Commits one shard's rows to one sink.
+/// Commits the rows of one shard to one sink.
 pub(super) struct Committer {
     context: Arc<DeliveryContext>,
     writer: Box<dyn SinkWriter>,
     publish: watch::Sender<DeliveryProgress>,
     refusals: PendingRefusals,
-    /// Where the sink's own position stands: each commit starts there.
+    /// The sink's own position: each commit starts there.
     stored: Option<Position>,
-    /// Letters of rows that were refused or given up are not shown yet.
+    /// There are pending dead letters of refused or given-up rows.
     dead_letters_pending: bool,
-    /// Whether the sink itself says how far it is.
+    /// Whether the sink itself stores its position.
     keeps_position: bool,
-    /// Since when no commit went well, if the last one did not.
+    /// Time of the first failure since the last successful commit; `None`: the last commit succeeded.
     failing_since: Option<Instant>,
 }
 
@@ -81,7 +103,7 @@ impl Committer {
         }
     }
 
-    /// Commits until there is nothing more, the lane ends, or the shard is lost.
+    /// Commits until there are no more requests, the lane ends, or the shard is lost.
     pub(super) async fn run(
         mut self,
         mut requests: mpsc::Receiver<CommitRequest>,
@@ -100,20 +122,20 @@ impl Committer {
             };
             match request {
                 Some(CommitRequest::Commit(pending)) => self.commit(pending).await?,
-                // The lane may have gone: then nobody waits.
+                // The lane may have ended; then nobody waits for the answer.
                 Some(CommitRequest::Flush(done)) => drop(done.send(())),
                 None => return Ok(()),
             }
         }
     }
 
-    /// Commits one span, with patience: only a lost shard, the end of the lane, or the end of the
-    /// configured patience stops it.
+    /// Commits one position range, with retries: only a lost shard, a closed destination, the end of the lane, or
+    /// the end of `give_up_after` stops it.
     async fn commit(&mut self, pending: PendingCommit) -> Result<(), SinkError> {
         let PendingCommit { rows, encoded, to_inclusive, revision, bytes, mut permit } = pending;
         let is_copied = encoded.is_none() && self.writer.copies_rows();
         if let Some(permit) = permit.as_mut().filter(|_| is_copied) {
-            // Others wait the longer. It is given back with the rows.
+            // The sink makes a copy of the rows, which counts as well. The permit returns both with the rows.
             permit.resize(permit.bytes() + bytes);
         }
         let range = PositionRange { from_exclusive: self.stored.clone(), to_inclusive };
@@ -141,8 +163,8 @@ impl Committer {
                 }
             }
             let pause = retries.next_pause();
-            // A destination that says how long it is to be left alone is obeyed, but no longer than the
-            // patience lasts: then the rows are given up.
+            // A destination may say how long to wait (such as Retry-After). That is obeyed, but not beyond
+            // `give_up_after`: then the rows are given up.
             let asked = self.writer.asked_to_wait().unwrap_or_default();
             let pause = pause.max(asked.min(self.patience_left()));
             tokio::select! {
@@ -171,8 +193,8 @@ impl Committer {
         Ok(())
     }
 
-    /// Whether the sink has been out of reach for as long as the configuration waits. Rows that it
-    /// refuses are another matter: a broken plugin must not drain a stream into the dead letters.
+    /// Whether the sink has been unavailable for `give_up_after`. Rows that the sink refuses do not count: a broken
+    /// plugin must not drain a stream into the dead letters.
     fn patience_is_over(&mut self, error: &SinkError) -> bool {
         let since = *self.failing_since.get_or_insert_with(Instant::now);
         let is_out_of_reach = matches!(error, SinkError::Unavailable { .. });
@@ -180,15 +202,15 @@ impl Committer {
         is_out_of_reach && limit.is_some_and(|limit| since.elapsed() >= limit)
     }
 
-    /// The rest of that time; without a limit, it lasts.
+    /// Returns the time left until `give_up_after`; without that setting, it never ends.
     fn patience_left(&self) -> Duration {
         let Some(limit) = self.context.commit_policy.give_up_after else { return Duration::MAX };
         let failing_for = self.failing_since.map(|since| since.elapsed()).unwrap_or_default();
         limit.saturating_sub(failing_for)
     }
 
-    /// Writes the commit's rows to the dead letters, so that the lane goes on without the sink. The
-    /// next commit begins where the sink stands, and passes over these rows.
+    /// Writes the commit's rows to the dead letters, so that the lane goes on without the sink. The next commit
+    /// begins at the sink's own position and skips these rows.
     async fn give_up(&mut self, commit: &Commit, error: &SinkError) -> Result<(), SinkError> {
         let context = &self.context;
         let reason = format!("given up: {error}");
@@ -213,27 +235,27 @@ impl Committer {
             return Err(SinkError::Fenced {
                 sink: context.sink.clone(),
                 shard: context.shard.shard.to_string(),
-                detail: "its dead letters have another owner".into(),
+                detail: "its dead letters belong to another owner".into(),
                 by: None,
             });
         }
         metrics::counter!(metric::DEAD_LETTERS_TOTAL, "place" => format!("sink:{}", context.sink))
             .increment(rows);
         tracing::warn!(shard = %context.shard.shard, sink = %context.sink, rows, up_to = %to,
-            "given up: the rows are in the dead letters");
+            "gave up on the sink: the rows are now dead letters");
         if self.keeps_position {
             self.dead_letters_pending = true;
         } else {
             self.stored = Some(to.clone());
         }
-        // It stays blocked in everybody's eyes until a commit goes well.
+        // The sink stays blocked in the status until a commit succeeds.
         self.publish.send_modify(|progress| progress.position = Some(to.clone()));
         Ok(())
     }
 }
 
-/// Waits for an attempt, and shows it as blocked while it is without an answer for long. Every call has
-/// a deadline of its own, but what is tried again behind it may have many.
+/// Waits for an attempt, and shows the sink as blocked when there is no answer for long. Every call has its own
+/// deadline, but one attempt may make and retry many calls.
 async fn shown<T>(
     attempt: impl Future<Output = T>,
     calls: &'static str,
@@ -256,16 +278,16 @@ fn block(context: &DeliveryContext, publish: &watch::Sender<DeliveryProgress>, e
         let cause = Some(error.to_string());
         let changed = progress.blocked != cause;
         if changed {
-            tracing::warn!(shard = %context.shard.shard, %error, "blocked; trying again");
+            tracing::warn!(shard = %context.shard.shard, %error, "blocked; retrying");
             progress.blocked = cause;
         }
         changed
     });
 }
 
-/// Waits for an attempt. When the delivery is abandoned meanwhile, the attempt has [`LAST_COMMIT_MAX`] to
-/// end, and is dropped then: its server may be silent. The next owner of the shard finds out by the
-/// sink's position whether it landed.
+/// Waits for an attempt. When the delivery is abandoned meanwhile, the attempt has [`LAST_COMMIT_MAX`] to end; then
+/// it is dropped, because its server may be silent. The next owner of the shard reads from the sink's position
+/// whether the commit landed.
 async fn unless_abandoned<T>(
     attempt: impl Future<Output = Result<T, SinkError>>,
     context: &DeliveryContext,
@@ -279,14 +301,14 @@ async fn unless_abandoned<T>(
         done = attempt => done,
         () = time_is_over => Err(SinkError::Unavailable {
             sink: context.sink.clone(),
-            cause: "the lane ended while a commit was under way".into(),
+            cause: "the lane ended during a commit".into(),
         }),
     }
 }
 
-/// Shows the letters of the rows that were refused; false: they stay hidden until the next commit, or
-/// until the shard is acquired again.
+/// Makes the pending dead letters up to `up_to` visible; false: they stay pending until the next commit, or until
+/// the shard is acquired again.
 async fn confirm_dead_letters(context: &DeliveryContext, up_to: &Position) -> bool {
     let confirmed = context.dead_letters.confirm(&context.shard, &context.sink, up_to);
-    confirmed.await.inspect_err(|error| tracing::warn!(%error, "dead letters stay hidden")).is_ok()
+    confirmed.await.inspect_err(|error| tracing::warn!(%error, "dead letters stay pending")).is_ok()
 }

@@ -1,4 +1,4 @@
-//! What a builder refuses, and a run of a pipeline that a program has built.
+//! Refusals of the builder, and runs of a pipeline that a program has built.
 
 use std::sync::Mutex;
 
@@ -82,7 +82,7 @@ impl BatchReader for NumbersReader {
 struct Memory {
     name: SinkName,
     kept: Arc<Mutex<(Vec<String>, Option<Position>)>>,
-    /// Is asked for the end once there are as many rows.
+    /// Asked to stop once there are this many rows.
     stops: Option<(usize, Stop)>,
 }
 
@@ -200,7 +200,7 @@ fn a_builder_says_what_does_not_fit() {
             "route \"cars\" of stage decode goes to an unknown sink, \"marts\": the sinks: `mart`",
         ),
         (
-            // Its rows are dead letters, and nothing else.
+            // This sink gets only dead letters.
             whole().dead_letter_sink(Memory::named("dead")).stage(decode().route("cars", "dead")),
             "route \"cars\" of stage decode goes to an unknown sink, \"dead\"",
         ),
@@ -266,7 +266,7 @@ async fn a_pipeline_goes_on_where_its_last_run_has_stopped() {
     let expected: Vec<String> = (1..=RECORDS).map(|number| number.to_string()).collect();
     assert_eq!(mart.rows(), expected);
 
-    // The end that the program's own parts share is not asked for by a run that ended.
+    // A run that has ended does not stop the other parts of the program.
     assert!(!again.is_asked());
     let third = pipeline.run_until_caught_up(&again).await.expect("a run");
     assert_eq!((third.records, mart.rows().len()), (0, expected.len()));

@@ -1,5 +1,27 @@
-//! Taking a shard over: every sink says where it stands, the lane starts at the minimum, and the
-//! ledger says which revision runs from where.
+//! Acquiring a shard: from the positions of the sinks to a lane that can read.
+//!
+//! Each sink says where it is, the lane starts at the minimum, and the ledger says which revision runs from where.
+//! The order of the steps matters:
+//!
+//! 1. The state's checkpoint and remembered positions are read, before any sink is asked: a sink that cannot be
+//!    reached still shows its lag.
+//! 2. Every sink is asked whether it can be reached, before one is acquired: acquiring may leave writes behind,
+//!    which would be repeated at each try.
+//! 3. Each sink is acquired, which fences its earlier writers. Only then is its position final. Its pending dead
+//!    letters are resolved with that position, also before the first record.
+//! 4. The sink's position is compared with what the state remembers.
+//! 5. The lane's start, and the revisions after it, are computed; a new revision is written to the ledger.
+//! 6. Records that a sink will not get, because the revision that ran them first does not feed it, become a recorded
+//!    hole.
+//!
+//! | sink's own position | after which position it gets rows |
+//! |---|---|
+//! | at or after the checkpoint | its own |
+//! | none, and the state remembers none | the checkpoint: the sink is new |
+//! | before the checkpoint, in a recorded hole | the end of the hole |
+//! | before the checkpoint, in a recorded hole, with a promised object | its own: the object must be made again |
+//! | before what the state remembers, otherwise | `on_position_mismatch`: stop, the sink's, or the checkpoint |
+//! | before rows that were given up | the end of these rows: they are dead letters |
 
 use std::collections::{HashMap, HashSet};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
@@ -25,37 +47,38 @@ use shardmill_state::{
     AcquiredShard, Hole, Ledger, Segment, ShardState, StateStore, Variables, is_redrive,
 };
 
-/// One sink, taken over.
+/// A sink that was acquired for the shard.
 struct Standing {
     acquired: Acquired,
-    /// Its owner's epoch in the dead letters.
+    /// The owner's epoch in the store of dead letters.
     epoch: i64,
     /// Rows up to here were given up: the sink needs none of them.
     given_up_to: Option<Position>,
-    /// The lane needs to hand over only what comes after this.
+    /// The lane hands over only rows after this position.
     skip_to: Option<Position>,
-    /// Rows after it that are letters of the sink already.
+    /// Rows after `skip_to` that are dead letters of the sink already.
     dead_letters: HashSet<(Position, u32)>,
 }
 
 impl Standing {
-    /// Where the sink is to commit first, without a row: it skips what it has not committed itself.
+    /// Returns the position that the sink must commit first, without a row, because it skips records that it has not
+    /// committed itself.
     fn first_to(&self) -> Option<Position> {
         let own = self.acquired.position.as_ref().max(self.given_up_to.as_ref());
         let is_moved = self.skip_to.as_ref() > own;
-        // A promised object comes first; and where rows were given up, the sink's position says which
-        // try has landed.
+        // A promised object must be committed first. And where rows were given up, the sink's position must stay: it
+        // says which try has landed.
         let is_free = self.acquired.must_cut_at.is_none() && self.given_up_to.is_none();
         self.skip_to.clone().filter(|_| self.acquired.keeps_position && is_moved && is_free)
     }
 }
 
 impl<'a> Lane<'a> {
-    /// Takes the shard over.
+    /// Acquires the shard in every sink and makes its lane.
     ///
     /// # Errors
-    /// [`LaneError::Fatal`] when positions contradict each other or a revision is missing;
-    /// otherwise what can be tried again.
+    /// [`LaneError::Fatal`] when positions contradict each other or a revision is missing; all others can be
+    /// retried.
     pub async fn acquire(
         shared: &'a Shared,
         shard: ShardKey,
@@ -64,7 +87,7 @@ impl<'a> Lane<'a> {
         let state = shared.checkpoints.shards(&shard.stream).await?;
         let state = state.get(&shard.shard).cloned().unwrap_or_default();
         let known = shared.checkpoints.sink_positions(&shard).await?;
-        // Known before the sinks are reached: one that is not is behind all the same.
+        // This comes before the sinks are reached: one that cannot be reached has a lag all the same.
         let mut arrivals = shared.checkpoints.arrivals(&shard).await?;
         let names = shared.sinks.iter().map(|sink| sink.name().clone());
         let arrivals = names.map(|name| (name.clone(), arrivals.remove(&name)));
@@ -90,8 +113,8 @@ impl<'a> Lane<'a> {
             };
             let mut policy = shared.config.on_position_mismatch;
             if own.stands < state.checkpoint {
-                // What it was not given while it was away, it is not given now: the hole is on record.
-                // But what it has promised to write must be read again: its log goes on in no other way.
+                // Records in a recorded hole are not given to the sink now either. But an object that it has
+                // promised must be read again: its claim log cannot continue otherwise.
                 let end = shared.holes.end_around(&shard, sink.name(), own.stands.as_ref()).await?;
                 match (end, &acquired.must_cut_at) {
                     (Some(_), Some(_)) => policy = OnPositionMismatch::Sink,
@@ -111,15 +134,15 @@ impl<'a> Lane<'a> {
         let needs: Vec<Option<Position>> =
             standings.iter().map(|standing| standing.skip_to.clone()).collect();
         let start = start_of(shared, &shard, &state, &needs, stop).await?;
-        // A promised object counts as had: it must be made by the revision that promised it.
+        // A promised object counts as committed: the revision that promised it must make it.
         let highest = standings
             .iter()
             .flat_map(|standing| [standing.skip_to.clone(), standing.acquired.must_cut_at.clone()])
             .max()
             .flatten();
-        // A dead letter of a stage is an outcome: its record was run, and other items of it may be on
-        // their way to a sink. Run by another revision, the letter would hide another item, or the
-        // record would be both a letter and rows.
+        // A dead letter of a stage is an outcome: its record was run, and other outputs of it may be on their way to
+        // a sink. If another revision ran the record, the letter would hide another output, or the record would have
+        // both a letter and rows.
         let ran = highest.clone().max(shared.dead_letters.highest_of_stages(&shard).await?);
         let (change, wanted) = PendingChange::begin(shared, &shard, stop);
         let place = Place { start: start.as_ref(), ran: ran.as_ref(), state: &state };
@@ -132,12 +155,12 @@ impl<'a> Lane<'a> {
         let account = Arc::new(account);
         let mut deliveries = Vec::new();
         for (standing, config) in standings.into_iter().zip(&shared.config.sinks) {
-            // Such a sink cannot commit before the promised end: were it to wait for the budget
-            // that its own buffer holds, the lane would wait forever. What it holds is what the
-            // earlier owner had in hand, so it is bounded.
+            // A sink with a promised object cannot commit before the promised end. If its rows waited for the memory
+            // that its own buffer holds, the lane would wait forever. These rows are bounded without the budget,
+            // because the earlier owner had them in memory.
             unbudgeted_to.push(standing.acquired.must_cut_at.clone());
             let first_to = standing.first_to().map(|to| (to, wanted.id.clone()));
-            // Other sinks need records from before the start of the shard; this one never had any.
+            // Other sinks need records from before the shard's start; this sink never gets them.
             let is_from_start = start.is_some() && standing.skip_to.is_none();
             let context = DeliveryContext {
                 shard: shard.clone(),
@@ -196,8 +219,8 @@ impl<'a> Lane<'a> {
     }
 }
 
-/// The places of the sinks in the order in which they are acquired: those whose acquisition leaves a
-/// trace that only grows come last.
+/// Returns the indexes of the sinks in the order of acquisition. Sinks whose acquisition leaves something that only
+/// grows come last, so that a failure of the others costs nothing.
 fn acquisition_order(sinks: &[Arc<dyn Sink>]) -> Vec<usize> {
     let mut places: Vec<usize> = (0..sinks.len()).collect();
     places.sort_by_key(|place| sinks[*place].acquires_last());
@@ -206,19 +229,18 @@ fn acquisition_order(sinks: &[Arc<dyn Sink>]) -> Vec<usize> {
 
 fn mismatch(shard: &ShardKey, sink: &SinkConfig, found: &Mismatch) -> String {
     format!(
-        "sink {} is behind what the pipeline's state remembers of shard {}: {found}. Was its \
-         destination restored, or did another application move the checkpoint? Set \
-         `on_position_mismatch = \"sink\"` under [pipeline] to read again from the sink's position, \
-         or \"checkpoint\" to go on from the checkpoint",
+        "position mismatch of sink {} in shard {}: {found}. Either its destination was restored from a backup, \
+         or another application has moved the checkpoint. Set `on_position_mismatch = \"sink\"` under \
+         [pipeline] to read again from the sink's position, or \"checkpoint\" to go on from the checkpoint",
         sink.name.value, shard.shard
     )
 }
 
-/// After which record the lane begins: the lowest of what the sinks need. `None`: at the start of the
+/// Returns the position after which the lane begins: the lowest that a sink needs. `None`: at the start of the
 /// shard.
 ///
-/// Where one sink has no position and another has one, as after the loss of the state, each goes on by
-/// itself: the lane begins at what comes first, the record after the one or the start of the shard.
+/// After a loss of the state, one sink may have a position and another none. Each goes on by itself: the lane begins
+/// at the earlier of the two, the record after that position or the start of the shard.
 async fn start_of(
     shared: &Shared,
     shard: &ShardKey,
@@ -234,7 +256,7 @@ async fn start_of(
     let starts_later = match &state.start {
         ShardStart::Horizon => false,
         ShardStart::AtSequence(start) => lowest.sequence < *start,
-        // Only the stream can say whether a record or a time comes first.
+        // Only the stream knows which comes first, the record or the time.
         ShardStart::AtMs(_) => {
             let first = first_from_start(shared, shard, &state.start, stop).await?;
             first.is_none_or(|first| first > lowest)
@@ -243,7 +265,7 @@ async fn start_of(
     Ok(starts_later.then_some(lowest))
 }
 
-/// The first record that the stream has at or after a start; `None`: none so far.
+/// Returns the first record that the stream has at or after a start; `None`: none so far.
 async fn first_from_start(
     shared: &Shared,
     shard: &ShardKey,
@@ -265,18 +287,18 @@ async fn first_from_start(
     stop.unless_asked(look).await.unwrap_or(Err(LaneError::Stopped))
 }
 
-/// Where a lane stands as it begins.
+/// Position of a lane as it begins.
 #[derive(Clone, Copy)]
 struct Place<'p> {
-    /// It reads what comes after this.
+    /// The lane reads records after this.
     start: Option<&'p Position>,
     /// Records up to here have an outcome: in a sink, or as a dead letter.
     ran: Option<&'p Position>,
     state: &'p ShardState,
 }
 
-/// The revisions to run after the start, the first at work first. A revision that is new for the
-/// shard is recorded after the last record that has an outcome: in a sink, or as a dead letter.
+/// Returns the revisions to run after the start, the first at work first. A revision that is new for the shard is
+/// recorded after the last record that has an outcome, in a sink or as a dead letter.
 async fn segments(
     shared: &Shared,
     wanted: &Arc<Revision>,
@@ -306,15 +328,15 @@ async fn segments(
         let ends_at = next.and_then(|next| next.from_exclusive.as_ref());
         let found = shared.revisions.get(shared, wanted, &own.revision).await;
         let revision = match found {
-            // All sinks but those that were restored had these records when the revision was pruned:
-            // today's makes rows for the restored ones alone.
+            // The revision was pruned after all sinks, except restored ones, had these records. So the revision
+            // wanted now makes rows for the restored sinks alone.
             Err(LaneError::Fatal(cause))
                 if ends_at.is_some() && ends_at <= state.reread_to.as_ref() =>
             {
                 tracing::warn!(shard = %shard.shard, up_to = ends_at.map(tracing::field::display),
                     revision = %own.revision, instead = %wanted.id, %cause,
-                    "today's revision runs these records again, for sinks that were restored alone: the \
-                     one that ran first is not kept any more");
+                    "the current revision replays these records, only for sinks that were restored: the \
+                     revision that ran first is no longer stored");
                 wanted.clone()
             }
             found => found?,
@@ -324,9 +346,9 @@ async fn segments(
     Ok(active)
 }
 
-/// Records a hole where a sink is given nothing of records that it needs: the revisions that ran them
-/// first are not bound to it. So it is with a sink that comes back, or is new, while some other sinks are
-/// ahead of the checkpoint where it begins.
+/// Records a hole where a sink is not given records that it needs, because the revisions that ran them first do not
+/// feed it. This happens to a sink that is new or comes back, while other sinks are ahead of the checkpoint where it
+/// begins.
 async fn record_unbound(
     shared: &Shared,
     shard: &ShardKey,
@@ -334,7 +356,7 @@ async fn record_unbound(
     needs: &[Option<Position>],
 ) -> Result<(), LaneError> {
     let Some(newest) = segments.last() else { return Ok(()) };
-    // Letters enter where they failed, for sinks that are there.
+    // Redriven dead letters enter where they failed, for the sinks of the pipeline of now.
     if is_redrive(&shard.stream) {
         return Ok(());
     }
@@ -350,7 +372,7 @@ async fn record_unbound(
             }
             let from = from_exclusive.as_ref().map(tracing::field::display);
             tracing::warn!(%sink, shard = %shard.shard, from, to = %to_inclusive,
-                "recorded a hole: the sink was not in the pipeline when these records were run first");
+                "recorded a hole: the sink was not in the pipeline when these records first ran");
             let hole = Hole {
                 sink: Some(sink.clone()),
                 shard: shard.clone(),
@@ -364,7 +386,7 @@ async fn record_unbound(
     Ok(())
 }
 
-/// The stretches after a position that are run by revisions without a sink.
+/// Returns the position ranges after a position that revisions without the sink run.
 fn unbound(
     segments: &[ActiveSegment],
     sink: &SinkName,
@@ -385,32 +407,31 @@ fn unbound(
     stretches
 }
 
-/// Revisions that ran before, loaded from the state database when a replay needs them; its clones
-/// share them.
+/// Revisions that ran before, loaded from the state database when a replay needs them. Clones share them.
 #[derive(Clone)]
 pub struct RevisionStore {
     host: PluginHost,
     state: StateStore,
-    /// Those that some lane runs: who runs them keeps them.
+    /// Loaded revisions. The lanes that run them keep them alive.
     loaded: Arc<Mutex<HashMap<String, Weak<Revision>>>>,
 }
 
 impl RevisionStore {
-    /// Over the pipeline's state database.
+    /// Makes a store over the pipeline's state database.
     pub fn new(host: PluginHost, state: StateStore) -> Self {
         Self { host, state, loaded: Arc::default() }
     }
 
-    /// The bytes of a component that was stored with a revision.
+    /// Returns the bytes of a component that was stored with a revision.
     ///
     /// # Errors
-    /// When it is gone, or the state database cannot be read.
+    /// When it is not stored any more, or the state database cannot be read.
     pub async fn component(&self, digest: &str) -> anyhow::Result<Vec<u8>> {
         let bytes = self.state.component(digest.to_owned()).await?;
-        bytes.ok_or_else(|| anyhow::anyhow!("component {digest} is not kept any more"))
+        bytes.ok_or_else(|| anyhow::anyhow!("component {digest} is no longer stored"))
     }
 
-    /// A plugin whose component was stored with a revision.
+    /// Loads a plugin whose component was stored with a revision.
     ///
     /// # Errors
     /// As [`RevisionStore::component`], and when it no longer loads.
@@ -421,10 +442,10 @@ impl RevisionStore {
         Ok(off_thread(load).await?)
     }
 
-    /// A revision of components that were stored with it.
+    /// Loads a revision from the components that were stored with it.
     ///
     /// # Errors
-    /// One of them is gone, or it does not load.
+    /// A component is not stored any more, or it does not load.
     pub(crate) async fn load(
         &self,
         spec: RevisionSpec,
@@ -434,7 +455,7 @@ impl RevisionStore {
         for digest in spec.digests() {
             components.insert(digest.to_owned(), self.component(digest).await?);
         }
-        // Before it loads: a variable that is set otherwise may be why it does not.
+        // This comes first: a variable that is set differently may be why the revision does not load.
         let changed_variables =
             Variables::new(self.state.clone()).changed_variables(&spec, &environment).await?;
         changed_variables.warn(&spec.id());
@@ -442,14 +463,14 @@ impl RevisionStore {
         let load = move || {
             let component = |digest: &str| {
                 let kept = components.get(digest).cloned();
-                kept.ok_or_else(|| anyhow::anyhow!("component {digest} is gone"))
+                kept.ok_or_else(|| anyhow::anyhow!("component {digest} is missing"))
             };
             Revision::from_store(spec, &host, &stream_name, &component)
         };
-        off_thread(load).await.context("it does not load")
+        off_thread(load).await.context("failed to load it")
     }
 
-    /// A revision by its id; `wanted` is the newest.
+    /// Returns a revision by its id; `wanted` is the newest.
     async fn get(
         &self,
         shared: &Shared,
@@ -465,8 +486,8 @@ impl RevisionStore {
         }
         let missing = |cause: String| {
             LaneError::Fatal(format!(
-                "records must be replayed by generation {id}, which ran first, but {cause}; restore \
-                 the state directory, or let all sinks finish with the configuration of then"
+                "records must be replayed by revision {id}, which ran first, but it cannot be used: {cause}; \
+                 restore the state folder, or run the configuration of that time until all sinks have finished"
             ))
         };
         let spec = Ledger::new(self.state.clone())

@@ -1,6 +1,16 @@
-//! Asks all sinks where they stand, before the first record, and does what follows from it.
+//! Compares the state with the sinks before the first record, and acts on the result.
 //!
-//! The decisions are pure and in [`shardmill_state::agreement`].
+//! The decisions are pure functions in [`shardmill_state::agreement`]; this module asks and writes. The order
+//! matters:
+//!
+//! 1. The remembered positions are read before the sinks are asked. A position that moves in between then looks
+//!    ahead of what is remembered, which is harmless; the other order would make it look like a restored sink.
+//! 2. The sinks are asked for all positions and for the mark of the state that wrote them.
+//! 3. The state's own mark is read after that, because other processes may write to the same database in between.
+//! 4. A state that is older than a mark, or that did not write it, stops the start, unless `--trust-sinks` is given.
+//! 5. Only then does the state count its writes, and the sinks learn who writes.
+//! 6. Sinks that lag what is remembered were restored: stop, reopen their shards, or record holes, as
+//!    `on_position_mismatch` says.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
@@ -19,16 +29,16 @@ use shardmill_state::agreement::{
 };
 use shardmill_state::{AllGivenUp, Checkpoints, Hole, Remembered, Roster, ShardState, StateStore};
 
-/// The part of a lane that is shown as blocked while sinks do not say where they stand.
+/// Part of a lane, in the status: sinks have not answered where they are.
 const PART: &str = "positions";
-/// Questions to sinks that do not answer, up to the longest pause that is configured.
+/// Retries of a question to the sinks, up to the longest pause that is configured.
 const RETRY: RetryPolicy =
     RetryPolicy::doubling(Duration::from_millis(100), Duration::MAX).with_jitter();
 
-/// A sink that keeps positions, with what it keeps.
+/// Sinks that keep positions, with what they keep.
 type Kept = Vec<(Arc<dyn Sink>, Vec<KeptPosition>)>;
 
-/// The shards of a stream, as a start finds them.
+/// The shards of a stream at a start.
 pub(crate) struct FoundShards<'f> {
     pub(crate) stream: &'f Arc<StreamIdentity>,
     pub(crate) listed: &'f [Shard],
@@ -36,9 +46,9 @@ pub(crate) struct FoundShards<'f> {
     pub(crate) known: &'f HashMap<ShardId, ShardState>,
 }
 
-/// Compares the state with the sinks, and opens shards again where a sink was restored and the
-/// configuration says so. Gives shards that the state does not know and in which a sink has a position.
-/// After this, and never before, the state counts its writes and sinks may be written to.
+/// Compares the state with the sinks. Reopens shards where a sink was restored and the configuration says so.
+/// Returns the shards that the state does not know and in which a sink has a position. Only after this does the
+/// state count its writes, and only then may sinks be written to.
 ///
 /// # Errors
 /// [`LaneError::Fatal`] when a person must decide.
@@ -58,7 +68,8 @@ pub(crate) async fn before_first_record(
     let unlisted = known.keys().filter(|shard| !listed.iter().any(|other| other.id == **shard));
     let keys: Vec<ShardKey> =
         listed.iter().map(|shard| &shard.id).chain(unlisted).map(of_stream).collect();
-    // Before the sinks are asked: a position that moves meanwhile is then ahead, never behind.
+    // Before the sinks are asked: a position that moves in between is then ahead of what is remembered, never before
+    // it.
     let (remembered, given_up) = shared.checkpoints.remembered(stream).await?;
     let kept = ask_patiently(shared, pipeline, &keys).await;
     let stream_key = stream.key();
@@ -75,7 +86,7 @@ pub(crate) async fn before_first_record(
     for (shard, own) in known {
         let facts = facts.entry(shard.clone()).or_default();
         if !own.ended {
-            // It is read on, listed or not: the server says whether it is really gone.
+            // It is read on, whether listed or not: the server decides whether it is really gone.
             facts.listed_parents.get_or_insert_default();
         }
         facts.state = Some(own.clone());
@@ -113,7 +124,7 @@ pub(crate) async fn before_first_record(
         let sinks: Vec<&str> = reopened.sinks.iter().map(|(sink, _)| sink.as_str()).collect();
         tracing::warn!(shard = %reopened.shard, sinks = sinks.join(", "),
             from = reopened.checkpoint.as_ref().map(tracing::field::display),
-            "read again: a sink, or one of the shard's ancestors' sinks, was restored");
+            "the shard is read again: a sink was restored from a backup, here or in a parent shard");
     }
     if !plan.reopened.is_empty() {
         shared.checkpoints.reopen(stream, plan.reopened).await?;
@@ -121,15 +132,15 @@ pub(crate) async fn before_first_record(
     if known.is_empty() && !plan.adopted.is_empty() {
         tracing::warn!(
             shards = plan.adopted.len(),
-            "the pipeline's state is new, and sinks have positions: each sink with a position goes on \
-             behind it. What the earlier state knew beside is not known: dead letters, which revision \
-             ran where"
+            "the pipeline's state is new, but sinks have positions: each of these sinks goes on after its own \
+             position. Everything else that the earlier state knew is missing: dead letters, and which \
+             revision ran where"
         );
     }
     Ok(plan.adopted)
 }
 
-/// Notes how far each sink is with each shard, by its own account and by the state's.
+/// Adds each sink's position in each shard, as the sink and as the state have it.
 fn note_sinks(
     facts: &mut BTreeMap<ShardId, ShardFacts>,
     kept: &Kept,
@@ -144,7 +155,7 @@ fn note_sinks(
         for (shard, facts) in facts.iter_mut() {
             let key = (shard.clone(), sink.name().clone());
             let own = positions.remove(shard).flatten();
-            // A sink that stands before where it stood then was restored, and needs what it had.
+            // A sink before its position of that time was restored, and needs again what was given up.
             let given_up = given_up.get(&key).filter(|range| own >= range.from_exclusive);
             let stands = own.clone().max(given_up.map(|range| range.to_inclusive.clone()));
             let remembered = remembered.get(&key).cloned();
@@ -153,9 +164,9 @@ fn note_sinks(
     }
 }
 
-/// Warnings of a start to come, found without changing anything: which sinks stand before
-/// what the state remembers, and whether the state is an older copy or another one than they have seen.
-/// `stream` is the stream that a start would read; `None`: a Kinesis stream, whose server is not asked.
+/// Returns warnings about the next start, without changing anything: sinks that are before what the state remembers,
+/// and a state that is older than the sinks have seen, or another one. `stream` is the stream that a start would
+/// read; `None`: a Kinesis stream, whose server is not asked.
 ///
 /// # Errors
 /// When the state or a sink cannot be read.
@@ -178,7 +189,7 @@ pub async fn start_warnings(
             shard: shard.clone(),
         };
         let keys: Vec<ShardKey> = known.keys().map(of_stream).collect();
-        // As a start does, and in its order: the pipeline may be running.
+        // In the order of a start, because the pipeline may be running.
         let (remembered, given_up) = checkpoints.remembered(&stream).await?;
         let kept = ask(sinks, &config.name, &keys).await?;
         let is_known = |own: &KeptPosition| own.stream == key && known.contains_key(&own.shard);
@@ -199,7 +210,7 @@ pub async fn start_warnings(
         said.extend(plan.loss());
         if !plan.reopened.is_empty() {
             said.push(format!(
-                "a sink was restored: the next start reads {} shards of stream {} again for it",
+                "a sink was restored from a backup: the next start reads {} shards of stream {} again for it",
                 plan.reopened.len(),
                 stream.name
             ));
@@ -208,9 +219,9 @@ pub async fn start_warnings(
     Ok(said)
 }
 
-/// The streams of the state that a start compares with the sinks: the one that it reads. Sinks keep their
-/// positions of it under its name as well as under its key, and a key has the name of a Kinesis stream alone: asked
-/// by a made-up name of a file, an objects sink would look for another log and find no position.
+/// Returns the streams of the state that a start compares with the sinks: the one that it reads. Sinks keep
+/// positions under a stream's name as well as under its key, and only for a Kinesis stream does the key contain the
+/// name. With a made-up name for a file, an objects sink would look for another log and find no position.
 pub(super) fn compared(
     keys: Vec<String>,
     stream: Option<&StreamIdentity>,
@@ -218,7 +229,7 @@ pub(super) fn compared(
 ) -> Vec<StreamIdentity> {
     match stream {
         Some(stream) if keys.contains(&stream.key()) => vec![stream.clone()],
-        // Nothing was read of it yet.
+        // Nothing was read from it yet.
         Some(_) => Vec::new(),
         None => {
             let streams = keys.iter().filter_map(|key| StreamIdentity::of_key(key));
@@ -227,11 +238,11 @@ pub(super) fn compared(
     }
 }
 
-/// Refuses to redrive by a state that is older than a sink has seen: the letters may have been
-/// redriven already.
+/// Refuses a redrive with a state that is older than a sink has seen: its dead letters may have been redriven
+/// already.
 ///
 /// # Errors
-/// [`LaneError::Fatal`] when it is, [`LaneError::Sink`] when a sink is out of reach.
+/// [`LaneError::Fatal`] when the state is older, [`LaneError::Sink`] when a sink cannot be reached.
 #[boxed]
 pub async fn refuse_older_state(
     state: &StateStore,
@@ -242,15 +253,15 @@ pub async fn refuse_older_state(
     let own = state.mark().await?;
     match age(&own, &HashMap::new(), &marks(&kept, |_| false)) {
         Age::Older(seen) => Err(LaneError::Fatal(format!(
-            "{}. A redrive by it could deliver letters that were redriven since once more: put the newest \
-             copy of the state folder back",
+            "{}. A redrive with it could deliver dead letters twice that were redriven since; restore the \
+             newest copy of the state folder",
             older(&seen)
         ))),
         _ => Ok(()),
     }
 }
 
-/// Accepts the state as the one to go on with, or says why not.
+/// Accepts the state as the one to continue with, or says why not.
 async fn accept_state(
     state: &StateStore,
     kept: &Kept,
@@ -259,7 +270,7 @@ async fn accept_state(
 ) -> Result<(), LaneError> {
     let checkpoints = Checkpoints::new(state.clone());
     let noted = checkpoints.noted_marks().await?;
-    // After the sinks were asked: other processes count on in the same database.
+    // After the sinks were asked: other processes may write to the same database in between.
     let own = state.mark().await?;
     let seen = marks(kept, is_known);
     let age = age(&own, &noted, &seen);
@@ -272,15 +283,17 @@ async fn accept_state(
     match problem {
         Some(problem) if !trust_sinks => {
             return Err(LaneError::Fatal(format!(
-                "{problem}. By this state, records that only some sinks have would be run by another \
-                 revision than the one that ran first, and dead letters since then are missing in it. \
-                 Put the newest copy of the state folder back; or start once with `--trust-sinks`: each \
-                 sink then goes on behind its own position, today's revision runs what only some sinks \
-                 have, and dead letters since then stay lost"
+                "{problem}. With this state, records that only some sinks have would run with another revision \
+                 than the one that ran first, and later dead letters are missing from it. Restore the newest \
+                 copy of the state folder; or start once with `--trust-sinks`: each sink then goes on after \
+                 its own position, the current revision runs the records that only some sinks have, and the \
+                 later dead letters stay lost"
             )));
         }
         Some(problem) => {
-            tracing::warn!("{problem}; going on from the sinks' positions, as was said");
+            tracing::warn!(
+                "{problem}; going on from the sinks' positions, because `--trust-sinks` was given"
+            );
             if is_older {
                 checkpoints.doubt_dead_letters().await?;
             }
@@ -296,7 +309,7 @@ async fn accept_state(
 
 fn older(seen: &MarkSeen) -> String {
     format!(
-        "the pipeline's state folder is older than sink {}: {} wrote to it by a newer state than this \
+        "the pipeline's state folder is older than sink {}: {} wrote to the sink with a newer state than this \
          copy",
         seen.sink,
         by(seen.owner.as_ref())
@@ -305,8 +318,8 @@ fn older(seen: &MarkSeen) -> String {
 
 fn another(seen: &MarkSeen) -> String {
     format!(
-        "sink {} was written last by another state folder than this one: by {}. If that process runs \
-         still, stop one of the two, or give one another `name` under [pipeline]",
+        "sink {} was written last by another state folder than this one: by {}. If that process is still \
+         running, stop one of the two, or give one of them another `name` under [pipeline]",
         seen.sink,
         by(seen.owner.as_ref())
     )
@@ -331,7 +344,7 @@ fn marks(kept: &Kept, is_known: impl Fn(&KeptPosition) -> bool) -> Vec<MarkSeen>
     marks
 }
 
-/// Asks every sink once; those that keep no positions are left out.
+/// Asks every sink once; sinks that keep no positions are left out.
 async fn ask(
     sinks: &[Arc<dyn Sink>],
     pipeline: &PipelineName,
@@ -345,7 +358,7 @@ async fn ask(
     Ok(answers?.into_iter().flatten().collect())
 }
 
-/// Asks until all have answered. Whoever waits drops it at the end of the run.
+/// Asks until all have answered. The caller drops this future at the end of the run.
 async fn ask_patiently(shared: &Shared, pipeline: &PipelineName, keys: &[ShardKey]) -> Kept {
     let mut retries = RETRY.at_most(shared.config.timing.retry_pause_max).start();
     loop {
@@ -384,7 +397,7 @@ mod tests {
         let all = |own, name| compared(keys.clone(), own, name);
         assert_eq!(all(Some(&file), "in.ndjson"), std::slice::from_ref(&file));
         assert_eq!(all(Some(&dead_letters), "dead-letters"), std::slice::from_ref(&dead_letters));
-        // Another file in its place is another stream, of which a start compares nothing.
+        // Another file in its place is another stream, with nothing to compare.
         assert!(all(Some(&replaced), "in.ndjson").is_empty());
         assert_eq!(all(None, "cars"), [kinesis]);
         assert!(all(None, "trucks").is_empty());

@@ -1,8 +1,40 @@
-//! A change of revision in one lane, at a batch's boundary.
+//! A change of revision in one lane, at a batch boundary.
 //!
-//! The next revision's instances are started while the lane goes on with the one before, and the
-//! ledger learns of the change while the last batch of the old one runs and the next one is read: the
-//! lane waits only where it has that batch in hand and the ledger is not written yet.
+//! Invariant: a record has one revision per shard, on record before it runs. The ledger says "this revision runs
+//! after this position", durably, before the revision's first record. A replay reads the ledger and runs the same
+//! revision, so sinks at different positions never get different rows for one record.
+//!
+//! A change takes these steps; each field of [`PendingChange`] is one of them:
+//!
+//! 1. `wanted`: another revision was promoted.
+//! 2. `starting`: its instances are started, while the lane goes on with the revision at work.
+//! 3. `ready`: the instances wait for a batch boundary.
+//! 4. `announcing`: the ledger is being written. This begins while the last batch of the old revision runs, so the
+//!    lane waits only if the next batch arrives before the write is done.
+//! 5. `announced`: the ledger is written; the revision is the last of the lane's segments.
+//! 6. The lane's position reaches the segment: its instances become the chain at work, and the swap pause is shown.
+//!
+//! The position after which the new revision runs:
+//!
+//! | situation | position |
+//! |---|---|
+//! | a batch runs | the end of that batch |
+//! | no batch is in hand | the lane's position |
+//! | a batch is blocked, no sink has a record of it | the lane's position: the new revision runs the blocked batch |
+//! | a batch is blocked, some sink has records of it | the last record that a sink has |
+//! | all of these | never before a record that a sink has, nor before an earlier change |
+//!
+//! Races that this module handles:
+//!
+//! - Another revision is wanted while one is started: its start is cancelled, its instances are dropped.
+//! - The future that drives a change is dropped at each event of the lane. All progress is in fields and in spawned
+//!   tasks, so nothing is lost by that.
+//! - A write to the ledger fails: the instances go back to `ready`, unless something else is wanted by now, and the
+//!   next boundary tries again.
+//! - A change that was announced for the end of a batch, and the batch then blocks: the change is announced again,
+//!   for the position before the batch. Its later segment has run nothing, so it is replaced.
+//! - The lane ends while the ledger is written: the write goes on in its task, and the lane waits for it, so that it
+//!   cannot land after a write of the shard's next lane.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -28,15 +60,14 @@ use shardmill_state::{Segment, StateError};
 struct Starting {
     revision: Arc<Revision>,
     task: JoinHandle<Result<Chain, String>>,
-    /// Ends the task where the revision is not wanted any more: a start on a busy machine is tried again
-    /// without end.
+    /// Cancels the task when the revision is no longer wanted: on a busy machine a start is retried without end.
     _ends: DropGuard,
 }
 
-/// Writes of a change to the ledger that failed.
+/// Pause before a failed write to the ledger is reported, so that its retry is not immediate.
 const LEDGER_RETRY: RetryPolicy = RetryPolicy::every(Duration::from_millis(200));
 
-/// What a lane is to run next, on its way.
+/// The next revision of a lane, on its way to being the one at work.
 pub(super) struct PendingChange {
     wanted: watch::Receiver<Arc<Revision>>,
     shard: ShardKey,
@@ -46,18 +77,18 @@ pub(super) struct PendingChange {
     /// The longest pause between two tries of a start.
     pause_max: Duration,
     statuses: StatusRegistry,
-    /// The revision that the ledger names last.
+    /// Revision that the ledger names last for the shard.
     last: Arc<str>,
     starting: Option<Starting>,
-    /// Instances that wait for a batch's boundary.
+    /// Instances that wait for a batch boundary.
     ready: Option<Chain>,
-    /// Instances that the ledger is being told of.
+    /// Instances whose change is being written to the ledger.
     announcing: Option<Announcing>,
-    /// Instances that the ledger knows of: they run behind the last segment's position.
+    /// Instances whose change is in the ledger: they run after the last segment's position.
     announced: Option<Chain>,
 }
 
-/// A change on its way to the ledger.
+/// A change that is being written to the ledger.
 struct Announcing {
     chain: Chain,
     from_exclusive: Option<Position>,
@@ -65,7 +96,7 @@ struct Announcing {
 }
 
 impl PendingChange {
-    /// For a lane that begins with what is wanted now, which is given as well.
+    /// Makes the state of a lane that begins with the revision wanted now; returns that revision as well.
     pub(super) fn begin(shared: &Shared, shard: &ShardKey, stop: &Stop) -> (Self, Arc<Revision>) {
         let mut wanted = shared.current.subscribe();
         let revision = wanted.borrow_and_update().clone();
@@ -86,8 +117,7 @@ impl PendingChange {
         (change, revision)
     }
 
-    /// Completes when another revision is ready, or the ledger knows of it. Dropping the future loses
-    /// nothing.
+    /// Completes when another revision is ready, or the ledger is written. Dropping the future loses nothing.
     pub(super) async fn until_ready(&mut self) {
         if self.announcing.is_some() {
             return self.until_written().await;
@@ -95,7 +125,7 @@ impl PendingChange {
         while self.ready.is_none() {
             if self.starting.is_none() {
                 if self.wanted.changed().await.is_err() {
-                    // Nobody asks for anything any more.
+                    // The sender is gone: no other revision will be wanted.
                     return std::future::pending().await;
                 }
                 self.start_wanted();
@@ -108,8 +138,8 @@ impl PendingChange {
         }
     }
 
-    /// Starts the instances of each revision that becomes wanted, and never completes. Dropping the
-    /// future loses nothing.
+    /// Starts the instances of each revision that becomes wanted, and never completes. Dropping the future loses
+    /// nothing.
     pub(super) async fn keep_starting(&mut self) {
         loop {
             let Some(starting) = &mut self.starting else {
@@ -126,15 +156,15 @@ impl PendingChange {
         }
     }
 
-    /// Completes when the ledger is told of nothing any more. Dropping the future loses nothing.
+    /// Completes when no write to the ledger is under way. Dropping the future loses nothing.
     pub(super) async fn until_written(&self) {
         if let Some(announcing) = &self.announcing {
-            // What came of it is asked for where it counts.
+            // `finish_announcing` handles the result.
             let _: Result<(), String> = announcing.written.clone().await;
         }
     }
 
-    /// Takes the next revision's instances, if they are ready and still wanted.
+    /// Takes the instances of the next revision, if they are ready and still wanted.
     async fn take_ready(&mut self) -> Option<Chain> {
         if self.wanted.has_changed().unwrap_or(false) {
             self.start_wanted();
@@ -146,7 +176,7 @@ impl PendingChange {
         self.ready.take()
     }
 
-    /// Starts instances of what is wanted now; what was on its way before is not wanted any more.
+    /// Starts instances of the revision that is wanted now, and drops those of the one that was wanted before.
     fn start_wanted(&mut self) {
         let revision = self.wanted.borrow_and_update().clone();
         (self.starting, self.ready) = (None, None);
@@ -157,7 +187,7 @@ impl PendingChange {
         let (wanted, shard, stop) = (revision.clone(), self.shard.clone(), self.stop.clone());
         let (limits, samples) = (self.rejected_max, self.samples.clone());
         let start = move || Chain::start(&wanted, &shard, limits, samples.clone(), stop.token());
-        // The instances have the lane's own stop: they go on after this one is asked for.
+        // The instances get the lane's own stop token, not this child: they outlive the start.
         let patience = self.stop.child();
         let ends = patience.token().clone().drop_guard();
         let task = tokio::spawn(start_patiently(start, patience, self.pause_max));
@@ -176,32 +206,32 @@ impl PendingChange {
         };
         let said = quoted(&cause);
         tracing::error!(shard = %self.shard.shard, generation = %revision.id, cause = %said,
-            "the next generation does not start; the one before goes on");
+            "the next revision does not start; the current one goes on");
         self.statuses.does_not_start(&self.shard.shard, &revision.id, &cause);
     }
 }
 
-/// The time between a batch that has run and the next one that runs, less what the lane waits for records
-/// to come: what a change of revision costs at most.
+/// The swap pause: time between the end of one batch's run and the begin of the next one's, without the time in
+/// which the lane waits for records. It bounds the cost of a change of revision.
 #[derive(Default)]
 pub(super) struct SwapPause {
     so_far: Duration,
-    /// Since when it goes on; `None`: the lane waits for records.
+    /// Begin of the part that is not in `so_far` yet; `None`: the lane waits for records.
     since: Option<Instant>,
 }
 
 impl SwapPause {
-    /// A batch has run.
+    /// Starts the clock: a batch has run.
     pub(super) fn begin(&mut self, ran_at: Instant) {
         *self = Self { so_far: Duration::ZERO, since: Some(ran_at) };
     }
 
-    /// The lane waits for records.
+    /// Stops the clock: the lane waits for records.
     pub(super) fn stop(&mut self) {
         (self.so_far, self.since) = (self.elapsed(), None);
     }
 
-    /// The lane has something to do.
+    /// Goes on with the clock: the lane has something to do.
     pub(super) fn resume(&mut self) {
         self.since.get_or_insert_with(Instant::now);
     }
@@ -212,15 +242,15 @@ impl SwapPause {
 }
 
 impl Lane<'_> {
-    /// While the batch that ends at `end` runs: begins to tell the ledger that the next revision
-    /// follows it, if one is ready.
+    /// Begins to write the next revision to the ledger, after the batch that ends at `end` and runs now, if the
+    /// revision is ready.
     pub(super) async fn announce_after(&mut self, end: &Position) {
         if let Some(chain) = self.change.take_ready().await {
             self.announce(chain, self.earliest_change(Some(end.clone())));
         }
     }
 
-    /// Goes on with a change while no batch is in hand.
+    /// Takes the next step of a change while no batch is in hand.
     ///
     /// # Errors
     /// [`LaneError::Stopped`].
@@ -235,9 +265,9 @@ impl Lane<'_> {
         Ok(())
     }
 
-    /// Changes to the revision that is ready before a batch that the one before does not get done; one
-    /// that was to follow the batch comes before it as well. Records that some sink has are run by what ran
-    /// them first, whatever comes of it. False: there is no other revision for the batch.
+    /// Changes to the revision that is ready, before a batch that the revision at work cannot finish. A change that
+    /// was announced for the end of the batch is moved before it. Records that some sink has keep the revision that
+    /// ran them first, even if it is blocked. False: no other revision may run the batch.
     pub(super) async fn change_before_blocked(&mut self) -> Result<bool, LaneError> {
         self.finish_announcing().await?;
         let is_free = self.highest <= self.at;
@@ -255,19 +285,19 @@ impl Lane<'_> {
         Ok(is_free)
     }
 
-    /// The earliest position behind which another revision may run: `end`, but nothing that a sink
-    /// has, and nothing that an earlier change has taken.
+    /// Returns the earliest position after which another revision may run: `end`, but not before a record that a
+    /// sink has, and not before an earlier change.
     fn earliest_change(&self, end: Option<Position>) -> Option<Position> {
         let last = self.segments.last().and_then(|last| last.from_exclusive.clone());
         end.max(self.highest.clone()).max(last)
     }
 
-    /// Begins to make a change durable. No other is on its way: that was waited for before the batch.
+    /// Begins to make a change durable. No other write is under way: the lane waited for it before the batch.
     fn announce(&mut self, chain: Chain, from_exclusive: Option<Position>) {
         let id = chain.revision().id.clone();
         let segment = Segment { from_exclusive: from_exclusive.clone(), revision: id.to_string() };
         let (ledger, shard) = (self.shared.ledger.clone(), self.shard.clone());
-        tracing::debug!(shard = %shard.shard, generation = %id, "the ledger is told");
+        tracing::debug!(shard = %shard.shard, generation = %id, "writing the change to the ledger");
         let write = tokio::spawn(async move {
             let written = ledger.record(&shard, &segment).await;
             if written.is_err() {
@@ -287,11 +317,11 @@ impl Lane<'_> {
         });
     }
 
-    /// Waits until the ledger knows of the change that is on its way, if one is, and lets the revision
-    /// take over that is due here. A change that could not be written is tried again at the next boundary.
+    /// Waits until the ledger has the change that is under way, if one is, and makes its revision the one at work if
+    /// the lane is at its position. A change that could not be written is tried again at the next boundary.
     ///
     /// # Errors
-    /// [`LaneError::Stopped`]; the change stays on its way.
+    /// [`LaneError::Stopped`]; the write goes on.
     pub(super) async fn finish_announcing(&mut self) -> Result<(), LaneError> {
         let Some(announcing) = &self.change.announcing else { return Ok(()) };
         let written = self.unless_stopped(announcing.written.clone()).await?;
@@ -299,17 +329,21 @@ impl Lane<'_> {
             return Ok(());
         };
         if let Err(error) = written {
-            tracing::warn!(shard = %self.shard.shard, error, "the change of generation waits");
+            tracing::warn!(
+                shard = %self.shard.shard, error,
+                "failed to write the change of revision to the ledger; it is tried again at the next batch \
+                 boundary"
+            );
             if let Some(named) = self.segments.last() {
                 self.change.last = named.revision.id.clone();
             }
-            // Unless something else is wanted by now.
+            // Another revision may be wanted by now: then these instances are dropped.
             if self.change.starting.is_none() && self.change.ready.is_none() {
                 self.change.ready = Some(chain);
             }
             return Ok(());
         }
-        // What was to follow there has run nothing.
+        // Segments at or after this position have run nothing.
         self.segments.retain(|earlier| earlier.from_exclusive < from_exclusive);
         self.segments.push(ActiveSegment { from_exclusive, revision: chain.revision().clone() });
         self.change.announced = Some(chain);
@@ -317,7 +351,7 @@ impl Lane<'_> {
         Ok(())
     }
 
-    /// Lets the revision that runs behind the lane's position take over.
+    /// Makes the revision that runs after the lane's position the one at work.
     pub(super) fn activate_revision(&mut self) {
         let mut has_moved = false;
         while self.segments.get(1).is_some_and(|next| next.from_exclusive <= self.at) {
@@ -327,12 +361,12 @@ impl Lane<'_> {
         }
         self.adopt_announced();
         if has_moved && self.chain.is_none() {
-            // Its instances are started with the next batch, which may be long in coming.
+            // Its instances are started with the next batch, which may not come for a while: show the revision now.
             self.shared.statuses.runs(&self.shard.shard, &self.segments[0].revision.id, None);
         }
     }
 
-    /// Takes the instances that were started ahead, where the revision at work is theirs.
+    /// Makes the instances that were started ahead the chain at work, if the revision at work is theirs.
     pub(super) fn adopt_announced(&mut self) {
         let id = &self.segments[0].revision.id;
         let is_at_work = |chain: &mut Chain| chain.revision().id == *id;
@@ -344,7 +378,7 @@ impl Lane<'_> {
             metrics::histogram!(metric::CHANGE_PAUSE_SECONDS).record(pause);
             tracing::info!(shard = %self.shard.shard, generation = %revision,
                 from = self.segments[0].from_exclusive.as_ref().map(tracing::field::display),
-                pause_us = pause.as_micros() as u64, "another generation");
+                pause_us = pause.as_micros() as u64, "another revision runs");
         }
     }
 }

@@ -1,5 +1,11 @@
-//! Writes a lane's checkpoint: the minimum over its sinks, once a second while it moves. All lanes do so at
-//! the same moments, so that their checkpoints go to the disk together.
+//! Writes a lane's checkpoint once a second while it moves.
+//!
+//! The checkpoint is the minimum over the positions that the sinks have published, so it only lags: every record up
+//! to it has its outcome in every sink. A sink without a position makes the minimum "nothing". All lanes write at
+//! the same moments, so that the state database can put their checkpoints into one transaction.
+//!
+//! The task is aborted when its lane ends, and `write` makes the last checkpoint then. The lane waits for the
+//! aborted task first: an older checkpoint must not land after the last one.
 
 use std::sync::OnceLock;
 use std::time::Duration;
@@ -15,12 +21,12 @@ use shardmill_state::{SinkMark, StateError};
 
 type Watched = Vec<(SinkName, watch::Receiver<DeliveryProgress>)>;
 
-/// Starts writing; the handle is aborted when the lane ends.
+/// Starts the task that writes; the lane aborts it when it ends.
 pub fn start(shared: &Shared, shard: &ShardKey, deliveries: &[DeliveryHandle]) -> JoinHandle<()> {
     let mut watched = watch(deliveries);
     let (checkpoints, statuses, shard) =
         (shared.checkpoints.clone(), shared.statuses.clone(), shard.clone());
-    // What a sink that keeps no position may repeat after a crash, in time.
+    // The interval bounds what a sink that keeps no position may repeat after a crash.
     let interval = shared.config.timing.checkpoint_interval;
     tokio::spawn(async move {
         let mut ticks = tokio::time::interval_at(next_common(interval), interval);
@@ -39,14 +45,17 @@ pub fn start(shared: &Shared, shard: &ShardKey, deliveries: &[DeliveryHandle]) -
             if moved {
                 let (sinks, checkpoint) = positions(&watched, &statuses, &shard.shard);
                 if let Err(error) = checkpoints.advance(&shard, sinks, checkpoint, false).await {
-                    tracing::warn!(shard = %shard.shard, %error, "the checkpoint lags");
+                    tracing::warn!(
+                        shard = %shard.shard, %error,
+                        "failed to write the checkpoint; it is tried again"
+                    );
                 }
             }
         }
     })
 }
 
-/// Writes the last checkpoint of a lane; `ended`: the shard was closed and all of it is settled.
+/// Writes the last checkpoint of a lane; `ended`: the shard was closed and all its records are committed.
 pub async fn write(
     shared: &Shared,
     shard: &ShardKey,
@@ -57,7 +66,7 @@ pub async fn write(
     shared.checkpoints.advance(shard, sinks, checkpoint, ended).await
 }
 
-/// The next moment at which every lane of the process writes.
+/// Returns the next moment at which every lane of the process writes.
 fn next_common(interval: Duration) -> Instant {
     static BEGUN: OnceLock<Instant> = OnceLock::new();
     let begun = *BEGUN.get_or_init(Instant::now);
@@ -69,7 +78,7 @@ fn watch(deliveries: &[DeliveryHandle]) -> Watched {
     deliveries.iter().map(|own| (own.sink.clone(), own.progress.clone())).collect()
 }
 
-/// The position of each sink that has one, and the minimum over all.
+/// Returns the position of each sink that has one, and the minimum over all sinks.
 fn positions(
     watched: &Watched,
     statuses: &StatusRegistry,

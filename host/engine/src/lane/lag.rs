@@ -1,7 +1,7 @@
-//! How far each sink is behind: the age of the oldest record that it has not committed.
+//! Lag of each sink: the age of the oldest record that it has not committed.
 //!
-//! It grows with the clock, not with what is read: what waits behind a blocked sink gets older although
-//! nobody reads. After a restart it is known by the arrival of the record that the sink committed last.
+//! The lag grows with the clock, not with reads: records that wait for a blocked sink get older although nobody
+//! reads. After a restart it is computed from the arrival of the last record that the sink committed.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -12,10 +12,9 @@ use tokio::sync::{Notify, watch};
 use crate::delivery::DeliveryProgress;
 use shardmill_core::record::{Position, SinkName};
 
-/// Batches whose arrivals are known one by one. Of more, two neighbours become one, which is as old as the
-/// older one of them.
+/// Batches whose arrival times are kept. Beyond this, neighbours are merged, with the older time of both.
 const BATCHES_MAX: usize = 1_024;
-/// A shard that had nothing more so long ago may have records by now.
+/// Time after which a read that brought nothing says nothing any more: records may have arrived since.
 const QUIET_FOR: Duration = Duration::from_secs(30);
 
 /// A batch that was read.
@@ -28,30 +27,31 @@ struct ReadBatch {
     last_ms: i64,
 }
 
-/// What one sink has.
+/// Progress of one sink.
 #[derive(Clone, Debug)]
 struct SinkLag {
     name: SinkName,
     committed: Option<Position>,
-    /// When the last record that it has arrived, as far as that is known.
+    /// Arrival of the last record that it committed, if known.
     arrived_ms: Option<i64>,
 }
 
-/// What is known of one shard. All times are milliseconds since 1970.
+/// Progress of one shard. All times are milliseconds since 1970.
 #[derive(Clone, Debug, Default)]
 pub struct ShardLag {
     sinks: Vec<SinkLag>,
-    /// What some sink has not committed, in order.
+    /// Batches that some sink has not committed, in order.
     read: VecDeque<ReadBatch>,
-    /// Everything that had arrived by then is committed by all sinks, as noted before the start.
+    /// Every record that had arrived by this time is committed by all sinks, as noted before the start.
     caught_up_ms: Option<i64>,
-    /// When the shard had nothing more, unless more was read since.
+    /// Time of the last read that brought nothing, unless more was read since.
     quiet_ms: Option<i64>,
     ended: bool,
 }
 
 impl ShardLag {
-    /// For sinks whose last records arrived then; everything that had arrived by `caught_up_ms` is committed.
+    /// Makes the lag of sinks whose last records arrived at these times; everything that had arrived by
+    /// `caught_up_ms` is committed.
     pub fn new(
         sinks: impl IntoIterator<Item = (SinkName, Option<i64>)>,
         caught_up_ms: Option<i64>,
@@ -83,7 +83,7 @@ impl ShardLag {
         }
     }
 
-    /// Notes that the shard had nothing more.
+    /// Notes that the shard has no more records now.
     pub fn quiet(&mut self, now_ms: i64) {
         self.quiet_ms = Some(now_ms);
     }
@@ -93,7 +93,7 @@ impl ShardLag {
         self.ended = true;
     }
 
-    /// Notes how far a sink is; gives when the last record that it has arrived.
+    /// Notes how far a sink is; returns the arrival of the last record that it committed.
     pub fn committed(&mut self, sink: &SinkName, position: Option<&Position>) -> Option<i64> {
         let own = self.sinks.iter_mut().find(|own| own.name == *sink)?;
         if let Some(position) = position
@@ -111,7 +111,7 @@ impl ShardLag {
         arrived_ms
     }
 
-    /// The age of the oldest record that each sink has not committed.
+    /// Returns the age of the oldest record that each sink has not committed.
     pub(crate) fn ages(&self, now_ms: i64) -> Vec<(SinkName, Duration)> {
         let age =
             |since_ms: i64| Duration::from_millis(u64::try_from(now_ms - since_ms).unwrap_or(0));
@@ -124,7 +124,7 @@ impl ShardLag {
                 (None, Some(quiet_ms)) => {
                     Some(age(quiet_ms)).filter(|age| *age > QUIET_FOR).unwrap_or_default()
                 }
-                // Whatever comes next arrived after the last record that the sink has.
+                // Records that are not read yet arrived after the last record that the sink committed.
                 (None, None) => own.arrived_ms.max(self.caught_up_ms).map(age).unwrap_or_default(),
             }
         };
@@ -132,16 +132,16 @@ impl ShardLag {
     }
 }
 
-/// A shard's lag, with where its sinks are now.
+/// A shard's lag, with the current progress of its sinks.
 #[derive(Clone, Default)]
 pub struct LiveLag {
-    /// What is known.
+    /// The shard's progress.
     pub shard: ShardLag,
     /// The sinks' deliveries, once the lane has begun.
     pub deliveries: Vec<LiveDelivery>,
 }
 
-/// A delivery, as others than its lane see it.
+/// A delivery, as seen from outside its lane.
 #[derive(Clone)]
 pub struct LiveDelivery {
     /// The sink.

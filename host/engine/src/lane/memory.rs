@@ -1,4 +1,4 @@
-//! Lanes that wait for memory, as they are shown: nothing waits in silence.
+//! Shows the lanes that wait for memory, so that no wait is invisible.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -12,8 +12,8 @@ use shardmill_core::record::ShardId;
 /// The longest pause between two looks.
 const LOOK_INTERVAL_MAX: Duration = Duration::from_secs(1);
 
-/// Shows, as long as it is polled, each lane as blocked that waits for memory for longer than the
-/// configuration says, with who holds it.
+/// Shows each lane that waits for memory longer than configured as blocked, with the holders of the memory, for as
+/// long as the future is polled.
 pub(crate) async fn show_waits(shared: watch::Receiver<Arc<Shared>>) {
     let mut shown: BTreeSet<(ShardId, &str)> = BTreeSet::new();
     loop {

@@ -1,8 +1,8 @@
-//! Makes again what entered the place of a dead letter, where only its digest is kept.
+//! Makes again the input of a dead letter's place, where only its digest is kept.
 //!
-//! It is made of the record, as it was put, by the stages before, of the revision that ran. A letter of a redrive
-//! has come through several runs: each begins with what the one before made. What comes out is compared with the
-//! digest; anything else is refused, and the letter stays as it is.
+//! It is made from the original record, by the earlier stages of the revision that ran. A dead letter of a redrive
+//! has come through several runs: each begins with the result of the one before. The result is compared with the
+//! digest. Anything else is refused, and the dead letter stays as it is.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -26,34 +26,34 @@ use shardmill_state::{
     Ledger, LostPayload, REDRIVE_STREAM, RedriveRecord, StagesRun, entered_digest,
 };
 
-/// The largest number of revisions that are kept loaded.
+/// Number of revisions that are kept loaded.
 const REVISIONS_MAX: usize = 4;
-/// Runs of a record that a busy machine does not let end.
+/// Retries of a record's run when the machine is too busy.
 const STARVED_RETRY: RetryPolicy = RetryPolicy::every(Duration::from_secs(1)).tries(3);
 
-/// Runs revisions of then on single records.
+/// Runs earlier revisions on single records.
 pub struct Remaker {
     revisions: RevisionStore,
     ledger: Ledger,
     pipeline: PipelineName,
     stream_name: String,
     loaded: HashMap<String, Arc<Revision>>,
-    /// The stages that ran last: mostly the next letter needs the same.
+    /// The chain that ran last: usually the next dead letter needs the same.
     chain: Option<(String, ShardKey, Chain)>,
-    /// The run that was made last: mostly the next letter is of the same record.
+    /// The run that was made last: usually the next dead letter is of the same record.
     last: Option<LastRun>,
     stop: CancellationToken,
     _stops: DropGuard,
 }
 
-/// A run and all that came out of it. A record may have become thousands of letters, and each would run it as a
-/// whole again.
+/// A run and all its results. A record may have become thousands of dead letters, and without this each would run
+/// the whole record again.
 struct LastRun {
     of: RunKey,
     made: HashMap<String, Made>,
 }
 
-/// The properties that decide what comes out of a run.
+/// Properties that decide the results of a run.
 #[derive(PartialEq, Eq)]
 struct RunKey {
     revision: String,
@@ -78,7 +78,7 @@ impl Remake for Remaker {
 }
 
 impl Remaker {
-    /// Over the pipeline's state; `stream_name` is what its plugins are told.
+    /// Makes a remaker over the pipeline's state; `stream_name` is the name that plugins get.
     pub fn new(
         revisions: RevisionStore,
         ledger: Ledger,
@@ -100,7 +100,9 @@ impl Remaker {
         for (index, step) in lost.steps.iter().enumerate() {
             let target = match lost.steps.get(index + 1) {
                 None => dead_letter.place.clone(),
-                Some(next) => entry_place(next)?.ok_or("its runs do not follow each other")?,
+                Some(next) => {
+                    entry_place(next)?.ok_or("its recorded runs do not follow each other")?
+                }
             };
             made = self.run(dead_letter, lost, step, &target, made).await?;
         }
@@ -129,7 +131,7 @@ impl Remaker {
                 keeps_whole: true,
             })),
         };
-        // As plugins saw it then.
+        // The same context as plugins had then.
         let (stream, shard) = match entry {
             Entry::Source => (self.stream_name.clone(), lost.shard.clone()),
             Entry::Redrive(_) => (REDRIVE_STREAM.to_owned(), REDRIVE_SHARD.into()),
@@ -150,7 +152,7 @@ impl Remaker {
         if let Some(last) = self.last.as_ref().filter(|last| last.of == of) {
             return last.made(&step.sha256);
         }
-        // Two of them are not held at once.
+        // Dropped first, so that two of them are never in memory at once.
         self.last = None;
         let position = dead_letter.origin.clone();
         let range = PositionRange { from_exclusive: None, to_inclusive: position.clone() };
@@ -169,7 +171,7 @@ impl Remaker {
         self.last.insert(LastRun { of, made }).made(&step.sha256)
     }
 
-    /// Gives the payloads that a record becomes on its way to a place.
+    /// Returns the payloads that a record becomes on its way to a place.
     async fn entering(
         &mut self,
         id: &str,
@@ -209,15 +211,15 @@ impl Remaker {
                 Err(Blocked::Stopped(_)) => {
                     return Err(format!("revision {id} was stopped"));
                 }
-                // One record is never parted.
+                // A single record cannot be run in parts.
                 Err(Blocked::TooMuch(_)) => {
-                    return Err(format!("revision {id} makes too much of it"));
+                    return Err(format!("revision {id} makes more of it than fits in memory"));
                 }
             }
         }
     }
 
-    /// The stages of a revision for a shard.
+    /// Returns the stages of a revision for a shard.
     async fn chain(&mut self, id: &str, shard: &ShardKey) -> Result<Chain, String> {
         match self.chain.take() {
             Some((own, of, chain)) if own == id && of == *shard => return Ok(chain),
@@ -239,7 +241,7 @@ impl Remaker {
             return Ok(known.clone());
         }
         let missing =
-            |cause: String| format!("revision {id}, which ran first, cannot run it again: {cause}");
+            |cause: String| format!("revision {id}, which ran first, cannot rerun it: {cause}");
         let spec = self.ledger.spec(id).await;
         let spec = spec.map_err(|error| missing(error.to_string()))?;
         let loaded = self.revisions.load(spec, &self.stream_name).await;
@@ -253,13 +255,13 @@ impl Remaker {
 }
 
 impl LastRun {
-    /// Gives what has a digest.
+    /// Returns the payload with a digest.
     fn made(&self, sha256: &str) -> Result<Made, String> {
         self.made.get(sha256).cloned().ok_or_else(|| other_digest(sha256))
     }
 }
 
-/// Where a run entered the stages; `None`: at the source.
+/// Returns where a run entered the stages; `None`: at the source.
 fn entry_place(step: &StagesRun) -> Result<Option<DeadLetterPlace>, String> {
     let Some(place) = &step.place else { return Ok(None) };
     let place = DeadLetterPlace::parse(place);
@@ -268,8 +270,8 @@ fn entry_place(step: &StagesRun) -> Result<Option<DeadLetterPlace>, String> {
 
 fn other_digest(expected: &str) -> String {
     format!(
-        "the stages before did not make what entered there: expected a payload with the digest \
-         {expected}, found none. A stage that is not deterministic, or variables that are set otherwise \
-         today, make another one; the record as it was put is kept (`shardmill dlq show`)"
+        "the earlier stages did not make the same input again: expected a payload with the digest {expected}, \
+         found none. The cause is a stage that is not deterministic, or a variable with another value now; the \
+         original record is stored (`shardmill dlq show`)"
     )
 }

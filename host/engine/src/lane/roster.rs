@@ -1,13 +1,20 @@
-//! What becomes of sinks that are gone, came back, or were renamed since the pipeline ran last: decided
-//! for all shards at once, before a lane reads a record.
+//! Sinks that are gone, came back, or were renamed since the last run: decided for all shards at once, before a lane
+//! reads a record.
 //!
-//! | the sink | what is known of it | what happens |
+//! Invariant: no sink loses or duplicates records because of a change of names or of the set of sinks, unless a
+//! person has allowed that. What a sink is not given becomes a recorded hole, in the same write as the decision.
+//!
+//! | the sink | known about it | what happens |
 //! |---|---|---|
-//! | gone, nowhere behind the others | its positions | removed: they count no more |
-//! | gone, behind the others | its positions | stop, unless the removal is allowed (`--drop-sink`) |
-//! | there again | where it was when it was removed | it starts at the checkpoint; the gap is a hole |
-//! | new, with `renamed_from` | the old name | all that is kept moves to the new name |
-//! | new where one wrote that is ahead and does not write there now | destinations | stop: rows would be doubled |
+//! | gone, lagging in no shard | its positions | removed: its positions no longer count |
+//! | gone, lagging in some shard | its positions | stop, unless the removal is allowed (`--drop-sink`) |
+//! | back again | its positions at its removal | it starts at the checkpoint; the records between are a hole |
+//! | new, with `renamed_from` | the old name | everything that is kept moves to the new name |
+//! | new, where a sink that is ahead wrote and no longer writes | destinations | stop: rows would be duplicated |
+//!
+//! "Lagging" compares with the sinks that stay: a gone sink that has all they have loses nothing. In a running
+//! pipeline the sinks are hardly ever at one position, so a reload first asks the leaving sink to commit
+//! (`refuse_lagging`).
 
 use std::collections::{BTreeMap, BTreeSet, HashMap, HashSet};
 use std::fmt::Write as _;
@@ -34,17 +41,17 @@ use shardmill_state::{
 /// Shards that an error names.
 const SHARDS_SHOWN: usize = 3;
 
-/// How often it is looked whether a sink that is to leave has caught up.
+/// Interval at which a leaving sink's progress is checked.
 const POLL_INTERVAL: Duration = Duration::from_millis(50);
 
 /// Positions by shard.
 type Stands = BTreeMap<ShardId, Option<Position>>;
 
-/// Settles which sinks there are, so that lanes may begin with those of `next`. `before` are the sinks of
-/// lanes that have ended just now.
+/// Decides which sinks there are, so that lanes may begin with those of `next`. `before` has the sinks of lanes that
+/// have just ended.
 ///
 /// # Errors
-/// What a person must decide, or a destination or the state that is out of reach; nothing was changed
+/// A decision that a person must make; or a destination or the state that cannot be reached. Nothing was changed
 /// then.
 pub(crate) async fn resolve(
     next: &Shared,
@@ -54,7 +61,7 @@ pub(crate) async fn resolve(
 ) -> anyhow::Result<()> {
     let key = keys(&next.config, stream);
     let configured: BTreeSet<&SinkName> = next.sinks.iter().map(|sink| sink.name()).collect();
-    // A redrive has positions of its own. Which sinks there are is the pipeline's to record.
+    // A redrive has positions of its own, and records nothing about the pipeline's sinks.
     let is_pipeline = !is_redrive(stream);
     let known = next.roster.known(stream).await?;
     let shards = next.checkpoints.shards(stream).await?;
@@ -112,7 +119,7 @@ pub(crate) async fn resolve(
             for (shard, state) in &shards {
                 let stored = known.stands(&name, shard).cloned();
                 let at = own.entry(shard.clone()).or_default();
-                // A sink without a position of a shard would have begun it at the checkpoint.
+                // A sink without a position in a shard would have started at the checkpoint.
                 *at = at.take().max(stored).or_else(|| state.checkpoint.clone());
             }
             let lagging = lagging(&own, &highest);
@@ -123,7 +130,7 @@ pub(crate) async fn resolve(
         }
     }
     for (name, _) in &change.removed {
-        tracing::warn!(sink = %name, "removed: its positions do not count any more");
+        tracing::warn!(sink = %name, "removed: its positions no longer count");
     }
     for hole in &change.holes {
         let from = hole.from_exclusive.as_ref().map(tracing::field::display);
@@ -135,8 +142,8 @@ pub(crate) async fn resolve(
     Ok(())
 }
 
-/// What the next start would refuse of the sinks that are gone, as far as the state alone can tell: how
-/// far each was at the last checkpoint.
+/// Returns what the next start would refuse about sinks that are gone, as far as the state alone can say: by each
+/// one's position at the last checkpoint.
 ///
 /// # Errors
 /// When the state cannot be read.
@@ -177,15 +184,15 @@ pub async fn start_warnings(
     Ok(refusals)
 }
 
-/// Refuses a change of a running pipeline that takes a sink away while it is behind those that stay: lanes that are
-/// let go would find that out when the change is in force already.
+/// Refuses a change of a running pipeline that removes a sink while it lags the sinks that stay. Lanes that
+/// restart would find that out only when the change is in force already.
 ///
-/// Where records flow, sinks are hardly ever at one place, and one that gathers large commits may have its rows in
-/// hand for an hour. So the sink is asked to commit what it has, and has until `end` to come to where the others are
-/// now. One that does not go on is refused at once.
+/// While records flow, sinks are hardly ever at one position, and one that gathers large commits may hold its rows
+/// for an hour. So the sink is asked to commit what it has, and has until `end` to reach the others' present
+/// positions. A sink that is blocked is refused at once.
 ///
 /// # Errors
-/// As of the start with these sinks; or when the state cannot be read.
+/// The same as of a start with these sinks; or when the state cannot be read.
 pub(crate) async fn refuse_lagging(
     running: &Shared,
     config: &PipelineConfig,
@@ -196,7 +203,7 @@ pub(crate) async fn refuse_lagging(
     let leaves = |name: &SinkName| {
         !stays(config, name) && !is_removed(&known, name) && !running.dropped_sinks.contains(name)
     };
-    // A sink that a change brought, and with which no lane has begun yet, is unknown and has nothing to lose.
+    // A sink that a change added, and with which no lane has begun yet, is unknown here and loses nothing.
     let leaving: Vec<&SinkName> = known.names().into_iter().filter(|name| leaves(name)).collect();
     if leaving.is_empty() {
         return Ok(());
@@ -233,13 +240,13 @@ impl Live {
         self.0.iter().filter(move |(_, own)| own.sink == *name)
     }
 
-    /// How far a sink is in each shard that was begun: as its deliveries say, or the state, which may lag.
+    /// Returns a sink's position in each begun shard, from its deliveries or from the state, which may lag.
     fn own(&self, known: &KnownSinks, name: &SinkName) -> Stands {
         let mut stands: Stands = known
             .checkpoints
             .iter()
             .map(|(shard, checkpoint)| {
-                // A sink without a position of a shard would have begun it at the checkpoint.
+                // A sink without a position in a shard would have started at the checkpoint.
                 let at = known.stands(name, shard).cloned().or_else(|| checkpoint.clone());
                 (shard.clone(), at)
             })
@@ -252,7 +259,7 @@ impl Live {
         stands
     }
 
-    /// How far the sinks that stay are, the first of them in each shard.
+    /// Returns the highest position of the staying sinks in each shard.
     fn highest(&self, known: &KnownSinks, stays: impl Fn(&SinkName) -> bool) -> Stands {
         let mut highest = Stands::new();
         let mut note = |shard: &ShardId, at: Option<Position>| {
@@ -268,19 +275,19 @@ impl Live {
         highest
     }
 
-    /// Whether a sink says of a shard that it does not go on.
+    /// Whether a sink is blocked in a shard.
     fn is_blocked(&self, name: &SinkName, shard: &ShardId) -> bool {
         let mut own = self.of_sink(name).filter(|(of, _)| of == shard);
         own.any(|(_, own)| own.progress.borrow().blocked.is_some())
     }
 
-    /// Asks a sink to commit what it has in hand. Rows may reach it after that: it is asked again.
+    /// Asks a sink to commit what it has in hand. More rows may arrive afterwards, so the caller asks again.
     fn ask_to_commit(&self, name: &SinkName) {
         self.of_sink(name).for_each(|(_, own)| own.commit_now.notify_one());
     }
 }
 
-/// Whether a sink is in the configuration, by its name or by its former one.
+/// Whether a sink is in the configuration, by its name or its former name.
 fn stays(config: &PipelineConfig, name: &SinkName) -> bool {
     config.sinks.iter().any(|sink| {
         let renamed = sink.renamed_from.as_ref().is_some_and(|old| old.value == *name);
@@ -288,17 +295,17 @@ fn stays(config: &PipelineConfig, name: &SinkName) -> bool {
     })
 }
 
-/// A sink with where its rows go, to be noted.
+/// Returns a sink's name and destination, to be stored.
 fn noted(sink: &SinkConfig) -> (SinkName, String) {
     (sink.name.value.clone(), sink.destination().unwrap_or_default())
 }
 
-/// Whether a sink's removal is on record and it has no position since.
+/// Whether a sink's removal is recorded and it has no position since.
 fn is_removed(known: &KnownSinks, name: &SinkName) -> bool {
     known.removed.contains_key(name) && !known.positions.contains_key(name)
 }
 
-/// Where a sink says that it stands in each shard that may still move.
+/// Returns the sink's own position in each shard that may still move.
 async fn stands(
     sink: &dyn Sink,
     shards: &HashMap<ShardId, ShardState>,
@@ -311,7 +318,7 @@ async fn stands(
     Ok(stands)
 }
 
-/// The shards in which a sink has less than another: with its position and the other's.
+/// Returns the shards in which a sink lags another, with both positions.
 fn lagging(own: &Stands, highest: &Stands) -> Vec<(ShardId, Option<Position>, Position)> {
     let lagging = own.iter().filter_map(|(shard, at)| {
         let highest = highest.get(shard)?.as_ref()?;
@@ -320,7 +327,7 @@ fn lagging(own: &Stands, highest: &Stands) -> Vec<(ShardId, Option<Position>, Po
     lagging.collect()
 }
 
-/// The sink that has taken the place of one that is gone, if one has: it is new, and its rows go there.
+/// Returns the sink that has replaced a gone one, if one has: it is new, and writes to the same destination.
 fn renamed_to<'c>(
     gone: &SinkName,
     known: &KnownSinks,
@@ -332,28 +339,34 @@ fn renamed_to<'c>(
     Some(&same.name.value)
 }
 
-/// The error for a sink that is gone while it is behind the others.
+/// Describes a sink that is gone while it lags the others.
 fn lost(
     name: &SinkName,
     lagging: &[(ShardId, Option<Position>, Position)],
     renamed_to: Option<&SinkName>,
 ) -> String {
     let mut text =
-        format!("sink {name} is gone from the configuration, but it is behind the other sinks: ");
+        format!("sink {name} is missing from the configuration, but it lags the other sinks: ");
     for (place, (shard, at, highest)) in lagging.iter().take(SHARDS_SHOWN).enumerate() {
         let comma = if place == 0 { "" } else { ", " };
         // Writing into a String cannot fail.
         let _ = match at {
             Some(at) => {
-                write!(text, "{comma}in shard {shard} it has records only up to {at} of {highest}")
+                write!(
+                    text,
+                    "{comma}in shard {shard} it has records up to {at}, the others up to {highest}"
+                )
             }
             None => {
-                write!(text, "{comma}in shard {shard} it has no records, others up to {highest}")
+                write!(
+                    text,
+                    "{comma}in shard {shard} it has no records, the others up to {highest}"
+                )
             }
         };
     }
     if lagging.len() > SHARDS_SHOWN {
-        let _ = write!(text, ", and so on in {} more shards", lagging.len() - SHARDS_SHOWN);
+        let _ = write!(text, ", and it lags in {} more shards", lagging.len() - SHARDS_SHOWN);
     }
     if let Some(new) = renamed_to {
         let _ = write!(
@@ -364,19 +377,20 @@ fn lost(
     }
     let _ = write!(
         text,
-        "; put it back and let it finish, or start once with `--drop-sink {name}` to give these records up"
+        "; put it back into the configuration until it has caught up, or start once with `--drop-sink {name}` \
+         to give these records up"
     );
     text
 }
 
-/// Where a sink that came back stands by its own account.
+/// Own positions of a sink that came back.
 struct Own {
     stands: Stands,
-    /// Otherwise it cannot say.
+    /// False: the sink cannot say where it is.
     keeps_position: bool,
 }
 
-/// What a sink that came back was not given while it was away, in each shard that was begun.
+/// Returns the records that a returned sink was not given while it was away, in each begun shard.
 fn holes(
     name: &SinkName,
     known: &KnownSinks,
@@ -392,10 +406,10 @@ fn holes(
     );
     let mut holes = Vec::new();
     for (shard, state) in shards {
-        // A shard that was begun meanwhile is missing from its beginning on.
+        // A shard that was begun while the sink was away is missing from its beginning on.
         let was = removed.at.get(shard).cloned().flatten();
         let from_exclusive = match own.stands.get(shard).cloned().flatten() {
-            // One that keeps a position and has none was restored to before its first commit.
+            // A sink that keeps positions and has none was restored to before its first commit.
             None if !own.keeps_position => was,
             stands => stands,
         };
@@ -415,11 +429,11 @@ fn holes(
     holes
 }
 
-/// Moves what is kept under the old names of sinks that say so. Comes before anything that is kept is read:
-/// what runs, and what ran, is stored with the sinks' names.
+/// Moves what is kept under the old names of renamed sinks. This comes before anything that is kept is read, because
+/// the stored revisions contain the names of sinks.
 ///
 /// # Errors
-/// Where both names have positions, or the new one writes elsewhere; or what is out of reach.
+/// When both names have positions, or the new one writes elsewhere; or when something cannot be reached.
 pub(crate) async fn rename(
     config: &PipelineConfig,
     sinks: &[Arc<dyn Sink>],
@@ -437,13 +451,13 @@ pub(crate) async fn rename(
         let Some(old) = config.renamed_from.as_ref().map(|old| &old.value) else { continue };
         let new = &config.name.value;
         if known.names().contains(new) {
-            // It was moved before, and the key is still there; unless both have run.
+            // It was moved before, and `renamed_from` is still in the file; unless both have run.
             if !known.names().contains(old) {
                 adopt_restored(&**sink, old, &known, &key).await?;
             } else if !is_removed(&known, old) {
                 bail!(
-                    "sink {new} cannot go on as sink {old} (renamed_from): both have run, and have \
-                     positions of their own; leave `renamed_from` out, or put sink {old} back"
+                    "sink {new} cannot continue sink {old} (renamed_from): both have run and have positions of \
+                     their own; remove `renamed_from`, or put sink {old} back"
                 );
             }
             continue;
@@ -453,37 +467,38 @@ pub(crate) async fn rename(
             && !was.is_empty()
         {
             bail!(
-                "sink {new} cannot go on as sink {old} (renamed_from): rows of {old} went to {was}, those \
-                 of {new} go to {is}; rename first, start once, then change where the rows go"
+                "sink {new} cannot continue sink {old} (renamed_from): expected the same destination, found \
+                 {was} for {old} and {is} for {new}; rename the sink first, start once, then change the \
+                 destination"
             );
         }
-        // At the destination first: that can be done again where it is broken off.
-        let listed = source.shards().await.context("cannot look for shards")?;
+        // The destination comes first: if this is interrupted, it can be repeated.
+        let listed = source.shards().await.context("failed to list the shards")?;
         let listed = listed.into_iter().map(|shard| shard.id);
         let begun = Checkpoints::new(state.clone()).shards(stream).await?;
         let shards: BTreeSet<ShardId> = begun.into_keys().chain(listed).collect();
         let mut keys: Vec<ShardKey> = shards.iter().map(&key).collect();
-        // What sinks have of redrives that were broken off is kept under their names, too.
+        // Positions of unfinished redrives are kept under the sinks' names, too.
         keys.extend(redrives.unfinished().await?.iter().map(|one| redrives.key(one.id)));
         for key in &keys {
             sink.adopt(old, key).await?;
         }
         roster.rename(old, new).await?;
-        tracing::warn!(from = %old, to = %new, "a sink was renamed: it goes on where it was");
+        tracing::warn!(from = %old, to = %new, "a sink was renamed: it goes on from its position");
     }
     Ok(())
 }
 
-/// Moves what a destination keeps under the old name of a sink that was renamed before: it was restored from
-/// a backup of the time when the sink had that name. By its new name it would have no position, and rows that
-/// are there would be written again.
+/// Moves what a destination keeps under the old name of a sink that was renamed before. The destination was restored
+/// from a backup of the time of the old name. Under the new name it would have no position, and rows that exist
+/// would be written again.
 async fn adopt_restored(
     sink: &dyn Sink,
     old: &SinkName,
     known: &KnownSinks,
     key: &impl Fn(&ShardId) -> ShardKey,
 ) -> anyhow::Result<()> {
-    // Also those of which no checkpoint was written: the sink may have committed all the same.
+    // Shards without a checkpoint are included: the sink may have committed in them.
     for shard in known.checkpoints.keys() {
         let key = key(shard);
         if sink.position(&key).await?.is_none() {
@@ -493,8 +508,8 @@ async fn adopt_restored(
     Ok(())
 }
 
-/// Refuses a command that writes to sinks beside a start, where the next start has to settle first who a sink
-/// is: by its new name, what it has would not be known, and written again.
+/// Refuses a command that writes to sinks, beside a start, where the next start must first decide who a sink is.
+/// Under its new name, what the sink has would be unknown, and written again.
 ///
 /// # Errors
 /// The sink, and what to do first; or when the state cannot be read.
@@ -511,19 +526,19 @@ pub async fn refuse_unresolved(config: &PipelineConfig, state: &StateStore) -> a
             let renamed = sink.renamed_from.as_ref().map(|old| &old.value);
             if let Some(old) = renamed.filter(|old| known.names().contains(old)) {
                 bail!(
-                    "sink {name} is to go on as sink {old} (renamed_from), and the pipeline has not been \
-                     started with that name yet: start it once (`shardmill run`), so that {name} has what \
-                     {old} has, then give the command again"
+                    "sink {name} continues sink {old} (renamed_from), but the pipeline has not been started \
+                     with the new name yet: start it once (`shardmill run`), so that the positions of {old} \
+                     move to {name}, then run the command again"
                 );
             }
             let destination = sink.destination().filter(|there| !there.is_empty());
             let Some(destination) = destination else { continue };
             if let Some(old) = earlier(&known, name, &destination, &config.sinks).first() {
                 bail!(
-                    "sink {name} is new where sink {old} has written, which is not in the configuration any \
-                     more: its rows could be written once more. If it is the same sink, add renamed_from = \
-                     \"{old}\" to sink {name}; else put sink {old} back. Then start the pipeline once \
-                     (`shardmill run`), which says what else is to be decided, and give the command again"
+                    "sink {name} is new at a destination to which sink {old} has written and no longer writes: \
+                     rows could be duplicated. If it is the same sink, add renamed_from = \"{old}\" to sink \
+                     {name}; otherwise put sink {old} back. Then start the pipeline once (`shardmill run`), \
+                     which reports anything else that you must decide, and run the command again"
                 );
             }
         }
@@ -531,7 +546,7 @@ pub async fn refuse_unresolved(config: &PipelineConfig, state: &StateStore) -> a
     Ok(())
 }
 
-/// What a shard's positions are kept under.
+/// Returns a function that makes a shard's key.
 fn keys(config: &PipelineConfig, stream: &StreamIdentity) -> impl Fn(&ShardId) -> ShardKey + use<> {
     let (pipeline, stream) = (config.name.clone(), Arc::new(stream.clone()));
     move |shard| ShardKey {
@@ -541,7 +556,7 @@ fn keys(config: &PipelineConfig, stream: &StreamIdentity) -> impl Fn(&ShardId) -
     }
 }
 
-/// A start to come, or the one that is under way: its sinks, and what is known of those before.
+/// The next start, or the one under way: its sinks, and what is known about the earlier ones.
 struct Arrival<'a, K> {
     config: &'a PipelineConfig,
     sinks: &'a [Arc<dyn Sink>],
@@ -553,8 +568,8 @@ struct Arrival<'a, K> {
 }
 
 impl<K: Fn(&ShardId) -> ShardKey> Arrival<'_, K> {
-    /// Looks for a sink on the destination of another one that has more there than this one would begin with:
-    /// these rows would come twice. Gives the error.
+    /// Looks for a sink whose destination has more rows of another sink than it would begin with: these rows would
+    /// be written twice. Returns the error.
     async fn find_duplicates(&self) -> anyhow::Result<Option<String>> {
         for (sink, config) in self.sinks.iter().zip(&self.config.sinks) {
             let name = sink.name();
@@ -564,7 +579,7 @@ impl<K: Fn(&ShardId) -> ShardKey> Arrival<'_, K> {
                 continue;
             }
             for old in earlier(self.known, name, &destination, &self.config.sinks) {
-                // One that goes on elsewhere is not given up.
+                // A sink that goes on elsewhere is not given up.
                 let goes_on = self.config.sinks.iter().any(|sink| sink.name.value == *old);
                 if self.dropped.contains(old) && !goes_on {
                     continue;
@@ -572,23 +587,24 @@ impl<K: Fn(&ShardId) -> ShardKey> Arrival<'_, K> {
                 let Some(duplicates) = self.duplicates(sink, config, old).await? else { continue };
                 let way_out = match (was, goes_on) {
                     (Some(was), true) => format!(
-                        "Give both sinks the destinations back that they had ({name}: {was}; {old}: \
+                        "Give both sinks their earlier destinations again ({name}: {was}; {old}: \
                          {destination}), or give {name} a destination to which no other sink has written"
                     ),
                     (None, true) => {
                         format!("Give {name} a destination to which no other sink has written")
                     }
                     (Some(was), false) => format!(
-                        "Give sink {name} the destination back that it had ({was}) and put sink {old} back, \
-                         or start once with `--drop-sink {old}` to have these records twice"
+                        "Give sink {name} its earlier destination again ({was}) and put sink {old} back, or \
+                         start once with `--drop-sink {old}` to accept duplicates of these records"
                     ),
                     (None, false) => format!(
-                        "If it is the same sink, add renamed_from = \"{old}\" to sink {name}; else put sink \
-                         {old} back, or start once with `--drop-sink {old}` to have these records twice"
+                        "If it is the same sink, add renamed_from = \"{old}\" to sink {name}; otherwise put \
+                         sink {old} back, or start once with `--drop-sink {old}` to accept duplicates of these \
+                         records"
                     ),
                 };
                 return Ok(Some(format!(
-                    "sink {name} is new where sink {old} has written, which does not write there any more: \
+                    "sink {name} is new at a destination to which sink {old} has written and no longer writes: \
                      {duplicates}. {way_out}"
                 )));
             }
@@ -596,8 +612,8 @@ impl<K: Fn(&ShardId) -> ShardKey> Arrival<'_, K> {
         Ok(None)
     }
 
-    /// The records of a shard that a sink would write again where another one has written them; `None`: there are
-    /// none.
+    /// Describes the records of a shard that a sink would write again where another has written them; `None`: there
+    /// are none.
     async fn duplicates(
         &self,
         sink: &Arc<dyn Sink>,
@@ -610,7 +626,7 @@ impl<K: Fn(&ShardId) -> ShardKey> Arrival<'_, K> {
         let own = stands(&**sink, self.shards, key).await?;
         let keys: Vec<ShardKey> = self.shards.keys().map(key).collect();
         let keeps_position = sink.kept_positions(&self.config.name, &keys).await?.is_some();
-        // The state remembers how far it was at its former destination.
+        // The state remembers its position at its former destination.
         let has_moved = self.known.destinations.contains_key(name) && keeps_position;
         for (shard, state) in self.shards {
             let stored = self.known.stands(old, shard).cloned();
@@ -641,9 +657,8 @@ impl<K: Fn(&ShardId) -> ShardKey> Arrival<'_, K> {
     }
 }
 
-/// Says what the next start would refuse of sinks that write where others have written, as far as the sinks
-/// themselves stand now. `stream` is the stream that a start would read; `None`: a Kinesis stream, whose server is not
-/// asked.
+/// Returns what the next start would refuse about sinks that write where others have written, by the sinks' present
+/// positions. `stream` is the stream that a start would read; `None`: a Kinesis stream, whose server is not asked.
 ///
 /// # Errors
 /// When the state or a sink cannot be read.
@@ -672,7 +687,7 @@ pub async fn duplicate_warnings(
     Ok(said)
 }
 
-/// Sinks of other names whose rows went to a destination, and do not go there any more.
+/// Returns sinks of other names whose rows went to a destination, and no longer do.
 fn earlier<'k>(
     known: &'k KnownSinks,
     name: &SinkName,
@@ -687,7 +702,7 @@ fn earlier<'k>(
     there.map(|(other, _)| other).filter(|other| *other != name && !goes_on(other)).collect()
 }
 
-/// A sink under another name, to ask how far that is.
+/// Makes a sink under another name, to ask for that one's position.
 fn as_named(
     config: &PipelineConfig,
     sink: &SinkConfig,
@@ -698,7 +713,7 @@ fn as_named(
     let mut own = sink.clone();
     own.name.value = name.clone();
     config.sinks = vec![own];
-    build(&config)?.pop().context("no sink was made")
+    build(&config)?.pop().context("the configuration made no sink")
 }
 
 #[cfg(test)]
@@ -737,9 +752,9 @@ mod tests {
         }
     }
 
-    /// A delivery that is at a place, with what it is told to hurry by.
+    /// Makes a delivery at a position, with the handle that asks it to commit.
     fn delivery(sink: &str, progress: DeliveryProgress) -> (ShardId, LiveDelivery) {
-        // The last state stays when the sender is gone, as when the lane has ended.
+        // The last value stays readable after the sender is gone, as when the lane has ended.
         let (_, progress) = watch::channel(progress);
         let own = LiveDelivery { sink: sink.into(), progress, commit_now: Arc::new(Notify::new()) };
         ("s".into(), own)
@@ -752,7 +767,7 @@ mod tests {
             position,
             blocked: blocked.map(str::to_owned),
         };
-        // The state's checkpoint and positions, as of a moment ago.
+        // The state's checkpoint and positions lag a little.
         let mut known = KnownSinks::default();
         known.checkpoints.insert(shard.clone(), at(3));
         for (sink, position) in [("a", 3), ("b", 4), ("gone", 3)] {
@@ -779,7 +794,7 @@ mod tests {
                 expected.into_iter().map(|(own, highest)| (own, at(highest))).collect();
             assert_eq!(found, expected);
         }
-        // One that has no position would have begun at the checkpoint.
+        // A sink without a position would have started at the checkpoint.
         let live = Live(Vec::new());
         assert_eq!(live.own(&known, &"new".into()), Stands::from([(shard.clone(), at(3))]));
         let blocked = Live(vec![delivery("a", progress(at(3), Some("locked")))]);
@@ -822,15 +837,15 @@ mod tests {
         let name = SinkName::from("mart");
         let state =
             |checkpoint: Option<Position>| ShardState { checkpoint, ..ShardState::default() };
-        // Where it was when it was removed (`None`: the shard was begun later), where it stands itself,
-        // the checkpoint, and where the hole begins.
+        // The sink's position at its removal (`None`: the shard was begun later), its own position, the checkpoint,
+        // and the expected begin of the hole.
         for (was, stands, checkpoint, expected) in [
             (Some(at(5)), at(5), at(9), Some(at(5))),
-            // The state lagged when it was removed.
+            // The state lagged at the removal.
             (Some(at(5)), at(7), at(9), Some(at(7))),
             (Some(at(5)), at(9), at(9), None),
             (Some(at(5)), at(12), at(9), None),
-            // It keeps no position itself.
+            // The sink keeps no position.
             (Some(at(5)), None, at(9), Some(at(5))),
             (Some(None), None, at(9), Some(None)),
             (None, None, at(9), Some(None)),
@@ -841,7 +856,7 @@ mod tests {
             let at = was.clone().map(|at| (shard.clone(), at)).into_iter().collect();
             known.removed.insert(name.clone(), Removed { removed_ms: 1_000, at });
             let shards = [(shard.clone(), state(checkpoint.clone()))].into();
-            // One that keeps a position has one, in all of these but those without.
+            // The cases without a position are of sinks that keep none.
             let keeps_position = stands.is_some();
             let own = Own { stands: [(shard, stands.clone())].into(), keeps_position };
             let holes = holes(&name, &known, &shards, &own, &key);

@@ -1,12 +1,17 @@
-//! Starts of the stages in a lane that fail: `configure` is the plugin's code, and may fail in one shard and
-//! not in others, or now and not later.
+//! Failed starts of the stages in a lane.
 //!
-//! One lane's failure is tried again, then shown as blocked and tried again with longer pauses; the other
-//! lanes go on. Only a revision that starts in no lane is refused as a whole, and only while no lane has
-//! ever started: then nothing is lost by that, and whoever starts the process hears at once.
+//! `configure` is the plugin's code: it may fail in one shard and not in others, or now and not later. So a failure
+//! in one lane never stops the others.
 //!
-//! A start that the machine did not let end ([`CallErrorKind::Starved`]) says nothing about the revision. It counts
-//! as no failure, and is tried again for as long as it takes.
+//! | starts that failed in a row | what follows |
+//! |---|---|
+//! | 1, 2 | another try |
+//! | 3 | the lane is blocked; if no lane has ever started and the stages start in no other shard, the run ends |
+//! | more | the lane stays blocked, and tries again with growing pauses |
+//! | the machine was too busy ([`CallErrorKind::Starved`]) | blocked by the machine; not counted as a failure |
+//!
+//! Ending the whole run is right only while no lane has ever started: then nothing is lost, and whoever starts the
+//! process gets the error at once.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -24,25 +29,25 @@ use shardmill_plugin::{CallError, CallErrorKind};
 
 /// Tries until a lane counts as blocked.
 const TRIES: u32 = 3;
-/// The pauses between tries, up to the longest one that is configured.
+/// Pauses between tries, up to the longest one that is configured.
 const RETRY: RetryPolicy = RetryPolicy::doubling(Duration::from_millis(200), Duration::MAX);
-/// Other shards for which a revision must fail as well to count as one that starts nowhere. With each
-/// of them `configure` may take its whole time.
+/// Other shards in which a revision must fail as well before it counts as one that starts nowhere. `configure` may
+/// take its full time limit in each of them.
 const OTHERS_MAX: usize = 16;
 
-/// Whether stages have started in any lane of this process; its clones are one.
+/// Whether stages have started in any lane of this process. Clones share it.
 #[derive(Clone, Default)]
 pub struct Starts(Arc<Known>);
 
 #[derive(Default)]
 struct Known {
     has_started: AtomicBool,
-    /// One lane at a time finds out: the others would ask the same.
+    /// Held by the lane that finds out: the others would ask the same question.
     asking: Mutex<()>,
 }
 
 impl Starts {
-    /// The stages have started in a lane.
+    /// Notes that the stages have started in a lane.
     pub(super) fn note(&self) {
         self.0.has_started.store(true, Ordering::Relaxed);
     }
@@ -52,16 +57,16 @@ impl Starts {
     }
 }
 
-/// A start of the stages that has failed.
+/// A failed start of the stages.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct FailedStart {
     cause: String,
-    /// The machine did not let it end.
+    /// The machine was too busy for the start to finish.
     is_starved: bool,
 }
 
 impl FailedStart {
-    /// The host's own fault, in words.
+    /// Makes a failure of the host itself.
     pub(super) fn of_host(cause: impl std::fmt::Display) -> Self {
         Self { cause: cause.to_string(), is_starved: false }
     }
@@ -73,16 +78,16 @@ impl From<CallError> for FailedStart {
     }
 }
 
-/// Starts in a row that have failed.
+/// Consecutive failed starts.
 #[derive(Debug, Default)]
 pub(super) struct Tries {
     failed: u32,
-    /// Starts that were starved since the last one that failed otherwise.
+    /// Starts that found the machine too busy, since the last failure of another kind.
     starved: u32,
 }
 
 impl Tries {
-    /// Counts a failed start, and decides what follows from it.
+    /// Counts a failed start and decides what follows.
     fn next(&mut self, failed: &FailedStart) -> Next {
         if failed.is_starved {
             self.starved = self.starved.saturating_add(1);
@@ -92,23 +97,23 @@ impl Tries {
         next(self.failed)
     }
 
-    /// The pause before the next try.
+    /// Returns the pause before the next try.
     fn pause(&self, longest: Duration) -> Duration {
         let failures = if self.starved > 0 { self.starved } else { self.failed };
         RETRY.at_most(longest).pause(failures, 0.0)
     }
 }
 
-/// The next step, by the number of tries that have failed.
+/// Next step, by the number of failed tries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Next {
     /// Another try.
     Retry,
-    /// Another try of a lane that is shown as blocked by the machine. It says nothing about the revision.
+    /// Another try, with the lane shown as blocked by the machine. This says nothing about the revision.
     Starved,
-    /// The first time that it is time to give up the whole revision, if it starts nowhere.
+    /// The moment to decide whether the revision starts nowhere. Comes once.
     Decide,
-    /// Another try of a lane that is shown as blocked.
+    /// Another try, with the lane shown as blocked.
     Blocked,
 }
 
@@ -120,11 +125,11 @@ fn next(tries: u32) -> Next {
     }
 }
 
-/// Starts the stages of the next revision of a lane, with as many tries as a lane has before it counts as
-/// blocked, and with any number where the machine is too busy. The revision at work goes on meanwhile.
+/// Starts the stages of a lane's next revision. Failures are retried as often as a lane may before it counts as
+/// blocked; a busy machine is retried without end. The revision at work goes on meanwhile.
 ///
 /// # Errors
-/// Why they do not start, in words.
+/// The cause of the last failure.
 pub(super) async fn start_patiently<T: Send + 'static>(
     start: impl Fn() -> Result<T, CallError> + Clone + Send + 'static,
     stop: Stop,
@@ -141,7 +146,7 @@ pub(super) async fn start_patiently<T: Send + 'static>(
             Next::Retry => {}
             Next::Starved => tracing::warn!(
                 cause = %quoted(&failed.cause),
-                "the stages of the next revision have not started; they are tried again"
+                "the stages of the next revision do not start, because the machine is too busy; retrying"
             ),
             Next::Decide | Next::Blocked => return Err(failed.cause),
         }
@@ -153,8 +158,8 @@ pub(super) async fn start_patiently<T: Send + 'static>(
 }
 
 impl Lane<'_> {
-    /// Counts a failed start of the stages among the `tries` for the batch in hand, and waits until it is time
-    /// for the next, or until another revision may run the batch.
+    /// Counts a failed start of the stages in `tries`, for the batch in hand. Waits until it is time for the next
+    /// try, or until another revision may run the batch.
     ///
     /// # Errors
     /// [`LaneError::Fatal`] when the stages start in no lane; [`LaneError::Stopped`].
@@ -171,7 +176,7 @@ impl Lane<'_> {
             Next::Retry => {
                 let said = quoted(cause);
                 tracing::warn!(shard = %self.shard.shard, cause = %said, tries = tries.failed,
-                    "the stages do not start; they are tried again");
+                    "the stages do not start; retrying");
                 None
             }
             Next::Starved => Some(super::STARVED),
@@ -194,8 +199,8 @@ impl Lane<'_> {
         Ok(())
     }
 
-    /// Whether the stages start for no other shard that is read either. Never once any lane has started:
-    /// a process that works is not ended for what fails later. Nor where the machine is too busy to tell.
+    /// Whether the stages start in no other shard that is read either. False once any lane has started, because a
+    /// working process must not end for a later failure; false as well where the machine is too busy to find out.
     async fn starts_nowhere(&self) -> Result<bool, LaneError> {
         let starts = &self.shared.starts;
         let _asking = self.unless_stopped(starts.0.asking.lock()).await?;
@@ -214,7 +219,7 @@ impl Lane<'_> {
         Ok(!starts.has_started())
     }
 
-    /// Whether the stages of the revision at work start for another shard. Their instances are dropped.
+    /// Tries to start the stages of the revision at work for another shard, and drops their instances.
     async fn starts_for(&self, shard: ShardId) -> Result<Result<(), FailedStart>, LaneError> {
         let revision: Arc<Revision> = self.segments[0].revision.clone();
         let shard = ShardKey { shard, ..self.shard.clone() };
@@ -278,7 +283,7 @@ mod tests {
         assert_eq!(Tries::default().next(&panicked), Next::Retry);
     }
 
-    /// Starts that fail in this way so often, and then succeed with their number.
+    /// Makes starts that fail in this way `failures` times, and then return their number.
     async fn started_after(kind: CallErrorKind, failures: u32) -> Result<u32, String> {
         let tries = Arc::new(std::sync::atomic::AtomicU32::new(0));
         let start = move || match tries.fetch_add(1, Ordering::Relaxed) {

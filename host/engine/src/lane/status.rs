@@ -1,4 +1,8 @@
-//! What is shown of the lanes: nothing waits forever in silence.
+//! Status of the lanes: everything that waits is visible here, with its cause.
+//!
+//! Lanes write; the admin port, the reports, the metrics and the probation read. A part of a lane (a sink, the
+//! stages, the source) is blocked under its own name, so that one cause does not hide another. Each cause is logged
+//! once, and the metric of blocked parts follows.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -14,15 +18,15 @@ use shardmill_core::masking::{message, report};
 use shardmill_core::metric;
 use shardmill_core::record::{Position, ShardId, SinkName};
 
-/// The state of every lane, for the admin port, the reports and the end of a run; cheap to clone.
+/// Status of every lane, for the admin port, the reports and the end of a run. A clone is cheap and shares it.
 #[derive(Clone, Default)]
 pub struct StatusRegistry {
     shards: Arc<Mutex<BTreeMap<ShardId, ShardStatus>>>,
-    /// What of the run as a whole does not go on, and why.
+    /// Parts of the run as a whole that are blocked, with their causes.
     run: Arc<Mutex<BTreeMap<&'static str, String>>>,
-    /// How far the sinks are behind.
+    /// Lag of the sinks.
     lags: Arc<Mutex<BTreeMap<ShardId, LiveLag>>>,
-    /// Told when a lane runs another revision, or cannot.
+    /// Notified when a lane runs another revision, or cannot start it.
     changed: Arc<Notify>,
 }
 
@@ -31,9 +35,9 @@ pub struct StatusRegistry {
 pub struct LaneChange {
     /// Its shard.
     pub shard: ShardId,
-    /// The lane's pause in microseconds: from the last batch out of the old revision until the new one
-    /// is ready for the next, the hand-over to the sinks and the ledger's write included, less what it
-    /// waited for records. `None`: it was taken over anew, or begun with it.
+    /// The swap pause in microseconds: from the end of the last batch of the old revision until the new one is ready
+    /// for the next batch. It includes the hand-over to the sinks and the write to the ledger, but not the wait for
+    /// records. `None`: the lane was restarted, or began with the revision.
     pub pause_us: Option<u64>,
 }
 
@@ -42,52 +46,52 @@ pub struct LaneChange {
 pub struct WaitingLane {
     /// Its shard.
     pub shard: ShardId,
-    /// What it waits for.
+    /// The cause of the wait.
     pub why: String,
 }
 
-/// One shard, as shown.
+/// Status of one shard.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct ShardStatus {
     /// Records handed to the sinks since the process started.
     pub records_read: u64,
-    /// Of these, records that some sink had before.
+    /// Of these, records that some sink had already.
     pub records_replayed: u64,
-    /// Records that a stage did not take.
+    /// Records that a stage rejected.
     pub dead_letters: u64,
-    /// Reads in a row that brought nothing.
+    /// Consecutive reads that brought nothing.
     pub idle_reads: u64,
-    /// Whether every sink had committed all that was read, as of the last of these.
+    /// Whether every sink had committed everything that was read, at the last of these reads.
     #[serde(skip)]
     pub is_committed: bool,
     /// The age of the oldest record that a sink has not committed, in seconds, by sink.
     pub committed_lag_seconds: BTreeMap<String, f64>,
-    /// Milliseconds between what was read last and the end of the shard, as the server says. Deprecated:
-    /// it stays 0 while records wait behind a blocked sink.
+    /// Milliseconds between the last record read and the end of the shard, as the server says. Deprecated: it stays
+    /// 0 while records wait for a blocked sink.
     #[serde(rename = "behind_ms")]
     pub lag_ms: u64,
     /// The lane reads.
     pub running: bool,
-    /// The shard was closed and is settled.
+    /// The shard was closed, and all its records are committed.
     pub ended: bool,
     /// The position that the lane started at.
     pub started_from: Option<String>,
-    /// What does not go on, and why.
+    /// Blocked parts, with their causes.
     pub blocked: BTreeMap<String, String>,
     /// The revision at work.
     #[serde(rename = "generation")]
     pub revision: Option<String>,
-    /// The lane's pause at its last change of revision, in microseconds; see [`LaneChange::pause_us`].
+    /// The swap pause of the last change of revision, in microseconds; see [`LaneChange::pause_us`].
     pub change_pause_us: Option<u64>,
-    /// A revision that did not start here, and why.
+    /// A revision that did not start here, and the cause.
     pub does_not_start: Option<(String, String)>,
 }
 
-/// Text in the place of a cause, for who may not see records.
+/// Text in the place of a cause, for requests that may not see records.
 const CAUSE_HIDDEN: &str = "send the token to see the cause";
 
 impl ShardStatus {
-    /// Hides why something does not go on or start: plugins and databases quote records in what they say.
+    /// Hides the causes: plugins and databases quote records in their messages.
     pub fn hide_causes(&mut self) {
         let does_not_start = self.does_not_start.as_mut().map(|(_, cause)| cause);
         for cause in self.blocked.values_mut().chain(does_not_start) {
@@ -95,25 +99,26 @@ impl ShardStatus {
         }
     }
 
-    /// The lane begins.
+    /// Notes that the lane begins.
     pub fn acquired(&mut self, from: Option<&Position>) {
         self.running = true;
         self.started_from = from.map(ToString::to_string);
         self.blocked.clear();
     }
 
-    /// What a lane waits for that does not come to its next batch.
+    /// Says what a lane waits for that does not reach its next batch.
     fn waits_for(&self) -> String {
         if self.blocked.is_empty() {
-            return "it has not finished its batch, or runs again what the version before ran first"
+            return "it has not finished its batch, or it replays records that the earlier version ran first"
                 .into();
         }
         let parts = self.blocked.iter().map(|(part, cause)| format!("{part}: {cause}"));
         parts.collect::<Vec<_>>().join("; ")
     }
 
-    /// Two reads in a row brought nothing, the server says that nothing is left, and every sink has committed
-    /// all that was read: the drain would give up what a sink does not take in its time.
+    /// Whether everything is read and committed: two reads in a row brought nothing, the server says that nothing is
+    /// left, and every sink has committed everything. The commits must be waited for here, because the shutdown
+    /// drops what a sink does not take in time.
     pub fn caught_up(&self) -> bool {
         let has_read_all = self.running && self.idle_reads >= 2 && self.lag_ms == 0;
         self.ended || (has_read_all && self.is_committed)
@@ -121,7 +126,7 @@ impl ShardStatus {
 }
 
 impl StatusRegistry {
-    /// Changes the state of a shard.
+    /// Changes the status of a shard.
     pub fn update(&self, shard: &ShardId, change: impl FnOnce(&mut ShardStatus)) {
         let mut shards = self.lock();
         let status = shards.entry(shard.clone()).or_default();
@@ -132,14 +137,14 @@ impl StatusRegistry {
         }
     }
 
-    /// Marks a part of a lane as blocked; says so once per cause.
+    /// Marks a part of a lane as blocked. Logs each cause once.
     pub fn block(&self, shard: &ShardId, part: &str, cause: &str) {
-        // A plugin or a server may have worded it.
+        // A plugin or a server may have worded the cause.
         let cause = &message(cause)[..];
         let mut shards = self.lock();
         let status = shards.entry(shard.clone()).or_default();
         let before = status.blocked.insert(part.to_owned(), cause.to_owned());
-        // How far a search is changes all the time; that it goes on is said once.
+        // The progress of a search changes all the time, so only its begin is logged.
         let is_news = match part == super::SEARCH {
             true => before.is_none(),
             false => before.as_deref() != Some(cause),
@@ -150,7 +155,7 @@ impl StatusRegistry {
         gauge(shard, status);
     }
 
-    /// The part goes on.
+    /// Marks a part of a lane as no longer blocked.
     pub(crate) fn unblock(&self, shard: &ShardId, part: &str) {
         let mut shards = self.lock();
         if let Some(status) = shards.get_mut(shard)
@@ -161,7 +166,7 @@ impl StatusRegistry {
         }
     }
 
-    /// Marks a part of the run that belongs to no shard as blocked; says so once per cause.
+    /// Marks a part of the run that belongs to no shard as blocked. Logs each cause once.
     pub(crate) fn block_run(&self, part: &'static str, cause: &str) {
         let cause = &message(cause)[..];
         let mut run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
@@ -171,7 +176,7 @@ impl StatusRegistry {
         }
     }
 
-    /// The part goes on.
+    /// Marks a part of the run as no longer blocked.
     pub(crate) fn unblock_run(&self, part: &'static str) {
         let mut run = self.run.lock().unwrap_or_else(PoisonError::into_inner);
         if run.remove(part).is_some() {
@@ -179,12 +184,12 @@ impl StatusRegistry {
         }
     }
 
-    /// What of the run as a whole does not go on, and why.
+    /// Returns the blocked parts of the run as a whole, with their causes.
     pub fn blocked_run(&self) -> BTreeMap<&'static str, String> {
         self.run.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The lane runs this revision now; `pause` is as in [`LaneChange::pause_us`].
+    /// Notes that the lane runs this revision now; `pause` is as in [`LaneChange::pause_us`].
     pub fn runs(&self, shard: &ShardId, revision: &str, pause: Option<Duration>) {
         self.update(shard, |status| {
             status.revision = Some(revision.to_owned());
@@ -194,7 +199,7 @@ impl StatusRegistry {
         self.changed.notify_waiters();
     }
 
-    /// The lane cannot run this revision, and goes on with the one before.
+    /// Notes that the lane cannot start this revision, and goes on with the one before.
     pub(crate) fn does_not_start(&self, shard: &ShardId, revision: &str, cause: &str) {
         self.update(shard, |status| {
             let cause = report(cause);
@@ -203,11 +208,11 @@ impl StatusRegistry {
         self.changed.notify_waiters();
     }
 
-    /// Waits until every lane that reads runs a revision, up to `end` at most, and every lane of `let_go`
-    /// reads again. Gives those that do and those that do not yet.
+    /// Waits until every lane that reads runs a revision and every lane of `let_go` reads again, but at most until
+    /// `end`. Returns the lanes that have changed, and those that have not.
     ///
     /// # Errors
-    /// Why a lane cannot run it.
+    /// Why a lane cannot start it.
     #[boxed]
     pub(crate) async fn changed_to(
         &self,
@@ -221,7 +226,8 @@ impl StatusRegistry {
             for (shard, status) in self.snapshot() {
                 if !status.running {
                     if !status.ended && let_go.contains(&shard) {
-                        let why = "it was let go, and is not taken over yet".to_owned();
+                        let why =
+                            "it has stopped for the change and has not restarted yet".to_owned();
                         waiting.push(WaitingLane { shard, why });
                     }
                     continue;
@@ -242,13 +248,13 @@ impl StatusRegistry {
         }
     }
 
-    /// The lanes that read, and what each waits for should it not come to its next batch.
+    /// Returns the lanes that read, and what each waits for if it does not reach its next batch.
     pub fn running(&self) -> Vec<WaitingLane> {
         let running = self.snapshot().into_iter().filter(|(_, status)| status.running);
         running.map(|(shard, status)| WaitingLane { why: status.waits_for(), shard }).collect()
     }
 
-    /// The lanes whose stages do not go on, and why. Not those that a busy machine holds up.
+    /// Returns the lanes whose stages are blocked, with the causes. Lanes that a busy machine blocks are left out.
     pub(crate) fn blocked_stages(&self) -> Vec<(ShardId, String)> {
         let shards = self.lock();
         let blocked = shards.iter().filter_map(|(shard, status)| {
@@ -257,7 +263,7 @@ impl StatusRegistry {
         blocked.collect()
     }
 
-    /// A copy of all.
+    /// Returns a copy of all statuses, with the current lags.
     pub fn snapshot(&self) -> BTreeMap<ShardId, ShardStatus> {
         let mut shards = self.lock().clone();
         for (shard, sink, age) in self.committed_lags() {
@@ -268,12 +274,12 @@ impl StatusRegistry {
         shards
     }
 
-    /// Notes something of a shard's lag; gives what that gives.
+    /// Runs `note` on a shard's lag and returns its result.
     pub fn lag<T>(&self, shard: &ShardId, note: impl FnOnce(&mut LiveLag) -> T) -> T {
         note(self.lags().entry(shard.clone()).or_default())
     }
 
-    /// The deliveries of every shard whose lane has begun.
+    /// Returns the deliveries of every shard whose lane has begun.
     pub(super) fn deliveries(&self) -> Vec<(ShardId, LiveDelivery)> {
         let lags = self.lags();
         let of = |(shard, lag): (&ShardId, &LiveLag)| {
@@ -283,7 +289,7 @@ impl StatusRegistry {
         lags.iter().flat_map(of).collect()
     }
 
-    /// The age of the oldest record that a sink has not committed, by shard and sink.
+    /// Returns the age of the oldest record that a sink has not committed, by shard and sink.
     pub(crate) fn committed_lags(&self) -> Vec<(ShardId, SinkName, Duration)> {
         let now_ms = chrono::Utc::now().timestamp_millis();
         let mut lags = self.lags();
@@ -294,7 +300,7 @@ impl StatusRegistry {
         lags.iter_mut().flat_map(of).collect()
     }
 
-    /// Sets the metric of the lags to what they are now.
+    /// Sets the lag metric to the current lags.
     pub fn show_lags(&self) {
         for (shard, sink, age) in self.committed_lags() {
             metrics::gauge!(metric::COMMITTED_LAG_SECONDS,

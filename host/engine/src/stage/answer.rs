@@ -1,4 +1,4 @@
-//! What a plugin answers to a call, proven against the contract and the limits.
+//! A plugin's answer to a call, validated against the contract and the limits.
 
 use bytes::Bytes;
 
@@ -7,16 +7,16 @@ use shardmill_config::StageLimits;
 use shardmill_core::record::{excerpt, shortened};
 use shardmill_plugin::{CallError, Outcome, Output, Reject, Span};
 
-/// What an output costs the host beside its bytes: its words, and what it is on its way to a sink.
+/// Bytes that an output costs the host besides its own: its words, and its overhead on the way to a sink.
 const OUTPUT_OVERHEAD_BYTES: usize = 256;
-/// Reasons of one run of a stage that are kept whole, in bytes: as many as the records of a batch may have. One
+/// Bytes of the reasons of one run of a stage that are kept whole: as many as the records of a batch may have. One
 /// record may become 10,000 items, which may all be rejected.
 const REASONS_BYTES_MAX: usize = 8 << 20;
-/// The bytes that are kept of each reason after them.
+/// Bytes that are kept of each reason beyond that.
 const REASON_BYTES_AFTER: usize = 128;
-/// What a reject costs the host beside its reason: it becomes a dead letter.
+/// Bytes that a reject costs the host besides its reason: it becomes a dead letter.
 const REJECT_OVERHEAD_BYTES: usize = 512;
-/// The words of an output, and of a reject.
+/// Words of an output, and of a reject.
 const OUTPUT_WORDS: usize = 6;
 const REJECT_WORDS: usize = 3;
 
@@ -27,23 +27,23 @@ pub struct StageOutput {
     pub item: usize,
     /// Index of the route in the plugin's descriptor.
     pub route: usize,
-    /// The partition key; `None` is the item's own.
+    /// The partition key; `None`: the item's own.
     pub key: Option<Bytes>,
-    /// The payload; `None` is the item's own.
+    /// The payload; `None`: the item's own.
     pub payload: Option<Bytes>,
 }
 
-/// The outputs of one call as the plugin wrote them, proven to keep the contract.
+/// The validated outputs of one call, as the plugin wrote them.
 #[derive(Debug)]
 pub(super) struct PluginAnswer {
     arena: Bytes,
     outputs: Vec<u32>,
-    /// The index of the call's first item.
+    /// Index of the call's first item.
     first_item: usize,
 }
 
 impl PluginAnswer {
-    /// The outputs, sharing the arena.
+    /// Returns the outputs, which share the arena.
     fn outputs(&self) -> impl Iterator<Item = StageOutput> {
         let (outputs, _) = self.outputs.as_chunks();
         let share = |span: Span| {
@@ -58,7 +58,7 @@ impl PluginAnswer {
     }
 }
 
-/// One item that the stage did not take.
+/// An item that the stage rejected.
 #[derive(Clone, Debug)]
 pub struct Rejected {
     /// Index of the item.
@@ -67,48 +67,48 @@ pub struct Rejected {
     pub reason: String,
     /// The plugin's stack, when it trapped.
     pub backtrace: String,
-    /// The call gave no answer: it trapped or went over a limit.
+    /// The call failed: it trapped or exceeded a limit.
     pub trapped: bool,
 }
 
-/// What a stage made of a flow.
+/// Outcome of a flow at a stage.
 #[derive(Debug, Default)]
 pub struct StageOutcome {
-    /// One for each call that went well: one in all, unless a culprit was searched for.
+    /// One for each successful call: a single one, unless there was a search for culprits.
     pub(super) answers: Vec<PluginAnswer>,
-    /// What was rejected, by ascending item.
+    /// The rejected items, in ascending order.
     pub rejected: Vec<Rejected>,
-    /// The bytes of the reasons in it.
+    /// Bytes of their reasons.
     reason_bytes: usize,
-    /// The bytes of the answers' arenas.
+    /// Bytes of the answers' arenas.
     arena_bytes: usize,
 }
 
-/// What an outcome may hold, in bytes. What came in may always pass once.
+/// Returns the bytes that an outcome may hold. The input may always pass unchanged.
 pub(super) fn occupied_bytes_max(flow: &[Item], limits: &StageLimits) -> usize {
     let entered: usize = flow.iter().map(|item| item.key.len() + item.payload.len()).sum();
     limits.answer_bytes_max().max(entered + flow.len() * OUTPUT_OVERHEAD_BYTES)
 }
 
 impl StageOutcome {
-    /// What goes on, by ascending item.
+    /// Returns the outputs, by ascending item.
     pub fn outputs(&self) -> impl Iterator<Item = StageOutput> {
         self.answers.iter().flat_map(PluginAnswer::outputs)
     }
 
-    /// How many outputs there are.
+    /// Returns the number of outputs.
     pub(super) fn output_count(&self) -> usize {
         self.answers.iter().map(|answer| answer.outputs.len() / OUTPUT_WORDS).sum()
     }
 
-    /// What it holds as long as it is in hand, in bytes.
+    /// Returns the memory that the outcome holds, in bytes.
     pub(super) fn occupied_bytes(&self) -> usize {
         let outputs = self.output_count() * OUTPUT_OVERHEAD_BYTES;
         let rejected = self.rejected.len() * REJECT_OVERHEAD_BYTES + self.reason_bytes;
         self.arena_bytes + outputs + rejected
     }
 
-    /// Adds what another call made of later items.
+    /// Adds the outcome of a call with later items.
     pub(super) fn add(&mut self, made: Self) {
         self.arena_bytes += made.arena_bytes;
         self.answers.extend(made.answers);
@@ -122,13 +122,13 @@ impl StageOutcome {
         }
     }
 
-    /// What the outputs share.
+    /// Returns the arenas that the outputs share.
     pub(super) fn arenas(&self) -> impl Iterator<Item = &Bytes> {
         self.answers.iter().map(|answer| &answer.arena)
     }
 }
 
-/// Proves an answer against the contract and the limits. `first_item` is added to its item indexes.
+/// Validates an answer against the contract and the limits. `first_item` is added to its item indexes.
 pub(super) fn validate(
     flow: &[Item],
     outcome: Outcome,
@@ -139,14 +139,14 @@ pub(super) fn validate(
     let Outcome { arena, outputs, rejects } = outcome;
     let items = flow.len();
     let mut last = 0;
-    // Spans may share bytes, so that what goes on can be far more than what was handed back.
+    // Spans may overlap, so the outputs can be far larger than the arena.
     let mut output_bytes = 0;
     let mut is_arena_used = false;
     let output_bytes_max = occupied_bytes_max(flow, limits);
     let words = whole(&outputs, "outputs")?;
     if words.len() > items.saturating_mul(limits.outputs_per_record_max) {
         return Err(CallError::output(format!(
-            "{} outputs of {items} records, over the limit of {} each",
+            "too many outputs: expected at most {1} for each of {items} records, found {0}",
             words.len(),
             limits.outputs_per_record_max
         )));
@@ -155,17 +155,17 @@ pub(super) fn validate(
         let input = output.input as usize;
         if input >= items {
             return Err(CallError::contract(format!(
-                "output {index} names input {input}, which is not there"
+                "output {index} has an invalid input index: expected less than {items}, found {input}"
             )));
         }
         if input < last {
             return Err(CallError::contract(format!(
-                "output {index} is not in the order of the inputs"
+                "output {index} is out of order: expected input {last} or later, found {input}"
             )));
         }
         if output.route as usize >= routes {
             return Err(CallError::contract(format!(
-                "output {index} names route {}, but {routes} are declared",
+                "output {index} has an invalid route index: expected less than {routes}, found {}",
                 output.route
             )));
         }
@@ -178,18 +178,20 @@ pub(super) fn validate(
         output_bytes += key.unwrap_or(&item.key).len() + payload.unwrap_or(&item.payload).len();
         // Millions of empty outputs are not free.
         output_bytes += OUTPUT_OVERHEAD_BYTES;
-        // Before a key is read: to read one key of many outputs again and again takes for ever.
+        // This check comes before a key is read: reading one key for many outputs would take forever.
         if output_bytes > output_bytes_max {
             return Err(CallError::output(format!(
-                "outputs of more than {output_bytes_max} bytes in all, keys and \
-                 {OUTPUT_OVERHEAD_BYTES} bytes for each included ({})",
+                "outputs of more than {output_bytes_max} bytes in total, with keys and {OUTPUT_OVERHEAD_BYTES} \
+                 bytes for each ({})",
                 limits.answer_bound()
             )));
         }
         if let Some(key) = key {
             // The next stage or sink may read it as text.
             std::str::from_utf8(key).map_err(|error| {
-                CallError::contract(format!("the key of output {index} is no UTF-8: {error}"))
+                CallError::contract(format!(
+                    "the key of output {index} is not valid UTF-8: {error}"
+                ))
             })?;
         }
     }
@@ -199,7 +201,8 @@ pub(super) fn validate(
         let input = reject.input as usize;
         if input >= items || rejected_before.is_some_and(|before| input <= before) {
             return Err(CallError::contract(format!(
-                "reject {index} names input {input}, which is not there, out of order, or named twice"
+                "reject {index} has an invalid input index: expected ascending indexes less than {items}, \
+                 found {input}"
             )));
         }
         if words
@@ -221,7 +224,7 @@ pub(super) fn validate(
         let (item, backtrace) = (input + first_item, String::new());
         rejected.push(Rejected { item, reason, backtrace, trapped: false });
     }
-    // Reasons are copies: of an arena that no output lies in, nothing is needed.
+    // Reasons are copies, so an arena without outputs can be dropped.
     let arena = if is_arena_used { Bytes::from(arena) } else { Bytes::new() };
     let arena_bytes = arena.len();
     let answers = match outputs.is_empty() {
@@ -231,24 +234,24 @@ pub(super) fn validate(
     Ok(StageOutcome { answers, rejected, reason_bytes, arena_bytes })
 }
 
-/// The words, cut into records of `N`.
+/// Returns the words as records of `N` words.
 fn whole<'w, const N: usize>(words: &'w [u32], what: &str) -> Result<&'w [[u32; N]], CallError> {
     match words.as_chunks() {
         (records, []) => Ok(records),
         (records, rest) => Err(CallError::contract(format!(
-            "its {what} end within a record: {} of {N} words follow the first {}",
+            "its {what} end within a record: found {} of {N} words after {} complete records",
             rest.len(),
             records.len()
         ))),
     }
 }
 
-/// The bytes of a span.
+/// Returns the bytes of a span.
 #[inline]
 fn slice<'a>(arena: &'a [u8], span: Span, what: &str, index: usize) -> Result<&'a [u8], CallError> {
     flow::within(span, arena.len()).map(|range| &arena[range]).ok_or_else(|| {
         CallError::contract(format!(
-            "{what} {index} lies outside of the answer's arena of {} bytes ({}+{})",
+            "{what} {index} is outside of the answer's arena: expected a span within {} bytes, found {}+{}",
             arena.len(),
             span.start,
             span.length
@@ -265,7 +268,7 @@ mod tests {
         Item { record: 0, ordinal: 0, upstream_route: 0, key: Bytes::new(), payload }
     }
 
-    /// An answer with so many outputs of nothing, for the first item.
+    /// Makes an answer with this many empty outputs, for the first item.
     fn empty_outputs(outputs: usize) -> Outcome {
         let none = Some(Span { start: 0, length: 0 });
         let output = Output { input: 0, route: 0, key: none, payload: none };
@@ -283,7 +286,7 @@ mod tests {
         assert!(refused.contains("outputs of more than 67108864 bytes"), "{refused}");
     }
 
-    /// Items that one record may become, each rejected with the same 8 KiB: by one call, and by two.
+    /// Items that one record may become, each rejected with the same 8 KiB: in one call, and in two.
     #[test]
     fn wall_04_reasons_of_many_rejects_are_bounded_together() {
         const ITEMS: u32 = 10_000;

@@ -1,4 +1,17 @@
-//! One lane's instances of a revision: a batch in, rows for the sinks and dead letters out.
+//! One lane's instances of a revision: turns a batch into rows for the sinks and dead letters.
+//!
+//! Invariants:
+//!
+//! - A batch has one outcome, after all its stages. If a stage cannot finish ([`Blocked`]), nothing of the batch was
+//!   delivered or counted, and the same batch may be run again, by this revision or another.
+//! - Outputs keep the order of their records, also where a canary runs some of them.
+//! - An item that has a dead letter of a stage already (`dead_lettered`) is not run there again: its outcome is known, and
+//!   a second run could differ from the first.
+//! - A row is identified by its record's position and its number among the record's rows, over all stages. So a
+//!   replay by the same revision gives the same identities.
+//!
+//! After [`Blocked::Later`] the batch stays in hand, and the next run goes on at the stage that asked for a retry.
+//! All other failures begin again at the first stage.
 
 use std::collections::VecDeque;
 use std::mem;
@@ -24,26 +37,26 @@ use shardmill_state::CanarySpec;
 use shardmill_state::RejectionWindow;
 use shardmill_state::{DeadLetter, DeadLetterKey, DeadLetteredItems, MadeBy};
 
-/// A row and the sinks that it goes to.
+/// A row and the stage and route that decide its sinks.
 #[derive(Debug)]
 pub struct Routed {
     /// The row.
     pub row: Row,
-    /// Index of the stage in the revision, and of the route in its descriptor: the sinks are
-    /// `targets[route]` of that stage.
+    /// Index of the stage in the revision, and of the route in its descriptor: the sinks are `targets[route]` of
+    /// that stage.
     pub stage: usize,
     /// See `stage`.
     pub route: usize,
 }
 
-/// What a batch became.
+/// Outcome of a batch.
 #[derive(Debug, Default)]
 pub struct ChainOutcome {
     /// Rows for sinks, by ascending (position, ordinal) per stage.
     pub routed: Vec<Routed>,
-    /// Records that a stage did not take.
+    /// Dead letters of records that a stage rejected.
     pub dead_letters: Vec<DeadLetter>,
-    /// What the rows share with others.
+    /// Arenas that rows share with others.
     pub arenas: Arenas,
 }
 
@@ -56,37 +69,36 @@ pub struct Entered {
     pub payload: Bytes,
 }
 
-/// Why a batch could not be run. Nothing of it has an outcome.
+/// Why a batch could not be run. No record of it has an outcome.
 #[derive(Debug)]
 pub enum Blocked {
-    /// The end was asked for first. These records were found to be guilty by then.
+    /// A stop was asked for. These are the dead letters of the culprits found so far.
     Stopped(Vec<DeadLetter>),
-    /// The plugin asks for another try after a pause. The same batch goes on where it was.
+    /// The plugin asks for a retry after a pause. The same batch goes on at the same stage.
     Later(String, Duration),
-    /// It may pass by itself: try the same batch again.
+    /// The failure may pass by itself: run the same batch again.
     Retry(String),
-    /// The machine did not give a call the time to end: try the same batch again. It says nothing about the
-    /// plugin.
+    /// The machine was too busy for a call to finish: run the same batch again. This says nothing about the plugin.
     Starved(String),
-    /// A person must act: the plugin or the limits.
+    /// A person must act: on the plugin or the limits.
     Broken(String),
-    /// What the batch becomes holds more than a lane may have in hand. So many of its first records have room,
-    /// at least one and not all: they are to be run by themselves, and the others after them.
+    /// The outputs would hold more memory than a lane may have in hand. This many of the first records fit, at least
+    /// one and not all: they must be run separately, and the others after them.
     TooMuch(usize),
 }
 
-/// One lane's stages.
+/// The stages of one lane.
 pub struct Chain {
     revision: Arc<Revision>,
     runners: Vec<Runners>,
     window: RejectionWindow,
     samples: Samples,
-    /// The batch whose stages wait for another try.
+    /// The batch whose stage asked for a retry.
     in_hand: Option<InHand>,
     searching: Arc<watch::Sender<Option<String>>>,
 }
 
-/// What a search for guilty records has done so far, in words; `None`: there is none, or it is a short one.
+/// Progress of a search for culprits, as text; `None`: there is none, or it is short.
 pub type Searching = watch::Receiver<Option<String>>;
 
 /// A batch on its way through the stages.
@@ -94,15 +106,15 @@ struct InHand {
     batch: Arc<Batch>,
     outcome: ChainOutcome,
     rejected_records: Vec<bool>,
-    /// Rows are numbered per record over all stages: with the position, a row's identity.
+    /// Rows are numbered per record over all stages: with the position, this is a row's identity.
     rows_of_record: Vec<u32>,
-    /// The stage that it is at.
+    /// Index of the stage that it is at.
     stage: usize,
-    /// What is about to enter that stage; `None`: it has, in parts.
+    /// Items that are about to enter that stage; `None`: they have, in parts.
     entering: Option<Flow>,
-    /// The parts that have not been run there yet.
+    /// Parts that were not run there yet.
     parts: VecDeque<Part>,
-    /// What goes on to the next stage.
+    /// Items that go on to the next stage.
     on: Flow,
 }
 
@@ -115,12 +127,12 @@ struct Part {
 /// The instances of one stage.
 struct Runners {
     own: StageRunner,
-    /// The version that has some of the keys, and which.
+    /// The version that gets some of the keys, and which keys.
     canary: Option<(CanarySpec, StageRunner)>,
 }
 
 impl Runners {
-    /// Parts a flow by the instances that run it.
+    /// Splits a flow by the instances that run its items.
     fn parts(&self, batch: &Batch, flow: Flow) -> VecDeque<Part> {
         let Some((spec, _)) = &self.canary else {
             return [Part { is_canary: false, flow }].into();
@@ -130,7 +142,7 @@ impl Runners {
         [Part { is_canary: false, flow: own }, Part { is_canary: true, flow: with_canary }].into()
     }
 
-    /// The instance that runs a part.
+    /// Returns the instance that runs a part.
     fn of(&mut self, part: &Part) -> &mut StageRunner {
         match &mut self.canary {
             Some((_, canary)) if part.is_canary => canary,
@@ -143,7 +155,7 @@ impl Chain {
     /// Starts an instance of each stage for a shard.
     ///
     /// # Errors
-    /// The stage whose plugin does not start, and why.
+    /// The stage whose plugin does not start, and the cause.
     pub fn start(
         revision: &Arc<Revision>,
         shard: &ShardKey,
@@ -179,23 +191,23 @@ impl Chain {
         })
     }
 
-    /// Where a search for guilty records is shown while a batch runs.
+    /// Returns the progress of searches for culprits while a batch runs.
     pub fn searching(&self) -> Searching {
         self.searching.subscribe()
     }
 
-    /// The revision that runs here.
+    /// Returns the revision that runs here.
     pub fn revision(&self) -> &Arc<Revision> {
         &self.revision
     }
 
-    /// The stage that a letter names.
+    /// Returns the stage that a dead letter names.
     fn stage_at(&self, place: &DeadLetterPlace) -> Option<&LoadedStage> {
         let DeadLetterPlace::Stage(name) = place else { return None };
         self.revision.stages.iter().find(|stage| stage.name == *name)
     }
 
-    /// The sinks of a routed row.
+    /// Returns the sinks of a routed row.
     pub(crate) fn sinks_of<'s>(&'s self, routed: &'s Routed) -> &'s [SinkName] {
         if let Some(sink) = redriven_to(&routed.row.batch) {
             return std::slice::from_ref(sink);
@@ -207,24 +219,24 @@ impl Chain {
         }
     }
 
-    /// The stage that a batch enters, by its index, and what it gets there.
+    /// Returns the index of the stage that a batch enters, and its items there.
     fn enter(&self, batch: &Batch) -> Result<(usize, Flow), Blocked> {
         let Entry::Redrive(redrive) = &batch.entry else { return Ok((0, flow::first_flow(batch))) };
         let stages = &self.revision.stages;
         let is_there =
             |stage: &LoadedStage| DeadLetterPlace::Stage(stage.name.clone()) == redrive.place;
         let index = stages.iter().position(is_there).ok_or_else(|| {
-            Blocked::Broken(format!("{} is gone from the pipeline", redrive.place))
+            Blocked::Broken(format!("{} is missing from the pipeline", redrive.place))
         })?;
         let upstream = &stages[index].upstream;
         let by_name = upstream.iter().position(|route| route.name == redrive.route.as_str());
-        // Letters of older versions do not say how the record came; mostly there is one way.
+        // Dead letters of older versions do not store the route; usually there is only one.
         let only = || (redrive.route.as_str().is_empty() && upstream.len() == 1).then_some(0);
         let route = by_name.or_else(only).and_then(|route| u32::try_from(route).ok());
         let route = route.ok_or_else(|| {
             let expected: Vec<&str> = upstream.iter().map(|route| route.name.as_str()).collect();
             Blocked::Broken(format!(
-                "records came to {} by route {:?}, which enters it no more: due is one of {expected:?}",
+                "unknown route into {}: expected one of {expected:?}, found {:?}",
                 redrive.place,
                 redrive.route.as_str()
             ))
@@ -259,8 +271,8 @@ impl Chain {
         self.count(run.outcome, run.rejected_records)
     }
 
-    /// Runs a batch up to a place, and gives what enters there. Nothing is delivered, and nothing is counted
-    /// as rejected. After [`Blocked::Later`] the same batch goes on where it was.
+    /// Runs a batch up to a place, and returns the items that enter there. Nothing is delivered or counted as
+    /// rejected. After [`Blocked::Later`] the same batch goes on at the same stage.
     ///
     /// # Errors
     /// [`Blocked`].
@@ -300,7 +312,7 @@ impl Chain {
         Ok(rows.map(|Routed { row, .. }| Entered { key: row.key, payload: row.payload }).collect())
     }
 
-    /// A batch before its first stage.
+    /// Makes a batch that has not entered its first stage.
     fn begin(&self, batch: &Arc<Batch>) -> Result<InHand, Blocked> {
         let (stage, flow) = self.enter(batch)?;
         Ok(InHand {
@@ -378,14 +390,14 @@ impl Chain {
             // Each part is in order; the next stage gets both as one flow.
             run.on.sort_by_key(|item| (item.record, item.ordinal));
         }
-        // An answer that no output goes on with is let go of before the next stage makes another.
+        // Answers that no output uses any more are freed before the next stage makes another.
         run.outcome.arenas.forget_unused();
         run.entering = Some(mem::take(&mut run.on));
         run.stage += 1;
         Ok(())
     }
 
-    /// Counts what was rejected of a batch that has passed all stages.
+    /// Counts the rejected records of a batch that has passed all stages.
     fn count(
         &mut self,
         outcome: ChainOutcome,
@@ -406,7 +418,7 @@ impl Chain {
     }
 }
 
-/// The sink that the records enter at once, if they do.
+/// Returns the sink that the records enter directly, if a redrive says so.
 fn redriven_to(batch: &Batch) -> Option<&SinkName> {
     match &batch.entry {
         Entry::Redrive(redrive) => match &redrive.place {
@@ -417,7 +429,7 @@ fn redriven_to(batch: &Batch) -> Option<&SinkName> {
     }
 }
 
-/// The records of a batch that passes no stage, as rows.
+/// Returns the records of a batch that passes no stage, as rows.
 fn unchanged(batch: &Arc<Batch>) -> Vec<Routed> {
     let route = match &batch.entry {
         Entry::Redrive(redrive) => RowRoute::from(redrive.route.as_str()),
@@ -435,13 +447,13 @@ fn unchanged(batch: &Arc<Batch>) -> Vec<Routed> {
     rows.map(|row| Routed { row, stage: 0, route: 0 }).collect()
 }
 
-/// Where a stage's outputs go.
+/// Destinations of a stage's outputs.
 struct Out<'o> {
     routed: &'o mut Vec<Routed>,
     on: &'o mut Flow,
 }
 
-/// Parts a stage's outputs: rows for sinks, and what goes on to the next stage.
+/// Splits a stage's outputs into rows for sinks and items for the next stage.
 fn route(
     batch: &Arc<Batch>,
     mut flow: Flow,
@@ -452,8 +464,8 @@ fn route(
     rows_of_record: &mut [u32],
 ) {
     let loaded = runner.stage();
-    // Names of the batch's own: sinks let go of their rows on other threads, and would contend with
-    // those who take the next ones for a count that all share.
+    // Each batch has its own copy of the names: sinks drop their rows on other threads, and would contend for one
+    // reference count with the threads that clone the names of the next rows.
     let digest: Arc<str> = loaded.plugin.digest.as_str().into();
     let own_name = |name: &RouteName| RowRoute::new(name.as_str().into(), digest.clone());
     let route_names: Vec<RowRoute> = loaded.route_names.iter().map(own_name).collect();
@@ -462,7 +474,7 @@ fn route(
     while let Some(output) = outputs.next() {
         let item = &mut flow[output.item];
         let record = item.record;
-        // The item's last output takes what it shares over, which saves counting references.
+        // The item's last output takes the shared bytes over, which saves reference counting.
         let is_last = outputs.peek().is_none_or(|next| next.item != output.item);
         let own = |bytes: &mut Bytes| if is_last { mem::take(bytes) } else { bytes.clone() };
         let key = output.key.unwrap_or_else(|| own(&mut item.key));
@@ -509,7 +521,7 @@ fn dead_letter_key(batch: &Batch, item: &Item, place: &DeadLetterPlace) -> DeadL
     }
 }
 
-/// What the letters of a stage have in common: one record may have thousands.
+/// Parts that the dead letters of a stage have in common, because one record may have thousands.
 struct Author<'s> {
     stage: &'s LoadedStage,
     plugin: Arc<str>,
@@ -550,14 +562,14 @@ fn dead_letter(
         arrived_ms: record.arrived_ms,
         plugin: author.plugin.clone(),
         digest: author.digest.clone(),
-        // The plugin may repeat what it was given.
+        // The plugin may quote its input.
         reason: author.stage.services.values.hide(rejected.reason),
         backtrace: rejected.backtrace,
         made: MadeBy::of(batch, revision),
     }
 }
 
-/// A stage and its plugin, as a person who must act looks for them.
+/// Names a stage and its plugin as a person needs them to find it.
 fn named(stage: &LoadedStage) -> String {
     format!(
         "stage {} (plugin {} {}, {})",
@@ -570,12 +582,12 @@ fn named(stage: &LoadedStage) -> String {
 
 fn blocked(runner: &StageRunner, error: RunError) -> Blocked {
     let plugin = named(runner.stage());
-    // The plugin may repeat what it was given.
+    // The plugin may quote its input.
     let hidden = |said: String| runner.stage().services.values.hide(said);
     match error {
         RunError::Stopped(_) => Blocked::Stopped(Vec::new()),
         RunError::Later(reason, pause) => {
-            Blocked::Later(hidden(format!("{plugin}: asks for another try: {reason}")), pause)
+            Blocked::Later(hidden(format!("{plugin}: asks for a retry: {reason}")), pause)
         }
         RunError::AllFailed(reason) => {
             Blocked::Retry(hidden(format!("{plugin}: every record fails: {reason}")))
@@ -587,7 +599,7 @@ fn blocked(runner: &StageRunner, error: RunError) -> Blocked {
         RunError::NoInstance(error) if error.kind == CallErrorKind::Starved => {
             Blocked::Starved(format!("{plugin} does not start: {error}"))
         }
-        // What `configure` failed for may be over later, such as the time of day.
+        // The cause of a failed `configure` may pass, such as a time of day.
         RunError::NoInstance(error) => Blocked::Retry(format!("{plugin} does not start: {error}")),
         RunError::Starved(reason) => Blocked::Starved(format!("{plugin}: {reason}")),
         RunError::TooMuch(record) => Blocked::TooMuch(record as usize),

@@ -1,14 +1,14 @@
-//! What a stage needs of the rows that enter it, checked against what the routes before it carry.
+//! Columns that a stage needs in its input, checked against the columns that the routes before it carry.
 //!
-//! A plugin says it in its descriptor's `extra`, under [`NEEDS`]: a JSON array of objects with
-//! `name`, `data_type` and `nullable`. A route that declares no columns is not checked: nobody knows.
+//! A plugin lists them in its descriptor's `extra`, under [`NEEDS`]: a JSON array of objects with `name`,
+//! `data_type` and `nullable`. A route that declares no columns is not checked, because nothing is known about it.
 
 use serde::Deserialize;
 
 use shardmill_core::escape::escaped;
 pub use shardmill_plugin::{Column, Descriptor, Route, check_column};
 
-/// The name in `descriptor.extra`.
+/// Name of the entry in `descriptor.extra`.
 pub const NEEDS: &str = "needs-columns";
 
 #[derive(Deserialize)]
@@ -20,21 +20,21 @@ struct NeededColumn {
     nullable: bool,
 }
 
-/// The columns that a plugin needs, none if it does not say.
+/// Returns the columns that a plugin needs; none if it lists none.
 ///
 /// # Errors
-/// What is wrong with what it says.
+/// What is invalid in the list.
 pub fn needed(descriptor: &Descriptor) -> Result<Vec<Column>, String> {
     let Some((_, json)) = descriptor.extra.iter().find(|(name, _)| name == NEEDS) else {
         return Ok(Vec::new());
     };
     let columns: Vec<NeededColumn> = serde_json::from_str(json).map_err(|error| {
         let error = escaped(&error.to_string(), &[]);
-        format!("`{NEEDS}` in its descriptor is no list of columns: {error}")
+        format!("`{NEEDS}` in its descriptor is not a valid list of columns: {error}")
     })?;
     let columns = columns.into_iter().map(|NeededColumn { name, data_type, nullable }| {
         let column = Column { name, data_type, nullable };
-        // JSON may have had escapes of characters that the descriptor itself must not hold.
+        // JSON escapes may stand for characters that a descriptor must not contain.
         check_column(&column).map(|()| column)
     });
     columns.collect()
@@ -52,13 +52,13 @@ pub fn check(needed: &[Column], route: &Route) -> Result<(), (String, String)> {
         let carried = route.columns.iter().find(|column| column.name == need.name);
         match carried {
             None if need.nullable => None,
-            None => Some(format!("column `{}`, which is not there", need.name)),
+            None => Some(format!("expected column `{}`, found none", need.name)),
             Some(carried) if !includes(&need.data_type, &carried.data_type) => Some(format!(
-                "column `{}` as {}, which is {} there",
+                "expected column `{}` as {}, found {}",
                 need.name, need.data_type, carried.data_type
             )),
             Some(carried) if carried.nullable && !need.nullable => {
-                Some(format!("column `{}` not null, which may be null there", need.name))
+                Some(format!("expected column `{}` not null, found it nullable", need.name))
             }
             Some(_) => None,
         }
@@ -98,7 +98,7 @@ fn includes(needed: &str, carried: &str) -> bool {
     needed == carried || wider.contains(&carried.as_str())
 }
 
-/// A type's name in one spelling, without length or precision.
+/// Returns a type's name in one spelling, without length or precision.
 ///
 /// Source: PostgreSQL 15, table 8.1, "Data Types".
 fn canonical_type(data_type: &str) -> String {
@@ -160,12 +160,12 @@ mod tests {
         assert!(check(&needed, &route(vec![column("id", "int", false)])).is_ok());
         let (complaint, sides) =
             check(&needed, &route(vec![column("id", "text", true)])).unwrap_err();
-        assert_eq!(complaint, "column `id` as bigint, which is text there");
+        assert_eq!(complaint, "expected column `id` as bigint, found text");
         assert_eq!(sides, "needed:  id bigint not null, note text\ncarried: id text");
         let (complaint, _) =
             check(&needed, &route(vec![column("id", "bigint", true)])).unwrap_err();
-        assert!(complaint.contains("may be null"));
+        assert!(complaint.contains("found it nullable"));
         let (complaint, _) = check(&needed, &route(vec![column("x", "bigint", true)])).unwrap_err();
-        assert!(complaint.contains("not there"));
+        assert!(complaint.contains("`id`, found none"));
     }
 }

@@ -1,22 +1,22 @@
-//! How many records the next call of a search for culprits gets.
+//! Size of the next call in a search for culprits.
 //!
-//! Halving alone, with all that is left in one call after each culprit, needs up to 37 calls for three
-//! culprits in 1,000 records: each culprit is followed by a call that mostly fails and says little. The
-//! sizes below need at most 34, which no others beat. The test proves it for every placement.
+//! Plain halving, with all remaining records in one call after each culprit, needs up to 37 calls for three culprits
+//! in 1,000 records: the call after each culprit mostly fails and says little. The sizes below need at most 34, and
+//! no other sizes need fewer. The test checks every placement.
 
 /// Records of a piece while at most one culprit is known: a quarter of a full batch.
 const PIECE: usize = 256;
-/// So many are not worth being parted after the second culprit.
+/// Number of records that are not split after the second culprit.
 const FEW: usize = 32;
 
-/// The number of records, at least 1, of the next call in a search.
+/// Returns the number of records, at least 1, of the next call in a search.
 ///
-/// `left` records have no outcome yet, at least 1. A call with the first `suspects` of them would fail,
-/// as far as is known; 0: nothing is known. `found` culprits were found before.
+/// `left` records have no outcome yet, at least 1. A call with the first `suspects` of them is known to fail; 0:
+/// nothing is known. `found` culprits were found before.
 pub fn next_call(left: usize, suspects: usize, found: usize) -> usize {
     let piece = match found {
         0 | 1 => PIECE,
-        // The largest power of two below: so many halvings end at one record.
+        // The largest power of two below `left`, so that halving ends at one record.
         2 if left > FEW => left.next_power_of_two() / 2,
         _ => left,
     };
@@ -32,10 +32,10 @@ pub fn next_call(left: usize, suspects: usize, found: usize) -> usize {
 mod tests {
     use super::*;
 
-    /// The calls that a search takes at most, by the worst answers that culprits can give.
+    /// The number of calls that a search takes at most, over all placements of culprits.
     struct Worst {
         records: usize,
-        /// By culprits that may still come, records left, and suspects.
+        /// Indexed by culprits still to come, records left, and suspects.
         calls: Vec<u8>,
     }
 
@@ -44,13 +44,13 @@ mod tests {
             self.calls[(culprits * (self.records + 1) + left) * (self.records + 1) + suspects]
         }
 
-        /// After the call with all records has failed.
+        /// Returns the maximum after the call with all records has failed.
         fn of(records: usize, culprits: usize) -> u8 {
             let places = (culprits + 1) * (records + 1) * (records + 1);
             let mut worst = Self { records, calls: vec![0; places] };
             for to_come in 0..=culprits {
                 for left in 1..=records {
-                    // What is known to fail first: what is unknown may turn out to.
+                    // Known suspects come first: an unknown range may become one.
                     for suspects in (1..=left).chain([0]) {
                         let place = (to_come * (records + 1) + left) * (records + 1) + suspects;
                         worst.calls[place] =

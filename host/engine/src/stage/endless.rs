@@ -1,4 +1,5 @@
-//! Records that ran out of time: each costs a whole deadline again wherever it is run with others.
+//! Records that ran out of time: without this memory, each would cost a full deadline again whenever it is run with
+//! others.
 
 use std::collections::{HashSet, VecDeque};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -7,14 +8,14 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use super::flow::Item;
 use shardmill_core::record::{Batch, Position, ShardId};
 
-/// Records that are remembered; the oldest are forgotten first.
+/// Number of remembered records; the oldest are forgotten first.
 const KNOWN_MAX: usize = 10_000;
 
-/// What a stage's version has learnt of records that ran out of time. A batch may come again: after a
-/// failure of a later stage, or to another instance of the lane.
+/// Records of one stage's version that ran out of time. A batch may come again: after a failure of a later stage, or
+/// in another instance of the lane.
 #[derive(Debug, Default)]
 pub struct Endless {
-    /// Whether there are any: mostly there are none, and then no lane waits for another here.
+    /// Whether there are any. Usually there are none, and then no lane waits for the lock.
     is_used: AtomicBool,
     known: Mutex<Known>,
 }
@@ -43,7 +44,7 @@ impl Endless {
         self.is_used.store(true, Ordering::Release);
     }
 
-    /// The indexes of the items that are known, in order.
+    /// Returns the indexes of the items that are remembered, in order.
     pub(super) fn among(&self, batch: &Batch, items: &[Item]) -> Vec<usize> {
         if !self.is_used.load(Ordering::Acquire) {
             return Vec::new();

@@ -1,4 +1,4 @@
-//! What became of records, and how that differs from what became of them before, for people.
+//! Outcomes of records, and their differences before and after a change, as text for people.
 
 use std::fmt::Write as _;
 use std::ops::Range;
@@ -17,26 +17,26 @@ use shardmill_core::escape::printable;
 pub struct TrialOutput {
     /// The route's name.
     pub route: String,
-    /// The partition key; `None`: as it came in.
+    /// The partition key; `None`: unchanged.
     pub key: Option<Bytes>,
-    /// The payload; `None`: as it came in.
+    /// The payload; `None`: unchanged.
     pub payload: Option<Bytes>,
 }
 
-/// What became of one record: neither outputs nor a rejection means filtered.
+/// Outcome of one record. Neither outputs nor a rejection means filtered.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Fate {
     /// Its outputs, in order.
     pub outputs: Vec<TrialOutput>,
-    /// Why it was rejected.
+    /// Reason of its rejection.
     pub rejected: Option<String>,
     /// The plugin's stack, when it trapped.
     pub backtrace: String,
-    /// It was rejected because the call trapped or went over a limit.
+    /// It was rejected because the call trapped or exceeded a limit.
     pub trapped: bool,
 }
 
-/// What became of each of a stage's items.
+/// Returns the outcome of each of a stage's items.
 pub fn fates(stage: &LoadedStage, items: usize, outcome: StageOutcome) -> Vec<Fate> {
     let mut fates = vec![Fate::default(); items];
     let routes = &stage.route_names;
@@ -66,12 +66,12 @@ pub struct Difference {
 }
 
 impl Difference {
-    /// Of two texts; `None`: they are equal. `backtraces` are shown below them.
+    /// Compares two texts; `None`: they are equal. `backtraces` are shown below them.
     pub fn of(expected: String, found: String, backtraces: String) -> Option<Self> {
         (expected != found).then_some(Self { expected, found, backtraces })
     }
 
-    /// Of what became of one record before and after a change.
+    /// Compares the outcomes of one record before and after a change.
     pub(crate) fn between(before: &Fate, after: &Fate) -> Self {
         let backtraces = after.backtrace.trim_end();
         let backtraces = match backtraces {
@@ -81,13 +81,13 @@ impl Difference {
         Self { expected: shown_fate(before), found: shown_fate(after), backtraces }
     }
 
-    /// The lines: `-` is expected, `+` is found; coloured for a terminal. What the texts themselves would do
-    /// to a terminal is escaped.
+    /// Returns the lines: `-` is expected, `+` is found; coloured for a terminal. Control characters in the texts
+    /// are escaped.
     pub fn render(&self, coloured: bool) -> String {
         let mut text = String::new();
         let (red, green, end) =
             if coloured { ("\x1b[31m", "\x1b[32m", "\x1b[0m") } else { ("", "", "") };
-        // Tokens are lines.
+        // The diff compares lines.
         let input = InternedInput::new(self.expected.as_str(), self.found.as_str());
         let mut show = |before: &str, tokens: &[Token], after: &str| {
             for token in tokens {
@@ -139,14 +139,14 @@ fn shown_fate(fate: &Fate) -> String {
 
 /// Adds a JSON value in several indented lines.
 pub fn show_json(text: &mut String, value: &Value) {
-    // `Value`'s own order of members; both sides have it.
+    // `Value` decides the order of members, the same on both sides.
     let pretty = serde_json::to_string_pretty(value).unwrap_or_default();
     for line in pretty.lines() {
         let _ = writeln!(text, "    {line}");
     }
 }
 
-/// Adds a payload in indented lines: as text where it is some and that is wanted, otherwise as base64.
+/// Adds a payload in indented lines: as text where it is text and `as_base64` is false, otherwise in hexadecimal.
 pub fn show_payload(text: &mut String, bytes: &[u8], as_base64: bool) {
     match std::str::from_utf8(bytes) {
         Ok(plain) if !as_base64 => {
@@ -160,7 +160,7 @@ pub fn show_payload(text: &mut String, bytes: &[u8], as_base64: bool) {
     }
 }
 
-/// Bytes as a case's author would write them: the members `json`, `text` or `base64`.
+/// Returns bytes as the author of a test case would write them: the members `json`, `text` or `base64`.
 pub fn written(bytes: &[u8]) -> (&'static str, Value) {
     if let Ok(value @ (Value::Object(_) | Value::Array(_))) = serde_json::from_slice(bytes) {
         return ("json", value);

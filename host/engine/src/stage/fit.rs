@@ -1,5 +1,5 @@
-//! Whether a stage fits its place: imports against grants, formats and columns against its neighbours,
-//! routes against bindings.
+//! Checks that a stage fits its place: imports against grants, formats and columns against its neighbours, routes
+//! against bindings.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -12,7 +12,7 @@ use shardmill_core::record::RouteName;
 use shardmill_plugin::{CallErrorKind, Descriptor, Instance, Plugin, PluginHost, Route};
 use shardmill_state::{CanarySpec, RevisionSpec, StageSpec};
 
-/// What is wrong with one stage, and where in its table.
+/// A misfit of one stage, and its place in the stage's table.
 pub(super) struct Misfit {
     stage: usize,
     place: Place,
@@ -27,7 +27,7 @@ enum Place {
 }
 
 impl Misfit {
-    /// The same at its line and column.
+    /// Returns the error at its line and column.
     pub(super) fn in_config(self, config: &PipelineConfig) -> ConfigError {
         let stage = &config.stages[self.stage];
         let span: Range<usize> = match &self.place {
@@ -64,16 +64,17 @@ impl StagePlace<'_> {
         let stage = &self.spec.stages[self.index];
         let plugin = plugins.get(digest).cloned().ok_or_else(|| {
             let message = format!("component {digest} of stage {} is not loaded", stage.name);
-            self.misfit(Place::Plugin, message, "load it")
+            self.misfit(Place::Plugin, message, "load the component first")
         })?;
         self.check_grants(stage, &plugin)?;
         let mut services =
             host.backends.services(&stage.name, &stage.grants).map_err(|missing| {
-                self.misfit(Place::Stage, missing, "add the [[lookup]], or do not grant it")
+                self.misfit(Place::Stage, missing, "add the [[lookup]], or remove the grant")
             })?;
         let resolved = stage.text().resolve(&environment).map_err(|why| {
             let message = format!("stage {}: {why}", stage.name);
-            let help = "a stage runs with today's values of its variables";
+            let help =
+                "a stage runs with the current values of its variables: set them, then try again";
             self.misfit(Place::Stage, message, help)
         })?;
         services.values.extend(&resolved.values);
@@ -81,13 +82,13 @@ impl StagePlace<'_> {
         let context = context(self.stream_name, "", &resolved.json, self.upstream);
         let (_, descriptor) = Instance::start(&plugin, &stage.limits, &context, &services)
             .map_err(|error| {
-                // The plugin may repeat what it was given.
+                // The plugin may quote its configuration.
                 let said = services.values.hide(error.to_string());
                 let message = format!("stage {} ({plugin:?}): {said}", stage.name);
                 let help = match error.kind {
                     CallErrorKind::System => "raise or remove the limit",
                     CallErrorKind::Parts => {
-                        "build it of fewer parts: one component, or fewer composed ones"
+                        "build it from fewer parts: one component, or fewer composed ones"
                     }
                     _ => "see the plugin's documentation for [stage.config]",
                 };
@@ -114,7 +115,8 @@ impl StagePlace<'_> {
         })
     }
 
-    /// Another version for some of the keys: what follows the stage must not tell the two apart.
+    /// Loads another version for some of the keys. It must declare the same routes and columns, because later stages
+    /// and sinks cannot tell the two apart.
     pub(super) fn load_canary(
         &self,
         stage: &LoadedStage,
@@ -132,7 +134,7 @@ impl StagePlace<'_> {
         {
             let message =
                 format!("the canary of stage {} declares other routes or columns", stage.name);
-            let help = "swap it in for all keys: some rows cannot have other columns than the rest";
+            let help = "swap it in for all keys: all rows of a route must have the same columns";
             return Err(self.misfit(Place::Plugin, message, help));
         }
         Ok(Canary { spec: spec.clone(), stage: canary })
@@ -149,11 +151,11 @@ impl StagePlace<'_> {
         let (path, name) = (&plugin.path, &stage.name);
         let message =
             format!("{path} imports {}, which stage {name} does not grant", names.join(", "));
-        let help = format!("if it may, add under [stage.grant]: {}", grants.join("; "));
+        let help = format!("to allow it, add under [stage.grant]: {}", grants.join("; "));
         Err(self.misfit(Place::Plugin, message, &help))
     }
 
-    /// Checks what comes against what the plugin accepts and needs.
+    /// Checks the incoming routes against what the plugin accepts and needs.
     fn check_upstream(
         &self,
         stage: &StageSpec,
@@ -178,13 +180,13 @@ impl StagePlace<'_> {
         }
         let needed = columns::needed(descriptor).map_err(|message| {
             let message = format!("stage {} ({plugin:?}): {message}", stage.name);
-            let help = "this is the plugin's own fault: see its author";
+            let help = "this is an error in the plugin: report it to the author";
             self.misfit(Place::Plugin, message, help)
         })?;
         for route in self.upstream.iter() {
             columns::check(&needed, route).map_err(|(complaint, sides)| {
                 let message = format!(
-                    "stage {} needs of route {} of {stage_before} {complaint}",
+                    "stage {} does not fit route {} of {stage_before}: {complaint}",
                     stage.name, route.name
                 );
                 self.misfit(Place::Plugin, message, &sides)
@@ -194,8 +196,7 @@ impl StagePlace<'_> {
     }
 }
 
-/// Whether a format is among the accepted ones. An unknown format (empty) and an empty list fit
-/// everything.
+/// Whether a format is accepted. An unknown format (empty) and an empty list of accepted formats fit everything.
 fn accepts(accepted: &[String], format: &str) -> bool {
     accepted.is_empty()
         || format.is_empty()
@@ -219,8 +220,8 @@ fn targets(
             .map_or_else(String::new, |near| format!("; did you mean `{near}`?"));
         return Err((
             Place::Route(unknown.clone()),
-            format!("stage {} declares no route `{unknown}`", stage.name),
-            format!("it declares {}{near}", declared.join(", ")),
+            format!("unknown route `{unknown}` of stage {}", stage.name),
+            format!("the plugin declares {}{near}", declared.join(", ")),
         ));
     }
     let mut next = 0..;
@@ -230,7 +231,7 @@ fn targets(
             None if is_last => Err((
                 Place::Stage,
                 format!(
-                    "route `{}` of stage {}, the last one, is bound to no sink",
+                    "route `{}` of the last stage, {}, is not bound to a sink",
                     route.name, stage.name
                 ),
                 format!(

@@ -1,4 +1,4 @@
-//! What travels between two stages: one arena and the items that lie in it.
+//! Data between two stages: one arena, and the items in it.
 
 use std::ops::Range;
 
@@ -7,14 +7,14 @@ use bytes::Bytes;
 use shardmill_core::record::Batch;
 use shardmill_plugin::{Input, Span, WireBatch};
 
-/// One record, or one output of the stage before, about to enter a stage.
+/// One record, or one output of the stage before, that enters a stage.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Item {
     /// Index of its source record in the batch.
     pub record: u32,
-    /// Its place among the items of that record at this point of the path, from 0.
+    /// Its number among the items of that record at this point of the path, from 0.
     pub ordinal: u32,
-    /// Index of the route that it came by, among those that enter the stage.
+    /// Index of the route that it came by, among the routes that enter the stage.
     pub upstream_route: u32,
     /// Its partition key.
     pub key: Bytes,
@@ -25,12 +25,12 @@ pub struct Item {
 /// Items by ascending (record, ordinal).
 pub type Flow = Vec<Item>;
 
-/// The records of a batch as the first stage gets them.
+/// Returns the records of a batch as the first stage gets them.
 pub fn first_flow(batch: &Batch) -> Flow {
     entering_flow(batch, 0)
 }
 
-/// The records of a batch as a stage gets them by one of its upstream routes.
+/// Returns the records of a batch as a stage gets them by one of its upstream routes.
 pub(crate) fn entering_flow(batch: &Batch, upstream_route: u32) -> Flow {
     let numbered = batch.records.iter().zip(0u32..);
     numbered
@@ -44,13 +44,12 @@ pub(crate) fn entering_flow(batch: &Batch, upstream_route: u32) -> Flow {
         .collect()
 }
 
-/// The items of the records before one.
+/// Returns the items of the records before `record`.
 pub fn before(items: &[Item], record: u32) -> &[Item] {
     &items[..items.partition_point(|item| item.record < record)]
 }
 
-/// Packs items into `wire`, whose buffers are reused: keys, sequence numbers and payloads end to
-/// end in one arena.
+/// Packs items into `wire`, whose buffers are reused: keys, sequence numbers and payloads end to end in one arena.
 pub(crate) fn pack(batch: &Batch, items: &[Item], wire: &mut WireBatch) {
     wire.arena.clear();
     wire.inputs.clear();
@@ -80,7 +79,7 @@ fn append(arena: &mut Vec<u8>, bytes: &[u8]) -> Span {
     Span { start, length: bytes.len() as u32 }
 }
 
-/// The span as a range, if it lies within `arena_bytes`.
+/// Returns the span as a range, if it lies within `arena_bytes`.
 #[inline]
 pub fn within(span: Span, arena_bytes: usize) -> Option<Range<usize>> {
     let start = span.start as usize;

@@ -10,10 +10,10 @@ use shardmill_core::fuzzing::{Choices, FuzzTarget};
 use shardmill_core::record::excerpt;
 use shardmill_plugin::Outcome;
 
-/// Checks that [`validate`] accepts exactly the answers that keep the contract, and passes on what they say.
+/// Checks that [`validate`] accepts exactly the answers that keep the contract, and returns their content unchanged.
 pub const OUTCOME: FuzzTarget = FuzzTarget { name: "outcome", run, grow, words: &[] };
 
-/// Bytes that each output counts beside its own, in the words of the book ("Limits").
+/// Bytes that each output counts besides its own, as the book ("Limits") says.
 const OUTPUT_BYTES: usize = 256;
 
 /// One output, by value.
@@ -148,7 +148,7 @@ fn reference(
         let (input, route) = (output[0] as usize, output[1] as usize);
         passed.push(Passed { item: input + first_item, route, key, payload });
     }
-    // What came in may pass once, whatever the limit is.
+    // The input may always pass unchanged, whatever the limit is.
     let entered: usize =
         items.iter().map(|item| OUTPUT_BYTES + item.key.len() + item.payload.len()).sum();
     if passed_bytes > entered && passed_bytes > limits.output_bytes_max {

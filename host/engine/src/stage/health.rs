@@ -1,9 +1,9 @@
-//! How a stage's plugin does, over all lanes: by this a new version is judged against the one before.
+//! Health of a stage's plugin, over all lanes: a new version is judged by it against the version before.
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
-/// Counts of one version in one stage; every lane adds to them.
+/// Counters of one version in one stage; every lane adds to them.
 #[derive(Debug, Default)]
 pub struct HealthCounts {
     records: AtomicU64,
@@ -12,16 +12,16 @@ pub struct HealthCounts {
     busy_ns: AtomicU64,
 }
 
-/// The counts at one time.
+/// The counters at one time.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Health {
     /// Records that were given to it.
     pub records: u64,
-    /// Of these, those that it did not take.
+    /// Of these, records that it rejected.
     pub rejected: u64,
-    /// Calls that trapped or went over a limit.
+    /// Calls that trapped or exceeded a limit.
     pub traps: u64,
-    /// The time spent in calls.
+    /// Time spent in calls.
     pub busy: Duration,
 }
 
@@ -33,12 +33,12 @@ impl HealthCounts {
         self.busy_ns.fetch_add(took.as_nanos() as u64, Ordering::Relaxed);
     }
 
-    /// Counts a call that gave no answer.
+    /// Counts a call without an answer.
     pub fn trapped(&self) {
         self.traps.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// The counts now.
+    /// Returns the counters now.
     pub fn seen(&self) -> Health {
         Health {
             records: self.records.load(Ordering::Relaxed),
@@ -50,12 +50,12 @@ impl HealthCounts {
 }
 
 impl Health {
-    /// Of 100 records, those that it did not take.
+    /// Returns the share of rejected records, in percent.
     pub fn rejected_percent(&self) -> f64 {
         self.rejected as f64 * 100.0 / self.records.max(1) as f64
     }
 
-    /// The time in calls per record, in nanoseconds.
+    /// Returns the time in calls per record, in nanoseconds.
     pub fn ns_per_record(&self) -> f64 {
         self.busy.as_nanos() as f64 / self.records.max(1) as f64
     }

@@ -1,16 +1,16 @@
-//! A batch and what entered a stage of it, packed: all bytes end to end, and a few numbers per record.
+//! A batch and its items at a stage, packed: all bytes end to end, and a few numbers per record.
 
 use bytes::Bytes;
 
 use super::flow::{Flow, Item};
 use shardmill_core::record::{Batch, Entry, Position, PositionRange, Record, ShardKey};
 
-/// What a sequence number may have outside of its position, and what the allocator adds to it.
+/// Bytes of a sequence number outside of its position, with the allocator's overhead.
 const SEQUENCE_BYTES: usize = 80;
-/// What a packed batch has beside its records: itself, names, its span.
+/// Bytes of a packed batch besides its records: the struct, names, its position range.
 const BATCH_BYTES: usize = 512;
 
-/// A batch and the flow that it was about to enter a stage with.
+/// A batch and the flow with which it was about to enter a stage.
 pub(super) struct PackedBatch {
     shard: ShardKey,
     range: PositionRange,
@@ -29,7 +29,7 @@ struct PackedRecord {
 }
 
 enum Items {
-    /// One per record, as it came.
+    /// One item per record, unchanged.
     Records {
         upstream_route: u32,
     },
@@ -45,7 +45,7 @@ struct PackedItem {
 }
 
 impl PackedBatch {
-    /// The memory that it would hold, in bytes.
+    /// Returns the memory that a packed batch would hold, in bytes.
     pub(super) fn bytes_of(batch: &Batch, flow: &Flow) -> usize {
         let items = match route_of_records(batch, flow) {
             Some(_) => 0,
@@ -57,7 +57,7 @@ impl PackedBatch {
         occupied(batch.records.len(), batch.bytes() + items + entry_bytes(&batch.entry))
     }
 
-    /// The memory that it holds, in bytes.
+    /// Returns the memory that it holds, in bytes.
     pub(super) fn bytes(&self) -> usize {
         let items = match &self.items {
             Items::Records { .. } => 0,
@@ -66,7 +66,7 @@ impl PackedBatch {
         occupied(self.records.len(), self.arena.len() + items + entry_bytes(&self.entry))
     }
 
-    /// Packs copies.
+    /// Packs copies of the batch and the flow.
     pub(super) fn pack(batch: &Batch, flow: &Flow) -> Self {
         let route = route_of_records(batch, flow);
         let own = if route.is_some() { &[][..] } else { &flow[..] };
@@ -109,7 +109,7 @@ impl PackedBatch {
         }
     }
 
-    /// The batch and the flow as they were.
+    /// Returns the batch and the flow as they were.
     pub(super) fn unpack(&self) -> (Batch, Flow) {
         let mut rest = self.arena.clone();
         let mut next = |bytes: u32| rest.split_to(rest.len().min(bytes as usize));
@@ -144,7 +144,7 @@ fn occupied(records: usize, bytes: usize) -> usize {
     BATCH_BYTES + records * (size_of::<PackedRecord>() + SEQUENCE_BYTES) + bytes
 }
 
-/// What a redrive has of each record beside it.
+/// Returns the bytes of a redrive's entry besides the records.
 fn entry_bytes(entry: &Entry) -> usize {
     match entry {
         Entry::Source => 0,
@@ -152,7 +152,7 @@ fn entry_bytes(entry: &Entry) -> usize {
     }
 }
 
-/// The route by which the items came, where they are the records as they are.
+/// Returns the upstream route of the items, if they are the unchanged records.
 fn route_of_records(batch: &Batch, flow: &Flow) -> Option<u32> {
     let route = flow.first()?.upstream_route;
     let is_same =
@@ -182,7 +182,7 @@ mod tests {
             stream: Arc::new(stream),
             shard: ShardId::new("shardId-000000000000"),
         };
-        // One answer, of which this batch is a small part.
+        // The batch is a small part of one large answer.
         let answer = Bytes::from(vec![7; 100 * payload_bytes]);
         let record = |number: u64| Record {
             position: Position { sequence: SequenceNumber::from(number), sub_sequence: 1 },
@@ -212,7 +212,7 @@ mod tests {
             let (unpacked, entered) = packed.unpack();
             assert_eq!(format!("{unpacked:?}"), format!("{batch:?}"));
             assert_eq!(entered, flow);
-            // The answer around it, 100 kB, is not kept.
+            // The rest of the answer, 100 kB, is not kept.
             assert!(packed.arena.len() < 11_000, "{}", packed.arena.len());
         }
     }

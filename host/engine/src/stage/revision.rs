@@ -1,8 +1,8 @@
-//! A revision, loaded: everything that decides what a record becomes.
+//! A loaded revision: everything that decides what a record becomes.
 //!
-//! Stages, digests, configurations and bindings. A replay runs the revision that ran first, so
-//! its specification (`spec.rs`) and its components' bytes are stored until the checkpoint has passed it
-//! (see [`shardmill_state`]). Whether its stages fit each other is checked in `fit.rs`.
+//! A revision is stages, component digests, configurations and bindings. A replay runs the revision that ran first,
+//! so its specification (`spec.rs`) and its components' bytes are stored until the checkpoint has passed it (see
+//! [`shardmill_state`]). `fit.rs` checks that its stages fit each other.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -22,61 +22,61 @@ use shardmill_plugin::{
 };
 use shardmill_state::{CanarySpec, Components, RevisionSpec, StageSpec};
 
-/// The route by which records leave the source.
+/// Route by which records leave the source.
 pub(super) const SOURCE_ROUTE: &str = "source";
 
-/// Where the outputs of one route of one stage go.
+/// Destination of the outputs of one route of one stage.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum RouteTarget {
-    /// To these sinks; none: dropped on purpose.
+    /// These sinks; an empty list drops the outputs, on purpose.
     Sinks(Vec<SinkName>),
-    /// On to the next stage, as its upstream route of this index.
+    /// The next stage, as its upstream route of this index.
     Next(u32),
 }
 
-/// A stage with its plugin, proven against its neighbours.
+/// A stage with its plugin, validated against its neighbours.
 #[derive(Clone)]
 pub struct LoadedStage {
     /// Its name.
     pub name: StageName,
     /// Its compiled plugin.
     pub plugin: Plugin,
-    /// What the plugin says of itself under this configuration.
+    /// The plugin's description of itself under this configuration.
     pub descriptor: Arc<Descriptor>,
     /// Its limits.
     pub limits: StageLimits,
-    /// What its plugin may ask of the host.
+    /// Services of the host that the plugin may use.
     pub services: Arc<Services>,
-    /// Its configuration as JSON text, with today's values of its variables.
+    /// Its configuration as JSON text, with the current values of its variables.
     pub config_json: Arc<str>,
     /// The routes that enter it.
     pub upstream: Arc<[Route]>,
     /// The names of the declared routes, by index.
     pub route_names: Arc<[RouteName]>,
-    /// Where each declared route goes, by the route's index.
+    /// Destination of each declared route, by the route's index.
     pub targets: Arc<[RouteTarget]>,
-    /// How its plugin does.
+    /// Health of its plugin.
     pub health: Arc<HealthCounts>,
     /// Its records that ran out of time.
     pub endless: Arc<Endless>,
-    /// Another version that has some of the partition keys.
+    /// Another version, which gets some of the partition keys.
     pub canary: Option<Arc<Canary>>,
 }
 
-/// A version of a stage that has a share of the partition keys.
+/// A version of a stage that gets a share of the partition keys.
 pub struct Canary {
-    /// Which keys.
+    /// The share of the keys.
     pub spec: CanarySpec,
     /// The stage with that version.
     pub stage: LoadedStage,
 }
 
 impl LoadedStage {
-    /// A stage outside of any pipeline, with the default limits: it takes records of any format,
-    /// and its routes go nowhere. A failure that may pass is not tried again. Blocks.
+    /// Loads a stage outside of any pipeline, with the default limits: it accepts records of any format, and its
+    /// routes lead nowhere. Retryable failures are not retried. Blocks.
     ///
     /// # Errors
-    /// What the plugin says to its configuration.
+    /// The plugin's error about its configuration.
     pub fn alone(plugin: Plugin, config_json: &str, stream_name: &str) -> Result<Self, CallError> {
         let upstream: Arc<[Route]> = [source_route(None)].into();
         let limits = StageLimits { retry_ms_max: 0, ..StageLimits::default() };
@@ -100,7 +100,7 @@ impl LoadedStage {
         })
     }
 
-    /// What an instance for a shard is told of its place.
+    /// Returns the context of an instance for a shard.
     pub fn context(&self, stream_name: &str, shard_id: &str) -> Context {
         context(stream_name, shard_id, &self.config_json, &self.upstream)
     }
@@ -114,7 +114,7 @@ impl LoadedStage {
             Instance::start(&self.plugin, &self.limits, context, &self.services)?;
         if !self.same_routes(&descriptor) {
             return Err(CallError::contract(
-                "configure declares other routes than it did when the pipeline was loaded",
+                "configure declares other routes than when the pipeline was loaded",
             ));
         }
         Ok(instance)
@@ -132,18 +132,18 @@ impl LoadedStage {
     }
 }
 
-/// A revision, loaded: what lanes run.
+/// A loaded revision: what lanes run.
 pub struct Revision {
     /// Its id.
     pub id: Arc<str>,
-    /// As it is stored.
+    /// Its stored form.
     pub spec: RevisionSpec,
     /// Its stages, in order.
     pub stages: Vec<LoadedStage>,
 }
 
 impl Revision {
-    /// [`Revision::from_config`], off the async threads: plugins are compiled and configured.
+    /// Calls [`Revision::from_config`] off the async threads, because plugins are compiled and configured.
     ///
     /// # Errors
     /// As [`Revision::from_config`].
@@ -156,8 +156,8 @@ impl Revision {
         off_thread(move || Self::from_config(&config, &host, &embedded)).await
     }
 
-    /// Loads the revision that a configuration describes; the components' bytes come with it,
-    /// to be stored. Blocks: from async code, call [`Revision::load`].
+    /// Loads the revision that a configuration describes. Returns also the components' bytes, to be stored. Blocks:
+    /// from async code, call [`Revision::load`].
     ///
     /// # Errors
     /// What does not fit, at its line and column in the configuration.
@@ -182,13 +182,16 @@ impl Revision {
                 }
                 None => Plugin::load_file(&host.engine, cache, path),
             }
-            .map_err(|error| at_plugin(error.to_string(), "name a component's file here"))?;
+            .map_err(|error| at_plugin(error.to_string(), "set this to the file of a component"))?;
             if let Some(expected) = &stage.sha256
                 && expected.value != plugin.digest.as_str()
             {
-                let message = format!("{} has the digest {}", path.display(), plugin.digest);
-                let help =
-                    "the file is not the one that was pinned: restore it, or pin this digest";
+                let message = format!(
+                    "{}: expected the pinned digest, found {}",
+                    path.display(),
+                    plugin.digest
+                );
+                let help = "restore the pinned file, or pin this digest";
                 return Err(config.file.problem(expected.span.clone(), message, help));
             }
             let routes = stage.routes.iter();
@@ -224,7 +227,7 @@ impl Revision {
     /// Loads a stored revision from the components that were stored with it. Blocks.
     ///
     /// # Errors
-    /// A component that is missing or no longer loads, in words.
+    /// A component that is missing or no longer loads.
     pub(crate) fn from_store(
         spec: RevisionSpec,
         host: &PluginHost,
@@ -240,14 +243,14 @@ impl Revision {
         }
         let id = spec.id();
         Self::assemble(spec, &plugins, host, stream_name, None)
-            .map_err(|misfit| anyhow::anyhow!("stored generation {id}: {}", misfit.message))
+            .map_err(|misfit| anyhow::anyhow!("stored revision {id}: {}", misfit.message))
     }
 
-    /// A revision of plugins that are loaded, in place of another: stages that are the same go on to
-    /// be judged by what they did there. Blocks.
+    /// Makes a revision of loaded plugins, in place of another. Stages with the same specification keep their health
+    /// counters. Blocks.
     ///
     /// # Errors
-    /// What does not fit, in words, with the way out.
+    /// What does not fit, and what to do.
     pub fn rebuilt(
         spec: RevisionSpec,
         plugins: &HashMap<String, Plugin>,
@@ -264,7 +267,7 @@ impl Revision {
         self.spec.digests().any(|own| own == digest)
     }
 
-    /// Its plugins, by digest.
+    /// Returns its plugins, by digest.
     pub fn plugins(&self) -> HashMap<String, Plugin> {
         let versions = self.stages.iter().flat_map(|stage| {
             let canary = stage.canary.as_ref().map(|canary| &canary.stage.plugin);
@@ -302,14 +305,14 @@ impl Revision {
         Ok(Self { id: spec.id(), spec, stages })
     }
 
-    /// The stage that has exactly this specification, canary left aside.
+    /// Returns the stage that has exactly this specification, apart from a canary.
     fn stage_as(&self, expected: &StageSpec) -> Option<&LoadedStage> {
         let plain = |spec: &StageSpec| StageSpec { canary: None, ..spec.clone() };
         let at = self.spec.stages.iter().position(|own| plain(own) == plain(expected))?;
         self.stages.get(at)
     }
 
-    /// The routes that are bound to a sink, over all stages.
+    /// Returns the routes of all stages that are bound to a sink.
     pub fn routes_to(&self, sink: &SinkName) -> Vec<BoundRoute> {
         let mut bound = Vec::new();
         if self.spec.source_sinks.contains(sink) {
@@ -334,13 +337,13 @@ impl Revision {
     }
 }
 
-/// The route that stands for the source; without a format where none is declared.
+/// Returns the route that stands for the source; without a format where none is declared.
 pub fn source_route(format: Option<&str>) -> Route {
     let format = format.unwrap_or_default().into();
     Route { name: SOURCE_ROUTE.into(), format, columns: Vec::new() }
 }
 
-/// What a plugin is told of its place.
+/// Makes the context that a plugin gets in `configure`.
 pub(super) fn context(
     stream_name: &str,
     shard_id: &str,
@@ -356,7 +359,7 @@ pub(super) fn context(
     }
 }
 
-/// A column as sinks know it.
+/// Converts a column to the form that sinks know.
 pub(super) fn column(column: &shardmill_plugin::Column) -> Column {
     Column {
         name: column.name.clone(),

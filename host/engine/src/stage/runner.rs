@@ -1,11 +1,33 @@
-//! Runs one stage over a flow, and finds the guilty record when a call fails.
+//! Runs one stage over a flow, and finds the culprit when a call fails.
 //!
-//! A failed call is searched piece by piece: what precedes the first guilty record is kept, the guilty
-//! record is rejected alone, and the rest goes on. Three culprits in 1,000 records cost at most 34
-//! calls. A trap or a timeout kills the instance; the next call gets a fresh one. Every call of a
-//! search does: what one record did to the plugin's memory must not be another's fault. A search ends when
-//! the lane is to stop, and what it has found by then is kept. A call that a busy machine did not let end
-//! says nothing about its records: no search comes of it.
+//! Invariant: a record is rejected only for what it does alone, in a fresh instance, within the full time limit of
+//! one record. Everything else (a failed call with several records, a short deadline, a busy machine) is only a
+//! suspicion.
+//!
+//! A failed call is searched piece by piece: the records before the first culprit keep their outcome, the culprit is
+//! rejected alone, and the rest goes on. `cuts.rs` decides how many records the next call gets; three culprits in
+//! 1,000 records need at most 34 calls. Each call of a search gets a fresh instance, because what one record did to
+//! the plugin's memory must not become the fault of another.
+//!
+//! | a call | what follows |
+//! |---|---|
+//! | succeeds | its outcome is kept |
+//! | the plugin answers "retryable" | the caller waits and calls again, up to `limits.retry`; then a search |
+//! | traps, exceeds a limit, or breaks the contract | the instance is dropped; a search |
+//! | a failure that names a record | the records before it run next, then that record alone |
+//! | a busy machine did not let it finish | nothing is known about the records: the caller runs the flow again |
+//!
+//! | a search ends with | outcome |
+//! |---|---|
+//! | all records have an outcome | the flow's outcome |
+//! | all records fail, and the plugin says "retryable" | none (`AllFailed`): a dependency may be down |
+//! | more records fail than a lane may reject | none (`TooManyFailed`): a broken plugin must not empty the stream |
+//! | the outcomes would hold too much memory | none (`TooMuch`): the first records are run separately |
+//! | a stop | none (`Stopped`), with the culprits found so far |
+//!
+//! A search of records that loop would take a full deadline per call. So after the first timeout the pieces have a
+//! shorter limit ([`PieceTime`]), and records that ran out of time are remembered ([`super::endless`]): the next run of
+//! their batch calls them alone from the start.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -24,18 +46,18 @@ use shardmill_core::record::excerpt;
 use shardmill_core::retry::{Retries, RetryPolicy};
 use shardmill_plugin::{CallError, CallErrorKind, Context, Failure, Instance, WireBatch};
 
-/// Calls that a plugin has asked to be made once more.
+/// Retries of a call that its plugin asked for.
 const RETRY: RetryPolicy =
     RetryPolicy::doubling(Duration::from_millis(100), Duration::from_secs(10)).with_jitter();
-/// What each buffer of a runner may keep for the next call, in bytes: more than a usual batch has.
+/// Bytes that each buffer of a runner may keep for the next call: more than a usual batch has.
 const WIRE_BYTES_KEPT: usize = 1 << 20;
-/// A search that takes longer is shown.
+/// Time after which a search is shown.
 const SEARCH_SHOWN_AFTER: Duration = Duration::from_secs(1);
-/// How many times the usual time of its records a piece of a search has.
+/// Limit of a search's piece, as a multiple of the usual time of its records.
 const USUAL_TIMES: f64 = 10.0;
-/// A call that usually takes as long is measured by the thread's clock: reading it twice takes up to 2 µs.
+/// Usual time from which a call is measured by the thread's clock: reading that clock twice takes up to 2 µs.
 const MEASURED_FROM: Duration = Duration::from_micros(200);
-/// The share that a call has in what is usual.
+/// Weight of the latest call in the moving average of the usual time.
 const USUAL_SHARE: f64 = 0.2;
 
 /// One stage of one lane: the plugin's instance and the buffers that its calls reuse.
@@ -48,40 +70,40 @@ pub struct StageRunner {
     wire: WireBatch,
     rejected_max: RejectedMax,
     stop: CancellationToken,
-    /// Tries of the flow in hand that the plugin has asked for.
+    /// Retries of the flow in hand that the plugin has asked for.
     retries: Option<Retries>,
-    /// What a record takes as a rule, in nanoseconds; 0: not known.
+    /// Usual time of a record in nanoseconds; 0: unknown.
     usual_ns: f64,
-    /// The calls' own time of the run under way: how busy the machine is says nothing about the plugin.
+    /// CPU time of the calls of the run under way. It does not depend on how busy the machine is.
     busy: Duration,
-    /// Calls in a row that the machine did not let end. Counted over whole runs: a search begins again after
-    /// each.
+    /// Consecutive calls for which the machine was too busy. Counted over whole runs, because a search begins again
+    /// after each.
     starved: u32,
-    /// Where a search is shown.
+    /// Shows the progress of a search.
     searching: Option<Arc<watch::Sender<Option<String>>>>,
 }
 
-/// Why a run gave no outcome.
+/// Why a run has no outcome.
 #[derive(Debug)]
 pub enum RunError {
-    /// The end was asked for while culprits were searched for: those that were found.
+    /// A stop was asked for during a search; the culprits found so far.
     Stopped(Vec<Rejected>),
-    /// The plugin asks for another try of the same flow after a pause: the reason.
+    /// The plugin asks for a retry of the same flow after a pause, for this reason.
     Later(String, Duration),
     /// Every record failed, for a reason that the plugin calls retryable.
     AllFailed(String),
-    /// More records failed than a lane may reject: the last reason.
+    /// More records failed than a lane may reject; the last reason.
     TooManyFailed(String),
-    /// No instance can be had: the plugin fails to start.
+    /// No instance can be started.
     NoInstance(CallError),
-    /// The machine did not give a call the time to end: nobody is to blame, and the flow is to be run again.
+    /// The machine was too busy for a call to finish: no record is at fault, and the flow must be run again.
     Starved(String),
-    /// The outcomes of a search hold more together than one may. Those of the records before this one, of which
-    /// there are some, have room: they are to be run first, and the others after them.
+    /// The outcomes of a search would hold too much memory together. Those of the records before this one (there is
+    /// at least one) fit: these must be run first, and the others after them.
     TooMuch(u32),
 }
 
-/// A call that did not work.
+/// A failed call.
 enum CallFailure {
     /// The instance is dead, or its answer broke the contract.
     Dead(CallError),
@@ -90,10 +112,10 @@ enum CallFailure {
 }
 
 impl StageRunner {
-    /// A runner whose instance is started at once, so that a bad configuration shows early.
+    /// Makes a runner and starts its instance, so that an invalid configuration shows early.
     ///
     /// # Errors
-    /// What the plugin says to its configuration.
+    /// The plugin's error about its configuration.
     pub fn start(
         stage: LoadedStage,
         context: Context,
@@ -119,23 +141,23 @@ impl StageRunner {
         Ok(runner)
     }
 
-    /// The stage that runs here.
+    /// Returns the stage.
     pub fn stage(&self) -> &LoadedStage {
         &self.stage
     }
 
-    /// Shows searches that take long here.
+    /// Sets where searches that take long are shown.
     pub(super) fn show_searches(&mut self, searching: &Arc<watch::Sender<Option<String>>>) {
         self.searching = Some(searching.clone());
     }
 
-    /// Linear memory of the instance, in bytes; 0 while there is none.
+    /// Returns the linear memory of the instance in bytes; 0 while there is none.
     pub fn memory_bytes(&self) -> usize {
         self.instance.as_ref().map_or(0, Instance::memory_bytes)
     }
 
-    /// Calls once with the items, without a search for the culprit should that fail. Of no items as
-    /// well, which a lane never does.
+    /// Calls once with the items, without a search for the culprit if that fails. Accepts no items as well, which a
+    /// lane never passes.
     ///
     /// # Errors
     /// Why the call failed, in words.
@@ -149,10 +171,10 @@ impl StageRunner {
         }
     }
 
-    /// Runs the first items whose outcomes have room together: mostly that is all of them. Gives them too.
+    /// Runs the first items whose outcomes fit in memory together, usually all of them. Returns these items too.
     ///
     /// # Errors
-    /// [`RunError`]; nothing of the flow has an outcome then.
+    /// [`RunError`]; no item of the flow has an outcome then.
     pub fn run_first<'i>(
         &mut self,
         batch: &Batch,
@@ -167,18 +189,17 @@ impl StageRunner {
         }
     }
 
-    /// Runs the items; every one of them has an outcome afterwards: outputs, a rejection, or, by
-    /// neither, filtered.
+    /// Runs the items. Every one has an outcome afterwards: outputs, a rejection, or neither (filtered).
     ///
     /// # Errors
-    /// [`RunError`]; nothing of the flow has an outcome then.
+    /// [`RunError`]; no item of the flow has an outcome then.
     pub fn run(&mut self, batch: &Batch, items: &[Item]) -> Result<StageOutcome, RunError> {
         if items.is_empty() {
             return Ok(StageOutcome::default());
         }
         let begun = Instant::now();
         self.busy = Duration::ZERO;
-        // A record that ran out of time before does not take the time of its whole batch again.
+        // A record that ran out of time before must not take the time of its whole batch again.
         let known = self.stage.endless.among(batch, items);
         let outcome = if known.is_empty() {
             match self.call_patiently(batch, items)? {
@@ -193,8 +214,8 @@ impl StageRunner {
         Ok(outcome)
     }
 
-    /// Calls with all items. Where the plugin answers that the failure may pass, the caller waits and comes
-    /// again: to wait here would hold a thread.
+    /// Calls with all items. If the plugin answers with a retryable failure, the caller waits and calls again: a
+    /// wait here would occupy a thread.
     fn call_patiently(
         &mut self,
         batch: &Batch,
@@ -219,8 +240,8 @@ impl StageRunner {
         }
     }
 
-    /// Finds the guilty items, rejects them alone and keeps the outcomes of all others. `known` are items
-    /// that ran out of time before; without a `first` failure there is nothing else to be found yet.
+    /// Finds the culprits, rejects them alone and keeps the outcomes of all others. `known` are items that ran out
+    /// of time before; without a `first` failure nothing else is known to fail.
     fn search(
         &mut self,
         batch: &Batch,
@@ -261,7 +282,7 @@ impl StageRunner {
             }
             self.show_search(begun, done, items.len(), culprits);
             let mut end = match named.take() {
-                // The plugin named the record: what precedes it runs first, without it.
+                // The plugin named the record: the records before it run first, without it.
                 Some(culprit) if culprit > done => culprit,
                 _ => {
                     let suspects = suspect_end.saturating_sub(done);
@@ -269,7 +290,7 @@ impl StageRunner {
                 }
             };
             match known.iter().find(|known| **known >= done) {
-                // It is run alone, and the pieces before it end there.
+                // A known item is run alone, and the pieces before it end there.
                 Some(known) if *known == done => end = done + 1,
                 Some(known) => end = end.min(*known),
                 None => {}
@@ -278,7 +299,7 @@ impl StageRunner {
             let limit_ms = piece_time.limit_ms(end - done, self.usual_ns, &self.stage.limits);
             self.instance = None;
             let answer = self.call(batch, &items[done..end], done, limit_ms)?;
-            // Each call has room for itself. Without this, a search would hold as many answers as it has calls.
+            // Each single call fits, but without this check a search would hold as many answers as it makes calls.
             let has_room = |outcome: &StageOutcome| {
                 done == 0 || kept.occupied_bytes() + outcome.occupied_bytes() <= occupied_bytes_max
             };
@@ -288,10 +309,9 @@ impl StageRunner {
                     if record > items[0].record {
                         return Err(RunError::TooMuch(record));
                     }
-                    // Items of one record: they cannot be parted.
+                    // These items belong to one record, so they cannot be run in parts.
                     Err(CallFailure::Dead(CallError::output(format!(
-                        "what the items of one record become at this stage holds more than \
-                         {occupied_bytes_max} bytes ({})",
+                        "the outputs of one record at this stage hold more than {occupied_bytes_max} bytes ({})",
                         self.stage.limits.answer_bound()
                     ))))
                 }
@@ -318,7 +338,7 @@ impl StageRunner {
                     kept.rejected.push(Rejected { item: done, reason, backtrace, trapped });
                     done += 1;
                     suspect_end = done;
-                    // A search of records that all fail would take minutes to find what is known.
+                    // A search of records that all fail would take minutes to find what is clear already.
                     if failed_in_a_row > self.rejected_max.in_a_row
                         || kept.rejected.len() > self.rejected_max.of_last_1000 as usize
                     {
@@ -348,7 +368,7 @@ impl StageRunner {
         }
     }
 
-    /// One call with the items from `first_item` on.
+    /// Calls the plugin once, with the items from `first_item` on.
     fn call(
         &mut self,
         batch: &Batch,
@@ -406,7 +426,7 @@ impl StageRunner {
         })
     }
 
-    /// Learns what a record takes as a rule.
+    /// Updates the usual time of a record.
     fn learn_usual(&mut self, took: Duration, items: usize) {
         let own_ns = took.as_nanos() as f64 / items.max(1) as f64;
         self.usual_ns = match self.usual_ns == 0.0 {
@@ -415,8 +435,8 @@ impl StageRunner {
         };
     }
 
-    /// Gives up an instance that has leaked half of its memory: a fresh one costs less than the failed
-    /// call and the search that would come of it. What an instance remembers is a cache.
+    /// Drops an instance that has leaked half of its memory limit: a fresh one costs less than the failed call and
+    /// the search that would follow. What an instance remembers is a cache.
     fn renew_if_leaking(&mut self, memory_bytes: usize) {
         if self.baseline_bytes == 0 {
             self.baseline_bytes = memory_bytes;
@@ -430,7 +450,7 @@ impl StageRunner {
         }
     }
 
-    /// The live instance, or a fresh one.
+    /// Starts an instance if there is none.
     fn instance(&mut self) -> Result<(), CallError> {
         if self.instance.is_none() {
             let started = self.stage.start(&self.context);
@@ -443,14 +463,14 @@ impl StageRunner {
         Ok(())
     }
 
-    /// Counts a call that the machine did not let end.
+    /// Counts a call for which the machine was too busy.
     fn count_starved(&self) {
         metrics::counter!(metric::STAGE_STARVED_TOTAL, "stage" => self.stage.name.to_string())
             .increment(1);
     }
 }
 
-/// Lets go of buffers that one large batch has made large: they would stay so for as long as the lane runs.
+/// Frees buffers that one large batch has made large; otherwise they would stay so until the lane ends.
 fn forget_large(wire: &mut WireBatch) {
     if wire.arena.capacity() > WIRE_BYTES_KEPT {
         wire.arena = Vec::new();
@@ -460,9 +480,9 @@ fn forget_large(wire: &mut WireBatch) {
     }
 }
 
-/// How long the pieces of a search may take once a call has run out of time. With the limit of their
-/// size, each piece that holds an endless record would take a batch's limit. A piece that runs out of a
-/// shorter time is only suspected: what is rejected has had a record's whole limit, alone.
+/// Shorter limits for the pieces of a search once a call has run out of time. With the limit of its size, each piece
+/// that holds an endless record would take the time of a whole batch. A piece that exceeds the shorter limit is only
+/// suspected: a rejected record has had the full limit of a record, alone.
 struct PieceTime {
     is_used: bool,
     piece_ms: u64,
@@ -473,7 +493,7 @@ impl PieceTime {
         Self { is_used: false, piece_ms: (limits.record_ms_max / 4).max(1) }
     }
 
-    /// The limit of a call with so many records, of which each takes `usual_ns` as a rule.
+    /// Returns the limit of a call with this many records, each of which usually takes `usual_ns`.
     fn limit_ms(&self, records: usize, usual_ns: f64, limits: &StageLimits) -> u64 {
         let limit_ms = limits.call_ms_max(records);
         if !self.is_used || records == 1 {
@@ -483,7 +503,7 @@ impl PieceTime {
         limit_ms.min(self.piece_ms.max(usual_ms as u64))
     }
 
-    /// No record of a suspected piece ran out of time alone: the piece had too little.
+    /// Notes that no record of a suspected piece ran out of time alone: the limit was too short.
     fn lengthen(&mut self) {
         self.piece_ms = self.piece_ms.saturating_mul(4);
     }
@@ -493,12 +513,12 @@ fn ran_out_of_time(failure: &CallFailure) -> bool {
     matches!(failure, CallFailure::Dead(error) if error.kind == CallErrorKind::Timeout)
 }
 
-/// The end of the range that is known to hold a culprit.
+/// Returns the end of the range that is known to hold a culprit.
 fn culprit_end(failure: &CallFailure, items: usize) -> usize {
     named_culprit(failure, items).map_or(items, |culprit| culprit + 1)
 }
 
-/// The item that the plugin itself names, if it is one of the call's.
+/// Returns the item that the plugin named, if it belongs to the call.
 fn named_culprit(failure: &CallFailure, items: usize) -> Option<usize> {
     match failure {
         CallFailure::Answered(Failure { input: Some(input), .. }) => {

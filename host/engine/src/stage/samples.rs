@@ -1,8 +1,8 @@
-//! What entered each stage of late: a candidate is tried on it before it takes over.
+//! Recent inputs of each stage, on which a candidate is tried before it takes the incumbent's place.
 //!
-//! Per stage the last batches, bounded in number, bytes and age; of a busy stage not every one, so that
-//! keeping them costs next to nothing. They are kept packed, as copies: a batch shares its bytes with others
-//! of the same answer, all of which it would keep, and each record costs more than its bytes.
+//! Per stage the last batches are kept, bounded in number, bytes and age; of a busy stage not every batch, so that
+//! keeping them costs almost nothing. They are kept as packed copies: a batch shares memory with others of the same
+//! answer, which would all be kept alive, and each record costs more than its bytes.
 
 use std::collections::{HashMap, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,18 +14,18 @@ use super::packed::PackedBatch;
 use shardmill_config::SampleLimits;
 use shardmill_core::record::{Batch, StageName};
 
-/// How long nothing more of a stage is kept after a batch was. To keep one takes
-/// some 50 µs: so it is about a hundredth of the time, whatever the load.
+/// Pause after a batch was kept, per stage. Keeping one takes about 50 µs, so this is about one hundredth of the
+/// time, whatever the load.
 const PAUSE: Duration = Duration::from_millis(5);
 
 /// A batch as it entered a stage.
 #[derive(Clone)]
 pub struct Sample {
-    /// Its number: later ones of the process have greater numbers.
+    /// Its number: later samples of the process have greater numbers.
     pub number: u64,
     /// The batch.
     pub batch: Arc<Batch>,
-    /// What entered.
+    /// Its items when it entered.
     pub flow: Arc<Flow>,
 }
 
@@ -36,7 +36,7 @@ struct KeptSample {
     taken: Instant,
 }
 
-/// The samples of a pipeline; its clones share them.
+/// The samples of a pipeline. Clones share them.
 #[derive(Clone)]
 pub struct Samples {
     shared: Arc<Shared>,
@@ -53,21 +53,21 @@ struct Shared {
 #[derive(Default)]
 struct Kept {
     samples: VecDeque<KeptSample>,
-    /// The memory that they hold.
+    /// Memory that they hold.
     bytes: usize,
-    /// When the last one was taken, in microseconds since `begun`.
+    /// Time of the last sample, in microseconds since `begun`.
     last_us: u64,
 }
 
 impl Samples {
-    /// None yet, and never more than `limits` per stage.
+    /// Makes an empty store with `limits` per stage.
     pub fn new(limits: SampleLimits) -> Self {
         let (begun, stages, next_number) = (Instant::now(), Mutex::default(), AtomicU64::new(1));
         Self { shared: Arc::new(Shared { limits, begun, stages, next_number }) }
     }
 
-    /// Keeps a batch that is about to enter a stage, unless one was kept just now, or another lane is
-    /// keeping one.
+    /// Keeps a batch that is about to enter a stage, unless one was kept just before, or another lane is keeping
+    /// one.
     pub fn offer(&self, stage: &StageName, batch: &Arc<Batch>, flow: &Flow) {
         if flow.is_empty() || self.shared.limits.batches_max == 0 {
             return;
@@ -95,7 +95,7 @@ impl Samples {
         kept.forget(&self.shared.limits);
     }
 
-    /// The numbers of what is kept of a stage behind a number, the oldest first.
+    /// Returns the numbers of a stage's samples after a number, the oldest first.
     pub(crate) fn numbers_after(&self, stage: &StageName, number: u64) -> Vec<u64> {
         let mut stages = self.lock();
         let Some(kept) = stages.get_mut(stage) else { return Vec::new() };
@@ -103,8 +103,8 @@ impl Samples {
         kept.samples.iter().map(|sample| sample.number).filter(|own| *own > number).collect()
     }
 
-    /// A sample by its number; `None`: it is kept no longer. Unpacked it holds several times as much: take
-    /// one after the other.
+    /// Returns a sample by its number; `None`: it is no longer kept. Unpacked it holds several times as much memory,
+    /// so take one after the other.
     pub fn get(&self, stage: &StageName, number: u64) -> Option<Sample> {
         let stages = self.lock();
         let mut samples = stages.get(stage)?.samples.iter();
@@ -112,7 +112,7 @@ impl Samples {
         Some(Sample { number, batch: Arc::new(batch), flow: Arc::new(flow) })
     }
 
-    /// Forgets what entered stages that are gone.
+    /// Forgets the samples of stages that are gone.
     pub(crate) fn keep_only(&self, stages: &[&StageName]) {
         self.lock().retain(|name, _| stages.contains(&name));
     }

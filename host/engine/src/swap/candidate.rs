@@ -1,4 +1,7 @@
-//! A candidate on its way to be proven: nothing of what runs is touched here.
+//! A candidate, from its bytes to a validated revision. Nothing that runs is changed here.
+//!
+//! The exception is `check_tables`, the last check before a promotion: a sink that will get other rows learns that, and
+//! may create its table. Whoever does not promote afterwards calls `prepare_as_before`.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;
@@ -17,16 +20,16 @@ use shardmill_core::sink::Sink;
 use shardmill_plugin::Plugin;
 use shardmill_state::{CanarySpec, RevisionSpec};
 
-/// Digits of a digest that name a component: fewer might name several by chance.
+/// Digits of a digest that name a component: fewer might match several by chance.
 const DIGEST_DIGITS_MIN: usize = 6;
 
-/// How long a change waits for the answer of a sink or a lookup: somebody waits for the change.
+/// Time for which a change waits for the answer of a sink or a lookup, because somebody waits for the change.
 pub(super) const ANSWER_MAX: Duration = Duration::from_secs(8);
-/// How long it waits at least for sinks to take back what they were told of the candidate.
+/// Time in any case for telling the sinks again what they get now.
 const REMEMBER_MIN: Duration = Duration::from_secs(1);
 
 impl Inner {
-    /// The candidate's bytes, and what to call it.
+    /// Returns the candidate's bytes, and a name for messages.
     pub(super) async fn fetch(&self, component: &Component) -> Result<(String, Bytes), StepFailed> {
         let digits = match component {
             Component::Bytes { name, bytes } => return Ok((name.clone(), bytes.clone())),
@@ -37,7 +40,8 @@ impl Inner {
             && digits.chars().all(|digit| digit.is_ascii_hexdigit());
         if !is_digest {
             let cause = format!(
-                "{digits:?} is neither a file nor the first {DIGEST_DIGITS_MIN} digits or more of a digest"
+                "not a valid component: {digits:?}; expected a file, or at least the first {DIGEST_DIGITS_MIN} \
+                 digits of a digest"
             );
             return Err(Step::Fetch.failed(cause));
         }
@@ -47,27 +51,28 @@ impl Inner {
                 Ok((format!("component {}", &digest[..12]), Bytes::from(bytes.clone())))
             }
             [] => Err(Step::Fetch.failed(format!(
-                "no component {digits}… is kept any more: name the file (see `shardmill plugin history`)"
+                "unknown component {digits}…: it is not stored, or no longer; give its file (see `shardmill \
+                 plugin history`)"
             ))),
             several => Err(Step::Fetch.failed(format!(
-                "{digits}… begins {} digests: give more digits",
+                "ambiguous digest {digits}…: it matches {} components; give more digits",
                 several.len()
             ))),
         }
     }
 }
 
-/// A stage of what runs.
+/// Returns a stage of a revision.
 pub(super) fn stage(revision: &Revision, name: &StageName) -> Result<LoadedStage, StepFailed> {
     let found = revision.stages.iter().find(|stage| stage.name == *name);
     found.cloned().ok_or_else(|| {
         let names: Vec<&str> = revision.stages.iter().map(|stage| stage.name.as_str()).collect();
-        let help = shardmill_config::suggest(name.as_str(), "there are", &names);
-        Step::Fetch.failed(format!("the pipeline has no stage {name}; {help}"))
+        let help = shardmill_config::suggest(name.as_str(), "the stages are", &names);
+        Step::Fetch.failed(format!("unknown stage {name}: {help}"))
     })
 }
 
-/// Refuses a component that is not the one which the configuration pins.
+/// Refuses a component other than the one that the configuration pins.
 pub(super) fn check_pin(
     config: &PipelineConfig,
     stage: &StageName,
@@ -76,7 +81,7 @@ pub(super) fn check_pin(
     let own = config.stages.iter().find(|own| own.name.value == *stage);
     match own.and_then(|own| own.sha256.as_ref()) {
         Some(expected) if expected.value != digest.as_str() => Err(Step::Pin.failed(format!(
-            "{}: stage {stage} is pinned to {}, the component has {digest}; change the pin and reload",
+            "{}: expected the pinned digest {} of stage {stage}, found {digest}; change the pin and reload",
             config.file.place(&expected.span),
             expected.value
         ))),
@@ -100,7 +105,7 @@ pub(super) async fn compile(
     .await
 }
 
-/// The specification with another component for a stage, or with a canary beside it.
+/// Returns the specification with another component for a stage, or with a canary beside it.
 pub(super) fn replaced(
     spec: &RevisionSpec,
     stage: &StageName,
@@ -119,8 +124,8 @@ pub(super) fn replaced(
     spec
 }
 
-/// Checks that a revision sends rows to the sinks that there are, and to each of them. One of before may name a sink
-/// that a reload has taken away since, or not know one that it has brought: rows would go nowhere, without a word.
+/// Checks that a revision sends rows to the configured sinks only, and to each of them. An earlier revision may name
+/// a sink that a reload has removed since, or lack one that was added: rows would be missing without any message.
 pub(super) fn check_bindings(
     config: &PipelineConfig,
     spec: &RevisionSpec,
@@ -132,27 +137,25 @@ pub(super) fn check_bindings(
     let cause = match (bound.difference(&configured).next(), configured.difference(&bound).next()) {
         (None, None) => return Ok(()),
         (Some(gone), _) => format!(
-            "expected what ran before to send rows to sinks of the configuration, found that it sent some to \
-             sink {gone}, which is not there any more"
+            "the earlier revision sends rows to sink {gone}, which is missing from the configuration"
         ),
         (None, Some(new)) => format!(
-            "expected what ran before to send rows to each sink of the configuration, found that it knows no \
-             sink {new}"
+            "the earlier revision sends no rows to sink {new}, which the configuration has now"
         ),
     };
     Err(Step::Check.failed(format!(
-        "{cause}; undo the change in the file, sinks included, and say `shardmill reload`"
+        "{cause}; undo the change in the file, with its sinks, and run `shardmill reload`"
     )))
 }
 
-/// Checks what the sinks would get against their tables as they are now, also where nothing changes for a
-/// sink: a table may have changed since, and a restart would refuse it. A sink that gets something else may make its table then, and
-/// remembers what it will get: so this is the last thing before a promotion.
+/// Checks the rows of each sink against its table as it is now, also for sinks whose rows do not change: a table may
+/// have changed since, and a restart would refuse it. A sink whose rows change may create its table here, and
+/// remembers what it will get, so this is the last step before a promotion.
 ///
-/// On the way back (`is_way_back`) to what ran before, a sink for which nothing changes is only warned of:
-/// a rollback must not depend on a server that is out of reach.
+/// On the way back (`is_way_back`) to what ran before, a failure of a sink whose rows do not change is only a
+/// warning: a rollback must not depend on a server that cannot be reached.
 ///
-/// All sinks together have until `answer_by`: somebody waits, and a locked table keeps each look at it waiting.
+/// All sinks together have until `answer_by`: somebody waits, and a locked table delays each check of it.
 pub(super) async fn check_tables(
     shared: &Shared,
     sinks: &[Arc<dyn Sink>],
@@ -163,7 +166,7 @@ pub(super) async fn check_tables(
     let is_unchanged = |sink: &Arc<dyn Sink>| {
         is_known(shared, sink) && next.routes_to(sink.name()) == before.routes_to(sink.name())
     };
-    // Those that must answer come first: on the way back, one that is only warned of may take all of the time.
+    // Sinks that must answer come first: on the way back, one that only gets a warning may take all of the time.
     let (unchanged, changed): (Vec<_>, Vec<_>) = sinks.iter().cloned().partition(is_unchanged);
     let begun = Instant::now();
     for (place, sink) in changed.iter().chain(&unchanged).enumerate() {
@@ -171,7 +174,7 @@ pub(super) async fn check_tables(
         let routes = next.routes_to(sink.name());
         let look = async {
             match is_unchanged {
-                // A table that was put aside for a while is not made anew.
+                // A table that was moved away for a while is not created again.
                 true => sink.check(&routes).await.map(drop),
                 false => sink.prepare(&routes).await,
             }
@@ -181,7 +184,7 @@ pub(super) async fn check_tables(
             Ok(Ok(())) => continue,
             Ok(Err(error)) => error.to_string(),
             Err(_) => {
-                // The one before may have taken nearly all of the time.
+                // The sink before may have taken nearly all of the time.
                 let before = match place {
                     0 => String::new(),
                     _ => format!(
@@ -190,15 +193,15 @@ pub(super) async fn check_tables(
                     ),
                 };
                 format!(
-                    "sink {} did not answer within {:.1} s{before}: expected a look at its table, found that it \
-                     waits, for a lock or for its server; nothing was changed: free it, and try it again",
+                    "sink {} did not answer within {:.1} s{before}: its table is locked, or its server does \
+                     not answer; nothing was changed; free it, then try again",
                     sink.name(),
                     asked.elapsed().as_secs_f64(),
                 )
             }
         };
         if is_unchanged && is_way_back {
-            tracing::warn!(cause = refused, "the version before takes over nevertheless");
+            tracing::warn!(cause = refused, "the earlier version is restored nevertheless");
             continue;
         }
         prepare_as_before(shared, &changed, (before, next), answer_by).await;
@@ -207,20 +210,20 @@ pub(super) async fn check_tables(
     Ok(())
 }
 
-/// Whether a sink is one of those that run.
+/// Whether a sink is one of the running ones.
 fn is_known(shared: &Shared, sink: &Arc<dyn Sink>) -> bool {
     shared.sinks.iter().any(|known| Arc::ptr_eq(known, sink))
 }
 
-/// Lets those of `sinks` that were told of `next` expect again what they get from what runs. The others expect it
-/// still, and one of them may have a table that is locked: it would be waited for in vain.
+/// Prepares those of `sinks` that were prepared for `next` again for what runs. The other sinks still expect that, and
+/// one of them may have a locked table, which would be waited for in vain.
 pub(super) async fn prepare_as_before(
     shared: &Shared,
     sinks: &[Arc<dyn Sink>],
     (before, next): (&Revision, &Revision),
     answer_by: tokio::time::Instant,
 ) {
-    // It worked before; if not, the sink itself will say so.
+    // It worked before. If it fails now, the sink's next commit reports that.
     let restored = sinks.iter().filter(|sink| is_known(shared, sink)).map(|known| async {
         let routes = before.routes_to(known.name());
         if routes != next.routes_to(known.name()) {
@@ -231,8 +234,8 @@ pub(super) async fn prepare_as_before(
     let _ = tokio::time::timeout_at(end, futures::future::join_all(restored)).await;
 }
 
-/// Loads a revision, with plugins that are at hand and with those that ran before: configures each and
-/// checks imports against grants, formats and columns against its neighbours.
+/// Loads a revision, with the given plugins and those that ran before. Configures each stage, and checks imports
+/// against grants, formats and columns against its neighbours.
 pub(super) async fn load(
     setup: &Setup,
     before: &Arc<Revision>,
@@ -252,7 +255,7 @@ pub(super) async fn load(
     blocking(Step::Check, move || Revision::rebuilt(spec, &plugins, &host, &stream, &before)).await
 }
 
-/// Runs the candidate on what entered the stage of late; or says why it cannot be tried.
+/// Runs the candidate on recent inputs of the stage, or says why that is impossible.
 pub(super) async fn try_out(
     shared: &Shared,
     (incumbent, candidate): (&LoadedStage, &LoadedStage),
@@ -260,10 +263,9 @@ pub(super) async fn try_out(
     gates: &Gates,
     stop: &CancellationToken,
 ) -> Result<(Option<TrialReport>, Option<String>), StepFailed> {
-    for (side, who) in [(candidate, "it"), (incumbent, "the version before")] {
+    for (side, who) in [(candidate, "it"), (incumbent, "the incumbent")] {
         if side.services.http.is_some() && side.plugin.capabilities.contains(&Capability::Http) {
-            let why =
-                format!("{who} imports http: its requests would be sent once more for the trial");
+            let why = format!("{who} imports http: a trial would send its requests again");
             return Ok((None, Some(why)));
         }
     }
@@ -291,7 +293,7 @@ pub(super) async fn try_out(
     }
 }
 
-/// Runs what takes long on a thread of its own.
+/// Runs blocking work off the async threads.
 pub(super) async fn blocking<T: Send + 'static, E: std::fmt::Display + Send + 'static>(
     step: Step,
     work: impl FnOnce() -> Result<T, E> + Send + 'static,

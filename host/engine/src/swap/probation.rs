@@ -1,5 +1,19 @@
-//! Probation: a new version is watched for a while, and undone by itself when it does worse than the
-//! one before by more than the configuration allows.
+//! Probation: watches a new version for a while, and rolls it back if it does worse than the version before by more
+//! than the configuration allows.
+//!
+//! The new version's counts start at zero (each loaded version has its own), and are compared with the counts of the
+//! version before, as they were when the change was made. Small samples prove nothing, so rates need a minimum.
+//!
+//! | found | rolled back when |
+//! |---|---|
+//! | traps, or calls over a limit | more than `reload.probation.traps` |
+//! | rejected records, of at least 100 | the share is larger than before by `reload.probation.rejected_percent` |
+//! | time per record, with 50 ms in calls of both | `reload.probation.slower` times that of before |
+//! | a lane that this stage blocks, and that was not blocked so before | at once |
+//!
+//! It ends early when the change is no longer in force. A rollback names the change that it undoes, so it cannot
+//! undo a later change that comes in between. If the state cannot be read, the probation goes on: that says nothing
+//! in favour of the version.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -10,15 +24,15 @@ use shardmill_config::ProbationLimits;
 use shardmill_core::metric;
 use shardmill_core::record::StageName;
 
-/// How often it is looked at.
+/// Interval of the checks.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
-/// Records by which the shares of rejections can be told apart.
+/// Records below which shares of rejections are not compared.
 const RECORDS_MIN: u64 = 100;
-/// Time in calls by which speeds can be told apart.
+/// Time in calls below which speeds are not compared.
 const BUSY_MIN: Duration = Duration::from_millis(50);
 
 impl Swapper {
-    /// Watches a stage that was changed, beside whatever else happens.
+    /// Watches a stage that was changed, in the background.
     pub(super) fn begin_probation(
         &self,
         before: &Arc<Revision>,
@@ -43,7 +57,7 @@ impl Swapper {
         });
     }
 
-    /// Why the change is to be undone; `None`: it has stood the test, or is in force no more.
+    /// Returns why the change must be undone; `None`: it has passed, or is no longer in force.
     async fn watch_stage(
         &self,
         stage: &StageName,
@@ -52,11 +66,11 @@ impl Swapper {
         limits: ProbationLimits,
     ) -> Option<String> {
         let end = Instant::now() + limits.window;
-        // Lanes that were blocked before may be so for another reason, or not have tried again yet.
+        // Lanes that were blocked before may have another cause, or may not have tried again yet.
         let blocked_before = self.inner.setup.lock().await.shared.statuses.blocked_stages();
         while Instant::now() < end {
             tokio::time::sleep(POLL_INTERVAL.min(limits.window)).await;
-            // While another change is under way, this one's turn to be judged comes after it.
+            // While another change is under way, this waits for its end.
             let setup = self.inner.setup.lock().await;
             let (shared, running) = (setup.shared.clone(), setup.shared.revision());
             drop(setup);
@@ -64,9 +78,12 @@ impl Swapper {
             match self.inner.changes.last_in_force(stage.as_str()).await {
                 Ok(last) if last.as_ref().is_none_or(|last| last.number != number) => return None,
                 Ok(_) => {}
-                // The version is watched on: a state that cannot be read says nothing for it.
+                // A state that cannot be read says nothing in favour of the version: go on watching.
                 Err(error) => {
-                    tracing::warn!(%error, "cannot read whether the new version is in force");
+                    tracing::warn!(
+                        %error,
+                        "failed to read whether the new version is in force; the probation goes on"
+                    );
                 }
             }
             let health = own.canary.as_ref().map_or(&own.health, |canary| &canary.stage.health);
@@ -83,7 +100,7 @@ impl Swapper {
         None
     }
 
-    /// Undoes a change, unless it is undone already.
+    /// Undoes a change, unless that has happened already.
     async fn undo(&self, stage: &StageName, number: i64, reason: &str) {
         tracing::error!(stage = %stage, reason, "the new version is rolled back");
         match self.inner.roll_back(stage, Some(number), reason).await {
@@ -97,11 +114,11 @@ impl Swapper {
     }
 }
 
-/// In what a version does worse than the one before, by more than is allowed.
+/// Says in what a version does worse than the one before, by more than is allowed.
 fn worse(seen: &Health, before: &Health, limits: &ProbationLimits) -> Option<String> {
     if seen.traps > limits.traps_max {
         return Some(format!(
-            "{} calls trapped or went over a limit, {} may (reload.probation.traps)",
+            "{} calls trapped or exceeded a limit: expected at most {} (reload.probation.traps)",
             seen.traps, limits.traps_max
         ));
     }
@@ -109,8 +126,8 @@ fn worse(seen: &Health, before: &Health, limits: &ProbationLimits) -> Option<Str
     if seen.records >= RECORDS_MIN && share > share_before + f64::from(limits.rejected_percent_max)
     {
         return Some(format!(
-            "it rejects {share:.1} % of the records, the version before {share_before:.1} %; {} % more may \
-             be (reload.probation.rejected_percent)",
+            "it rejects {share:.1} % of the records, the earlier version {share_before:.1} %: expected at most \
+             {} % more (reload.probation.rejected_percent)",
             limits.rejected_percent_max
         ));
     }
@@ -118,8 +135,8 @@ fn worse(seen: &Health, before: &Health, limits: &ProbationLimits) -> Option<Str
     let is_comparable = seen.busy >= BUSY_MIN && before.busy >= BUSY_MIN;
     if is_comparable && ns > ns_before * f64::from(limits.slower_max) {
         return Some(format!(
-            "it takes {ns:.0} ns per record, the version before took {ns_before:.0}; {} times as long is \
-             too long (reload.probation.slower)",
+            "it takes {ns:.0} ns per record, the earlier version {ns_before:.0} ns: expected at most {} times \
+             as long (reload.probation.slower)",
             limits.slower_max
         ));
     }

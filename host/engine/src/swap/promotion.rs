@@ -1,4 +1,35 @@
-//! The change itself: durable first, then every lane at its next batch's boundary.
+//! Promotion: a validated change becomes durable, then every lane changes at its next batch boundary.
+//!
+//! Invariant: `Changes::promote` is the one step that decides. Before it, a failure changes nothing that runs. After
+//! it, a restart of the process runs the new revision. So the order is:
+//!
+//! 1. The tables are checked, and the sinks learn which rows they will get.
+//! 2. Instances are started for every shard and dropped, so that no lane ends up with a revision that does not
+//!    start. A rollback without a restart of the lanes skips this: the version has run there.
+//! 3. The components and the revision are stored.
+//! 4. If lanes must restart, a place in the supervisor's queue is reserved: after step 5 nothing may refuse the
+//!    change.
+//! 5. `Changes::promote` stores the change.
+//! 6. The lanes are notified: by `current` (each changes at a batch boundary), or by a [`LaneRestart`] (all of them
+//!    end, and restart with other sinks or settings).
+//!
+//! After a failure in step 1 or 2 the sinks are prepared again for what they get now, because they must not expect rows
+//! that never come.
+//!
+//! The requester waits for the lanes, but not forever:
+//!
+//! | the lanes | the answer | afterwards |
+//! |---|---|---|
+//! | all have changed in time | promoted | |
+//! | some have not | promoted; they are named with their causes | they change at their next batch boundary |
+//! | one cannot start the revision | refused | every lane goes back (`take_back`) |
+//! | they must restart, and have not ended in time | promoted; it may be undone | `until_restarted` waits on |
+//! | they must restart, and the supervisor refuses | refused | every lane goes back |
+//! | the pipeline stops | refused, or promoted | the next start runs the new revision, or says why not |
+//!
+//! `take_back` does nothing when another change has come since: its revision is in force then. A way back (a
+//! rollback) must not be stopped by a slow start or an unreachable sink, because a bad version would stay at work:
+//! these are warnings.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -21,79 +52,79 @@ use shardmill_state::Components;
 use shardmill_state::RevisionSpec;
 use shardmill_state::{NewChange, Running, StateError, Variables};
 
-/// How long a change waits for lanes that do not come to a batch's boundary. They change when they do.
+/// Time for which a change waits for lanes that do not reach a batch boundary. They change when they reach it.
 const LANES_CHANGE_MAX: Duration = Duration::from_secs(8);
-/// The part of [`AnswerTime::MAX`] that a sink which is to leave may take to commit what it has in hand.
+/// Part of [`AnswerTime::MAX`] in which a sink that is removed may commit what it has in hand.
 const SINKS_CATCH_UP_MAX: Duration = Duration::from_secs(3);
-/// The part that lanes have at least, where the looks before took long.
+/// Part that is left for the lanes in any case, even if the checks before took long.
 const LANES_CHANGE_MIN: Duration = Duration::from_secs(1);
 
-/// Why nothing is changed any more.
+/// Cause of a refusal at the end of the pipeline.
 const STOPPED: &str = "the pipeline has stopped";
 
-/// By when somebody who has asked for a change is answered, from the end of its trial on. Sinks, their tables and lanes
-/// may each take long: all of them together have one time, or their times would add up. The starts in every shard
-/// have `timing.trial`, which does not count here.
+/// Deadlines of the steps of a change, from the end of its trial on. Sinks, their tables and lanes may each take
+/// long, so all of them share one time; otherwise their times would add up while somebody waits for the answer. The
+/// starts in every shard have `timing.trial`, which does not count here.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct AnswerTime {
     begun: Instant,
-    /// Longer by this.
+    /// Time that the starts in every shard took: the deadline of the lanes is later by this.
     starts: Duration,
 }
 
 impl AnswerTime {
-    /// The rest of the promised 10 s is for the state's writes.
+    /// A change is answered within 10 s; the rest is for the writes to the state.
     const MAX: Duration = Duration::from_secs(9);
 
-    /// From now on.
+    /// Starts the clock.
     pub(super) fn begin() -> Self {
         Self { begun: Instant::now(), starts: Duration::ZERO }
     }
 
-    /// By then, sinks that are to leave must have what the others have.
+    /// Returns the time by which sinks that are removed must have what the others have.
     pub(super) fn sinks_catch_up_by(&self) -> Instant {
         self.begun + SINKS_CATCH_UP_MAX
     }
 
-    /// By then, the sinks must have answered what they are asked of their tables.
+    /// Returns the time by which the sinks must have answered the checks of their tables.
     pub(super) fn sinks_answer_by(&self) -> Instant {
         self.begun + candidate::ANSWER_MAX
     }
 
-    /// By then, the lanes should have changed, which have had no time yet at `now`.
+    /// Returns the time by which the lanes should have changed; they have not had any time yet at `now`.
     fn lanes_change_by(&self, now: Instant) -> Instant {
         let end = self.begun + self.starts + Self::MAX;
         end.clamp(now + LANES_CHANGE_MIN, now + LANES_CHANGE_MAX)
     }
 }
 
-/// Lanes are to be let go and taken over anew, by what is described here.
+/// A request to end the lanes and restart them with what is described here.
 pub struct LaneRestart {
-    /// What they share from then on.
+    /// State and services of the lanes from then on.
     pub shared: Arc<Shared>,
-    /// Told when the lanes begin anew, or why they go on as before.
+    /// Answered when the lanes begin again, or with the reason why they go on as before.
     pub done: oneshot::Sender<Result<(), String>>,
 }
 
-/// A change that is proven.
+/// A validated change.
 pub(super) struct Promotion {
-    /// What is to run.
+    /// The revision that is to run.
     pub(super) next: Arc<Revision>,
-    /// Bytes of its components, those that may not be stored yet.
+    /// Bytes of those of its components that may not be stored yet.
     pub(super) components: Components,
-    /// What the files describe.
+    /// The specification that the files describe.
     pub(super) declared: RevisionSpec,
-    /// For the history.
+    /// Entry for the history.
     pub(super) change: NewChange,
-    /// A change that is undone by it, and why.
+    /// Number of the change that this one undoes, and why.
     pub(super) undoes: Option<(i64, String)>,
-    /// What lanes share from then on, if they must be taken over anew.
+    /// State and services of the lanes from then on, if they must restart.
     pub(super) restart_with: Option<Arc<Shared>>,
-    /// The files that it is made of, if they are others, and what their plugins are loaded with.
+    /// The configuration and the plugin host, if the files are others.
     pub(super) files: Option<(Arc<PipelineConfig>, PluginHost)>,
 }
 
-/// What became of a promotion.
+/// Result of a promotion.
 pub(super) struct Promoted {
     /// Its number in the history.
     pub(super) number: Option<i64>,
@@ -101,22 +132,22 @@ pub(super) struct Promoted {
     pub(super) revision: String,
     /// Lanes that have changed.
     pub(super) lanes: Vec<LaneChange>,
-    /// Lanes that have not yet, and why.
+    /// Lanes that have not changed yet, and why.
     pub(super) waiting: Vec<WaitingLane>,
-    /// The lanes are not let go yet: until they are, it may be undone.
+    /// The lanes have not ended yet: until they have, the change may be undone.
     pub(super) may_be_undone: bool,
 }
 
-/// How far the lanes came with a change in the time that somebody waits for it.
+/// How far the lanes have come in the time that the requester waits.
 struct LanesChanged {
     lanes: Vec<LaneChange>,
     waiting: Vec<WaitingLane>,
     may_be_undone: bool,
 }
 
-/// A promotion that lanes are about to take over, and what to go back to should they not.
+/// A promotion that the lanes have not taken up yet, and what to go back to if they cannot.
 struct UnderWay {
-    /// As it is in [`Setup::changes`] while no other change has come.
+    /// Value of [`Setup::changes`] for this change; another value means that another change has come.
     change: u64,
     number: Option<i64>,
     was: Setup,
@@ -139,11 +170,12 @@ impl From<NotStarted> for StepFailed {
     }
 }
 
-/// Told when the lanes begin anew, or why they go on as before.
+/// Answered when the lanes begin again, or with the reason why they go on as before.
 type RestartOutcome = oneshot::Receiver<Result<(), String>>;
 
 impl Inner {
-    /// Promotes what was proven beside `before`. Other stages may have been changed since; this one not.
+    /// Promotes a change of a stage that was validated beside `before`. Other stages may have changed since, but not
+    /// this one.
     pub(super) async fn promote_in_turn(
         self: &Arc<Self>,
         before: &Revision,
@@ -167,13 +199,13 @@ impl Inner {
         next: &Arc<Revision>,
         mut change: NewChange,
     ) -> Result<(), StepFailed> {
-        // Sinks remember for a moment what the candidate would bring: no other change may come between.
+        // For a moment the sinks expect what the candidate would bring, so no other change may run now.
         let setup = self.setup.lock().await;
         let next = in_turn(&setup, before, next, &mut change).await?;
         rehearse(&setup, &setup.shared.sinks, &next, &AnswerTime::begin(), &self.ends).await
     }
 
-    /// Makes a change durable and lets the lanes take it over. While they do, others may make changes.
+    /// Makes a change durable and notifies the lanes. While they change, other changes may be made.
     pub(super) async fn promote(
         self: &Arc<Self>,
         mut setup: MutexGuard<'_, Setup>,
@@ -194,19 +226,19 @@ impl Inner {
             let sinks = setup.shared.sinks.iter();
             sinks.map(|sink| revision.routes_to(sink.name())).collect::<Vec<_>>()
         };
-        // Sinks hold what they know of the rows that come: where others come, they are taken over anew.
+        // Sinks keep what they know about the rows that come. If other rows come, the sinks are acquired again.
         if restart_with.is_none() && routes(&before) != routes(&next) {
             restart_with = Some(Arc::new(setup.shared.with_revision(next.clone())));
         }
         if restart_with.is_some() || !is_way_back {
             let begun = Instant::now();
             match start_everywhere(&setup, &next, &self.ends).await {
-                // It has run in these shards. A slow start must not keep the bad version at work.
+                // This version has run in these shards already. A slow start must not keep the bad version at work.
                 Err(NotStarted::TooSlow(cause)) if is_way_back => {
-                    tracing::warn!(cause, "the version before takes over nevertheless");
+                    tracing::warn!(cause, "the earlier version is restored nevertheless");
                 }
                 Err(not_started) => {
-                    // Nothing is changed: the sinks must not expect what never comes.
+                    // Nothing is changed, so the sinks must not expect rows that never come.
                     candidate::prepare_as_before(&setup.shared, sinks, sides, answer_by).await;
                     return Err(not_started.into());
                 }
@@ -220,12 +252,12 @@ impl Inner {
         changed_variables.warn(&next.id);
         tracing::debug!(generation = %next.id, "its components are kept");
         let running = Running { declared, running: next.spec.clone() };
-        // The place is taken first: once the change is noted, nothing refuses it any more.
+        // The place is reserved first: once the change is stored, nothing may refuse it.
         let place = match &restart_with {
             Some(_) => Some(self.restarts.try_reserve().map_err(|error| {
                 Step::Promote.failed(match error {
                     TrySendError::Full(()) => {
-                        "too many changes wait for the lanes; try it again when they have gone on"
+                        "too many changes wait for the lanes; try again when the lanes have restarted"
                     }
                     TrySendError::Closed(()) => STOPPED,
                 })
@@ -262,12 +294,12 @@ impl Inner {
         tracing::debug!(generation = %next.id, lanes = lanes.len(), "the lanes have changed");
         metrics::counter!(metric::CHANGES_TOTAL, "outcome" => "promoted").increment(1);
         if let Err(error) = shared.ledger.prune(&next.spec).await {
-            tracing::warn!(%error, "components that are not needed any more stay");
+            tracing::warn!(%error, "failed to remove components that are no longer needed");
         }
         Ok(Promoted { number, revision: next.id.to_string(), lanes, waiting, may_be_undone })
     }
 
-    /// Waits for the lanes, but not for long: those that do not come to it are named.
+    /// Waits for the lanes until `end`, and names those that have not changed.
     async fn lanes_change(
         self: &Arc<Self>,
         shared: &Shared,
@@ -288,7 +320,7 @@ impl Inner {
                 }
                 Err(_) => {
                     tokio::spawn(self.clone().until_restarted(under_way, restarted));
-                    // None of them has begun anew, even where it runs the same revision then.
+                    // No lane has restarted, even if it runs the same revision already.
                     let (lanes, waiting) = (Vec::new(), shared.statuses.running());
                     return Ok(LanesChanged { lanes, waiting, may_be_undone: true });
                 }
@@ -303,47 +335,56 @@ impl Inner {
         }
     }
 
-    /// Goes on waiting for lanes that are let go, when nobody else waits any more.
+    /// Waits on for lanes that must end, after the requester has its answer.
     async fn until_restarted(self: Arc<Self>, under_way: UnderWay, restarted: RestartOutcome) {
         match restarted.await {
             Ok(Err(cause)) => {
                 tracing::error!(number = under_way.number, cause, "a change was undone");
                 self.take_back(under_way, &cause, Instant::now() + LANES_CHANGE_MAX).await;
             }
-            // Its answer left that open.
+            // The answer said that the change may be undone.
             Ok(Ok(())) => {
-                tracing::info!(number = under_way.number, "a change that waited is in force");
+                tracing::info!(
+                    number = under_way.number,
+                    "the lanes have restarted: the change is in force"
+                );
             }
-            // The pipeline has stopped: the next start runs it, or says why not.
+            // The pipeline has stopped: the next start runs the change, or says why not.
             Err(_) => {}
         }
     }
 
-    /// Every lane back to what ran before: one of them could not change. They are waited for up to `end`, or for a
-    /// moment.
+    /// Takes every lane back to what ran before, because one of them could not change. Waits for them until `end`,
+    /// or for a moment.
     async fn take_back(&self, under_way: UnderWay, cause: &str, end: Instant) {
         let UnderWay { change, number, was, before } = under_way;
         let mut setup = self.setup.lock().await;
         if setup.changes != change {
-            tracing::warn!(number, cause, "a change could not be made; another one is in force");
+            tracing::warn!(
+                number,
+                cause,
+                "a change was refused by a lane, but a later change is already in force"
+            );
             return;
         }
         let undoes = number.map(|number| (number, cause.to_owned()));
         if let Err(error) = self.changes.record_running(&was.running, None, undoes).await {
-            tracing::error!(%error, "the next start runs what was refused just now");
+            tracing::error!(
+                %error,
+                "failed to store that the change is undone: the next start runs the refused change"
+            );
         }
         *setup = Setup { changes: change + 1, ..was };
         setup.shared.current.send_replace(before.clone());
         let statuses = setup.shared.statuses.clone();
         drop(setup);
-        // Lanes that do not start the one before either say so themselves.
+        // Lanes that cannot start the old revision either show that themselves.
         let end = end.max(Instant::now() + LANES_CHANGE_MIN);
         let _ = statuses.changed_to(&before.id, &[], end).await;
     }
 }
 
-/// Puts a change that was proven beside `before` on top of what runs by now: other stages may have been
-/// changed since.
+/// Puts a change that was validated beside `before` on top of what runs now: other stages may have changed since.
 async fn in_turn(
     setup: &Setup,
     before: &Revision,
@@ -357,7 +398,7 @@ async fn in_turn(
     let stage = change.stage.as_str().into();
     let own = |revision: &Revision| revision.spec.stage(&stage).cloned();
     let (Some(validated), true) = (own(next), own(&current) == own(before)) else {
-        let cause = format!("another change of stage {stage} came first; try it again");
+        let cause = format!("another change of stage {stage} came first; try again");
         return Err(Step::Promote.failed(cause));
     };
     let mut spec = current.spec.clone();
@@ -387,12 +428,12 @@ pub(super) async fn rehearse(
     Ok(())
 }
 
-/// Starts instances for each shard, as its lane does, and drops them: a lane that is acquired again with a
-/// revision that does not start would be blocked, and a start in which no lane starts would end. Shards whose
-/// lane waits for its next try are included.
+/// Starts instances for each shard, as its lane does, and drops them. Without this check, a lane that restarts with
+/// a revision that does not start would be blocked, and a run in which no lane has ever started would end. Shards
+/// whose lane waits for its next try are included.
 ///
-/// The lock of the setup is held meanwhile, and each `configure` may take its whole time: so all shards together
-/// have `timing.trial`. The wait ends with `ends` too.
+/// [`Setup`] is locked meanwhile, and each `configure` may take its full time limit, so all shards together have
+/// `timing.trial`. The wait ends with `ends` too.
 async fn start_everywhere(
     setup: &Setup,
     next: &Arc<Revision>,
@@ -420,8 +461,8 @@ async fn start_everywhere(
     start_each(shards, start, time_max, ends).await
 }
 
-/// Calls `start` for one shard after the other, off the async threads. At the end of the time nobody waits for
-/// the call under way, and no other follows it.
+/// Calls `start` for one shard after the other, off the async threads. At the deadline nobody waits for the call
+/// under way, and no other follows it.
 async fn start_each(
     shards: Vec<ShardId>,
     start: impl Fn(&ShardId, &CancellationToken) -> Result<(), String> + Send + 'static,
@@ -429,7 +470,7 @@ async fn start_each(
     ends: &CancellationToken,
 ) -> Result<(), NotStarted> {
     let is_over = ends.child_token();
-    // Whatever ends this wait ends the work.
+    // However this wait ends, the work ends with it.
     let _ends_work = is_over.clone().drop_guard();
     let (count, started) = (shards.len(), Arc::new(AtomicUsize::new(0)));
     let counted = started.clone();
@@ -461,7 +502,7 @@ mod tests {
         (0..count).map(|index| ShardId::new(format!("shard-{index}"))).collect()
     }
 
-    /// A start that takes some time, and is noted.
+    /// Makes a start that takes some time, and counts it.
     fn slow(
         tried: &Arc<AtomicUsize>,
         time: Duration,
@@ -489,7 +530,7 @@ mod tests {
         };
         assert_eq!(left(time, Duration::ZERO), LANES_CHANGE_MAX);
         assert_eq!(left(time, seconds(5)), seconds(4));
-        // Lanes are looked at all the same.
+        // The lanes get a minimum of time in any case.
         assert_eq!(left(time, seconds(60)), LANES_CHANGE_MIN);
         // The starts in every shard have a time of their own.
         let slow = AnswerTime { starts: seconds(60), ..time };

@@ -1,4 +1,17 @@
-//! A reload: what the files say now, as one revision, in a pipeline that runs.
+//! A reload: makes what the files describe now run, as one revision, in a running pipeline.
+//!
+//! Everything that the files name is loaded and checked beside what runs (`validate`). What differs decides how it is
+//! applied:
+//!
+//! | difference | applied |
+//! |---|---|
+//! | the name, the state folder, the source, ports, `[timing]` (`refuse_immutable`) | refused: restart the process |
+//! | none that a lane would notice (pins, limits of compilation) | kept for later changes; nothing is promoted |
+//! | stages only | promoted; each lane changes at its next batch boundary |
+//! | sinks or settings | promoted; all lanes end and restart |
+//!
+//! Stages that differ are tried on recent records first. A sink that is removed while it lags behind the others is
+//! refused before anything is durable: the lanes would find that out only when they have ended, after the answer.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -21,7 +34,7 @@ use shardmill_plugin::{Backends, PluginHost};
 use shardmill_state::RevisionSpec;
 use shardmill_state::{ChangeKind, NewChange};
 
-/// What is other in the files than in what runs, a line each.
+/// Differences between the files and what runs, one line each.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 pub struct ReloadDiff {
     /// Stages that come, go, or change.
@@ -33,12 +46,12 @@ pub struct ReloadDiff {
 }
 
 impl ReloadDiff {
-    /// Whether the files say what runs.
+    /// Whether the files describe what runs.
     pub fn is_empty(&self) -> bool {
         self.stages.is_empty() && self.sinks.is_empty() && self.settings.is_empty()
     }
 
-    /// All lines.
+    /// Returns all lines.
     pub fn lines(&self) -> impl Iterator<Item = &str> {
         self.stages.iter().chain(&self.sinks).chain(&self.settings).map(String::as_str)
     }
@@ -52,26 +65,26 @@ pub struct ReloadReport {
     /// The revision that runs now, or would.
     #[serde(rename = "generation")]
     pub revision: String,
-    /// What is other than before.
+    /// Differences from what ran before.
     pub diff: ReloadDiff,
-    /// Whether the lanes are let go and taken over anew: sinks or settings change.
+    /// Whether the lanes restart, because sinks or settings change.
     #[serde(rename = "takes_over")]
     pub restarts_lanes: bool,
-    /// How the changed stages did on records that came of late.
+    /// Trials of the changed stages on recent records.
     pub trials: Vec<(String, TrialReport)>,
     /// Changed stages without a trial, and why.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub no_trials: Vec<(String, String)>,
     /// The lanes that have changed.
     pub lanes: Vec<LaneChange>,
-    /// Those that have not yet, and why.
+    /// Lanes that have not changed yet, and why.
     pub waiting: Vec<WaitingLane>,
-    /// It is noted and not in force yet: the lanes are let go only when they have come to a batch's boundary, or their
-    /// time is over. What is found then may undo it.
+    /// The change is stored and not in force yet: the lanes end only at a batch boundary, or when their time is
+    /// over. What is found then may undo the change.
     pub may_be_undone: bool,
 }
 
-/// What the files make, proven.
+/// The validated content of the files.
 struct Reloaded {
     config: PipelineConfig,
     host: PluginHost,
@@ -85,7 +98,8 @@ struct Reloaded {
 }
 
 impl Reloaded {
-    /// The sinks whose tables a dry run looks at: all but new ones that would make theirs, which it must not.
+    /// Returns the sinks whose tables a dry run checks: all except new ones that would create their table, which a
+    /// dry run must not do.
     fn sinks_to_look_at(&self, setup: &Setup) -> Vec<Arc<dyn Sink>> {
         let is_known =
             |sink: &Arc<dyn Sink>| setup.shared.sinks.iter().any(|known| Arc::ptr_eq(known, sink));
@@ -97,7 +111,7 @@ impl Reloaded {
 }
 
 impl Swapper {
-    /// Runs what the files say now. With `dry_run`, says what that would change.
+    /// Runs what the files describe now. With `dry_run`, reports what that would change.
     ///
     /// # Errors
     /// [`ChangeRefused`]: nothing was changed.
@@ -119,7 +133,7 @@ impl Swapper {
                     }
                     return Ok(report);
                 }
-                // It is compared with what runs now.
+                // Another change came first: compare with what runs now.
                 Ok(None) => continue,
                 Err(failed) => failed,
             };
@@ -141,8 +155,8 @@ impl Inner {
         self.refused(ChangeKind::Reload, String::new(), before, failed, dry_run).await
     }
 
-    /// A reload on one screen. Gives the stage as well, if it is about a single one; `None`: another
-    /// change came first.
+    /// Makes a reload. The whole flow is on one screen. Returns also the stage, if exactly one changes; `None`:
+    /// another change came first.
     async fn reload(
         self: &Arc<Self>,
         beside: &Setup,
@@ -183,7 +197,7 @@ impl Inner {
             return Ok(None);
         }
         let answer_time = AnswerTime::begin();
-        // Before anything is durable: the lanes would find it out when they are let go, after the answer.
+        // Before anything is durable: the lanes would find it out only when they have ended, after the answer.
         let refused = roster::refuse_lagging(
             &setup.shared,
             &reloaded.config,
@@ -202,7 +216,7 @@ impl Inner {
             setup.changes += 1;
             return Ok(Some((report, None)));
         }
-        // One stage alone can be rolled back, and is watched.
+        // Only a change of a single stage can be rolled back and is watched.
         let single = match &changed[..] {
             [stage] if same_names(&before.spec, &reloaded.next.spec) => Some(stage.to_string()),
             _ => None,
@@ -226,16 +240,22 @@ impl Inner {
         let files = Some((Arc::new(config), host));
         let promotion =
             Promotion { next, components, declared, change, undoes: None, restart_with, files };
-        // What the files say now counts more than what was swapped in before.
+        // What the files describe now replaces what was swapped in before.
         let stages = changed.iter().map(ToString::to_string).collect();
         let promoted = self.promote(setup, promotion, answer_time).await?;
         if single.is_none()
             && let Err(error) = self.changes.supersede(stages).await
         {
-            tracing::warn!(%error, "earlier swaps of these stages are still shown as in force");
+            tracing::warn!(
+                %error,
+                "failed to mark earlier swaps of these stages as replaced; the history shows them as in force"
+            );
         }
         if let Err(error) = self.changes.note_sinks(fingerprints).await {
-            tracing::warn!(%error, "redrives are refused until the next reload or start");
+            tracing::warn!(
+                %error,
+                "failed to store the sinks' settings; redrives are refused until the next reload or start"
+            );
         }
         samples.keep_only(&stages_now.iter().collect::<Vec<_>>());
         report.number = promoted.number;
@@ -244,7 +264,7 @@ impl Inner {
         Ok(Some((report, single)))
     }
 
-    /// Loads and checks all that the files name.
+    /// Loads and checks everything that the files name.
     async fn validate(
         &self,
         setup: &Setup,
@@ -256,7 +276,7 @@ impl Inner {
         let prepared = tokio::time::timeout(candidate::ANSWER_MAX, backends.prepare()).await;
         let prepared = prepared.map_err(|_| {
             let seconds = candidate::ANSWER_MAX.as_secs();
-            Step::Check.failed(format!("a lookup's server did not answer within {seconds} s"))
+            Step::Check.failed(format!("the server of a lookup did not answer within {seconds} s"))
         });
         prepared?.map_err(|error| Step::Check.failed(error))?;
         let cache = setup.host.cache.with_limits(config.compile_limits());
@@ -267,7 +287,7 @@ impl Inner {
         })
         .await?;
         let declared = described.spec.clone();
-        // A sink that is called otherwise is no reason to take back what was swapped in.
+        // A renamed sink is no reason to drop what was swapped in.
         let running = setup.running.with_renamed(renamed(&config)).carried_over(&declared);
         let mut known = before.spec.clone();
         for (old, new) in renamed(&config) {
@@ -290,7 +310,7 @@ impl Inner {
         Ok(Reloaded { config, host, declared, known, next, components, sinks, diff })
     }
 
-    /// The sinks of a configuration: those that stay as they are keep their connections.
+    /// Returns the sinks of a configuration. Unchanged sinks keep their connections.
     fn sinks(
         &self,
         setup: &Setup,
@@ -306,7 +326,7 @@ impl Inner {
     }
 }
 
-/// The sinks that have another name than before: by their old and new names.
+/// Returns the old and new names of renamed sinks.
 fn renamed(config: &PipelineConfig) -> impl Iterator<Item = (&SinkName, &SinkName)> {
     let sinks = config.sinks.iter();
     sinks.filter_map(|sink| Some((&sink.renamed_from.as_ref()?.value, &sink.name.value)))
@@ -316,7 +336,7 @@ fn renamed(config: &PipelineConfig) -> impl Iterator<Item = (&SinkName, &SinkNam
 fn same_sink(one: &SinkConfig, two: &SinkConfig) -> bool {
     one.name.value == two.name.value
         && one.fingerprint_json == two.fingerprint_json
-        // Variables may hold something else by now: the password of a server, say.
+        // Variables may have changed since, such as the password of a server.
         && *one.settings == *two.settings
 }
 
@@ -330,11 +350,11 @@ fn refuse_immutable(old: &PipelineConfig, new: &PipelineConfig) -> Result<(), St
     if old.name != new.name {
         return refuse(
             "[pipeline] name",
-            "positions are kept under it; start the other one beside it",
+            "positions are stored under it; run the pipeline with the other name as a process of its own",
         );
     }
     if old.state_dir != new.state_dir {
-        return refuse("[pipeline] state_dir", "the lock and the positions are there; restart");
+        return refuse("[pipeline] state_dir", "the lock and the positions are in it; restart");
     }
     if source_shown(old) != source_shown(new) {
         return refuse("[source]", "lanes are reading from it; restart");
@@ -353,10 +373,7 @@ fn refuse_immutable(old: &PipelineConfig, new: &PipelineConfig) -> Result<(), St
         return refuse(keys, "the ports are open; restart");
     }
     if old.timing != new.timing {
-        return refuse(
-            "[timing]",
-            "the source, the sinks and the lanes work by it already; restart",
-        );
+        return refuse("[timing]", "the source, the sinks and the lanes already use it; restart");
     }
     let dead_letters = |config: &PipelineConfig| {
         config
@@ -374,7 +391,7 @@ fn refuse_immutable(old: &PipelineConfig, new: &PipelineConfig) -> Result<(), St
     Ok(())
 }
 
-/// What is read and how, without the places in the file.
+/// Returns a text of the source's settings, without their places in the file.
 fn source_shown(config: &PipelineConfig) -> String {
     let batch = config.source.batch;
     match &config.source.kind {
@@ -399,7 +416,7 @@ fn source_shown(config: &PipelineConfig) -> String {
     }
 }
 
-/// The stages that both have and that are other in the second.
+/// Returns the stages that both have and that differ.
 fn changed_stages(old: &RevisionSpec, new: &RevisionSpec) -> Vec<StageName> {
     let changed =
         new.stages.iter().filter(|stage| old.stage(&stage.name).is_some_and(|old| old != *stage));
@@ -436,7 +453,7 @@ fn stage_lines(old: &RevisionSpec, new: &RevisionSpec) -> Vec<String> {
         lines.push(format!("~ order of stages: {}", stays(new, old).join(" → ")));
     }
     if old.source_sinks != new.source_sinks || old.source_format != new.source_format {
-        lines.push("~ what leaves the source".into());
+        lines.push("~ routes or format of the source".into());
     }
     lines
 }
@@ -445,7 +462,7 @@ fn sink_lines(old: &[SinkConfig], new: &[SinkConfig]) -> Vec<String> {
     let find = |sinks: &[SinkConfig], name: &SinkName| {
         sinks.iter().position(|sink| sink.name.value == *name)
     };
-    // The key stays in the file when the sink has its new name.
+    // `renamed_from` stays in the file after the sink has its new name.
     let was_called = |sink: &SinkConfig| {
         let was = &sink.renamed_from.as_ref()?.value;
         find(old, was).filter(|_| find(old, &sink.name.value).is_none())
@@ -488,7 +505,7 @@ fn setting_lines(old: &PipelineConfig, new: &PipelineConfig) -> Vec<String> {
     note("on_position_mismatch", mismatch(old), mismatch(new));
     let samples = |config: &PipelineConfig| format!("{:?}", config.reload.samples);
     note("reload.trial", samples(old), samples(new));
-    // Without their places, and without what is secret.
+    // Without their places in the file, and without secrets.
     let same_lookup = |(one, two): (&LookupConfig, &LookupConfig)| {
         one.name.value == two.name.value
             && one.query.value == two.query.value

@@ -1,5 +1,19 @@
-//! The trial: a candidate runs on what entered its stage of late, in sandboxes of its own, and its
-//! answers are compared with the incumbent's, record by record.
+//! The trial: the candidate runs on recent inputs of its stage, in sandboxes of its own, and its answers are
+//! compared with the incumbent's, record by record.
+//!
+//! Incumbent and candidate are given the same samples, one after the other. What they do here does not count for the
+//! health of the running version. The trial must end whatever either of them does, so each has a time:
+//!
+//! | who exceeds its time, or fails as a whole | what follows |
+//! |---|---|
+//! | the candidate | the trial is aborted and the change refused |
+//! | the incumbent | the candidate goes on alone; that says nothing against the candidate |
+//!
+//! Failures of the candidate on records that only it was given count against it, unless a call of the incumbent has
+//! failed: a bad incumbent is often what is to be replaced.
+//!
+//! A machine that is too busy for a call says nothing about a version: the candidate's call is tried up to three
+//! times, the incumbent's as often as its time allows, because its failure would excuse the candidate's.
 
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
@@ -18,44 +32,43 @@ use shardmill_core::escape::escaped;
 const DIFFERENCES_MAX: usize = 5;
 /// Characters of a record that a report shows.
 const RECORD_CHARS_MAX: usize = 200;
-/// A candidate whose calls die so often in a row has shown what it is.
+/// Number of calls that trap or exceed a limit, after which the candidate counts as failed.
 const REJECTED_MAX: RejectedMax = RejectedMax { in_a_row: 3, of_last_1000: 10 };
-/// How often a shadow looks for what entered the stage since.
+/// Interval at which a shadow looks for new samples.
 pub(super) const SHADOW_PAUSE: Duration = Duration::from_millis(50);
-/// Why a trial is broken off at the end of the pipeline.
+/// Cause when the pipeline's end aborts a trial.
 const STOPS: &str = "the pipeline was stopped";
 
-/// How the candidate's answers compare with the incumbent's.
+/// Comparison of the candidate's answers with the incumbent's.
 #[derive(Clone, Debug, Default, Serialize)]
 pub struct TrialReport {
     /// Records that both were given.
     pub records: u64,
-    /// Both gave the same.
+    /// Records with the same answer of both.
     pub identical: u64,
-    /// Both took it and gave something else.
+    /// Records that both accepted, with different outputs.
     pub changed: u64,
-    /// The incumbent took it, the candidate rejected it.
+    /// Records that the incumbent accepted and the candidate rejected.
     pub newly_rejected: u64,
-    /// The incumbent rejected it, the candidate took it.
+    /// Records that the incumbent rejected and the candidate accepted.
     pub newly_accepted: u64,
-    /// The candidate trapped or went over a limit, the incumbent did not.
+    /// Records on which the candidate trapped or exceeded a limit, and the incumbent did not.
     pub trapped: u64,
-    /// Calls of the candidate that gave no answer, more than of the incumbent: records that pass alone
-    /// may be too much together.
+    /// Calls of the candidate that failed, more than of the incumbent: records that pass alone may be too much
+    /// together.
     pub calls_died: u64,
     /// Records that only the candidate was given, because the incumbent failed on them or had no time left.
     pub candidate_only: u64,
-    /// Why the incumbent has not answered for every record, if it has not. This says nothing against the
-    /// candidate.
+    /// Why the incumbent has not answered for every record, if it has not. This says nothing against the candidate.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub incumbent_failed: Option<String>,
-    /// What the incumbent took per record, in nanoseconds.
+    /// The incumbent's time per record, in nanoseconds.
     pub incumbent_ns_per_record: f64,
-    /// What the candidate took per record, in nanoseconds.
+    /// The candidate's time per record, in nanoseconds.
     pub candidate_ns_per_record: f64,
-    /// The first records that became something else, as people read them.
+    /// The first records with different answers, readable for people.
     pub differences: Vec<ShownDifference>,
-    /// Why it was broken off, if it was.
+    /// Why the trial was aborted, if it was.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub broken_off: Option<String>,
     /// The number of differing records when the last difference was noted.
@@ -67,38 +80,38 @@ pub struct TrialReport {
     candidate_time: Duration,
 }
 
-/// One record that became something else.
+/// One record with different answers.
 #[derive(Clone, Debug, Serialize)]
 pub struct ShownDifference {
-    /// Where the record is: shard and sequence.
+    /// Position of the record: shard and sequence number.
     pub record: String,
-    /// What it is.
+    /// The record's payload.
     pub payload: String,
-    /// Lines: `-` is the incumbent's, `+` the candidate's.
+    /// Lines: `-` is the incumbent's answer, `+` the candidate's.
     pub diff: String,
 }
 
-/// A candidate and the incumbent, ready to be given the same records.
+/// A candidate and the incumbent, ready for the same records.
 pub(super) struct Trial {
     stage: LoadedStage,
     incumbent: Incumbent,
     candidate: Side,
     report: TrialReport,
-    /// Time that the candidate may take with all samples: one that loops must not hold up the swap.
+    /// Time that the candidate may take for all samples: one that loops must not delay the swap.
     candidate_max: Duration,
-    /// What is left of it, the shadow's length included.
+    /// The rest of that time, with the length of the shadow included.
     candidate_left: Duration,
-    /// Trapped records of those that only the candidate was given, and what it died of there.
+    /// Failures of the candidate on samples that only it was given.
     failed_only: Failures,
-    /// Calls that died, of the samples that both were given.
+    /// Failed calls on samples that both were given: the incumbent's, the candidate's.
     died: (u64, u64),
-    /// The last sample that was run.
+    /// Number of the last sample that was run.
     last_number: u64,
-    /// The pipeline's end, with which a trial ends.
+    /// Cancelled at the end of the pipeline; the trial ends with it.
     stop: CancellationToken,
 }
 
-/// What went wrong with the candidate where the incumbent has given no answer.
+/// Failures of the candidate where the incumbent has given no answer.
 #[derive(Default)]
 struct Failures {
     trapped: u64,
@@ -109,41 +122,41 @@ struct Failures {
 struct Side {
     stage: LoadedStage,
     runner: Option<StageRunner>,
-    /// How often a sample is run where the machine does not let its calls end.
+    /// Runs of a sample when the machine is too busy for its calls to finish.
     tries_max: u32,
     stop: CancellationToken,
 }
 
-/// How often a sample is run by the candidate, at most, where the machine does not let its calls end.
+/// The candidate's maximum of such runs.
 const CANDIDATE_TRIES_MAX: u32 = 3;
 
-/// What became of a sample's items, and how long it took.
+/// Outcomes of a sample's items, and the time that they took.
 type Answer = Result<(Vec<Fate>, Duration), NoAnswer>;
 
-/// Why nothing became of a sample's items.
+/// Why a sample has no outcome.
 enum NoAnswer {
     /// The version failed, or was stopped.
     Failed(String),
-    /// What they become holds too much together: those of the records before this one have room.
+    /// The outputs would hold too much memory together: those of the records before this one fit.
     TooMuch(u32),
 }
 
-/// A plugin's reason in one line: it is shown among the host's own words.
+/// Puts a plugin's reason in one line, because it is shown inside the host's own text.
 fn one_line(reason: String) -> String {
     escaped(&reason, &[])
 }
 
 impl Side {
     fn new(stage: &LoadedStage, tries_max: u32, stop: CancellationToken) -> Self {
-        // A failure that may pass is not waited for: it is a rejection like another.
+        // A failure that may pass is not waited for: it counts as a rejection.
         let limits = StageLimits { retry_ms_max: 0, ..stage.limits };
-        // What it does here says nothing of how it serves.
+        // The trial must not count for the health of the running version.
         let health = Arc::default();
         let stage = LoadedStage { limits, health, ..stage.clone() };
         Self { stage, runner: None, tries_max, stop }
     }
 
-    /// Calls that gave no answer so far.
+    /// Returns the number of failed calls so far.
     fn calls_died(&self) -> u64 {
         self.stage.health.seen().traps
     }
@@ -152,8 +165,8 @@ impl Side {
         let runner = match &mut self.runner {
             Some(runner) => runner,
             none => {
-                // A version's first call pays for code and memory that later ones find at hand, which would
-                // count against whoever goes first: an instance that is let go pays.
+                // A version's first call loads code and memory that later calls find ready. That would count against
+                // the side that goes first, so another instance makes this call and is dropped.
                 let unseen = LoadedStage { health: Arc::default(), ..self.stage.clone() };
                 let _ = start(unseen, sample, &self.stop)
                     .map_err(NoAnswer::Failed)?
@@ -189,7 +202,7 @@ impl Side {
     }
 }
 
-/// An instance for the sample's shard.
+/// Starts an instance for the sample's shard.
 fn start(
     stage: LoadedStage,
     sample: &Sample,
@@ -201,24 +214,24 @@ fn start(
         .map_err(|error| error.to_string())
 }
 
-/// The incumbent in its sandbox, on a thread of its own: where it loops, nobody waits for it longer than
-/// for its part of the trial. It is mostly a bad incumbent that is to be replaced.
+/// The incumbent in its sandbox, on a thread of its own: if it loops, the trial waits no longer than the incumbent's
+/// time. A bad incumbent is often what is to be replaced.
 struct Incumbent {
-    /// `None`: it is not asked any more.
+    /// `None`: the incumbent is no longer asked.
     line: Option<(mpsc::Sender<Sample>, mpsc::Receiver<Answer>)>,
     health: Arc<HealthCounts>,
     stop: CancellationToken,
     left: Duration,
     allowed: Duration,
     failed: Option<String>,
-    /// A call of it failed or was broken off, so that nothing is known of the records in it.
+    /// A call of it failed or was aborted, so nothing is known about the records of that call.
     is_unsound: bool,
 }
 
 impl Incumbent {
     fn start(stage: &LoadedStage, allowed: Duration, stop: &CancellationToken) -> Self {
         let stop = stop.child_token();
-        // As often as its part of the trial allows: its failure would excuse those of the candidate.
+        // It is tried as often as its time allows: its failure would excuse failures of the candidate.
         let mut side = Side::new(stage, u32::MAX, stop.clone());
         let health = side.stage.health.clone();
         let (samples, inbox) = mpsc::channel::<Sample>();
@@ -234,15 +247,16 @@ impl Incumbent {
             }
         };
         let spawned = std::thread::Builder::new().name("incumbent".into()).spawn(work);
-        let failed = spawned.as_ref().err().map(|error| format!("it has no thread: {error}"));
+        let failed =
+            spawned.as_ref().err().map(|error| format!("failed to start its thread: {error}"));
         let line = spawned.ok().map(|_| (samples, answers));
         Self { line, health, stop, left: allowed, allowed, failed, is_unsound: false }
     }
 
-    /// What becomes of a sample's items; `None`: it gives no answer for them.
+    /// Returns the outcomes of a sample's items; `None`: the incumbent gives no answer.
     ///
     /// # Errors
-    /// The record before which the items have room together.
+    /// The record before which the outputs fit in memory together.
     fn run(&mut self, sample: &Sample) -> Result<Option<(Vec<Fate>, Duration)>, u32> {
         let Some((samples, answers)) = self.line.as_ref() else { return Ok(None) };
         let begun = Instant::now();
@@ -263,7 +277,7 @@ impl Incumbent {
                 self.is_unsound |= self.calls_died() > 0;
                 self.failed = Some(match error {
                     mpsc::RecvTimeoutError::Timeout => format!(
-                        "it took longer than {} with the records (timing.trial_incumbent)",
+                        "it took longer than {} for the records (timing.trial_incumbent)",
                         humantime::format_duration(self.allowed)
                     ),
                     mpsc::RecvTimeoutError::Disconnected => "its sandbox failed".into(),
@@ -276,7 +290,7 @@ impl Incumbent {
         }
     }
 
-    /// Calls that gave no answer so far.
+    /// Returns the number of failed calls so far.
     fn calls_died(&self) -> u64 {
         self.health.seen().traps
     }
@@ -289,7 +303,7 @@ impl Drop for Incumbent {
 }
 
 impl Trial {
-    /// Of a candidate for the stage of an incumbent, with a shadow of this length; ends with `stop`.
+    /// Makes a trial of a candidate against an incumbent, with a shadow of this length; it ends with `stop`.
     pub(super) fn new(
         (incumbent, candidate): (&LoadedStage, &LoadedStage),
         shadow: Duration,
@@ -310,7 +324,7 @@ impl Trial {
         }
     }
 
-    /// Runs what has entered the stage since the last pass. Blocking.
+    /// Runs the samples that were taken since the last pass. Blocks.
     pub(super) fn pass(&mut self, samples: &Samples) {
         for number in samples.numbers_after(&self.stage.name, self.last_number) {
             self.last_number = number;
@@ -322,7 +336,7 @@ impl Trial {
         }
     }
 
-    /// Whether it was broken off, or the pipeline ends.
+    /// Whether the trial was aborted, or the pipeline ends.
     pub(super) fn is_over(&mut self) -> bool {
         if self.stop.is_cancelled() && self.report.broken_off.is_none() {
             self.report.broken_off = Some(STOPS.into());
@@ -330,7 +344,7 @@ impl Trial {
         self.report.broken_off.is_some()
     }
 
-    /// Compares what becomes of a sample, as many of its items at a time as have room.
+    /// Compares the outcomes of a sample, with as many of its items at a time as fit in memory.
     fn compare(&mut self, sample: &Sample) -> Result<(), String> {
         let mut waiting = vec![sample.clone()];
         while let Some(part) = waiting.pop() {
@@ -364,7 +378,7 @@ impl Trial {
             Some(left) => left,
             None => {
                 return Err(NoAnswer::Failed(format!(
-                    "it took longer than {} with the records (timing.trial)",
+                    "it took longer than {} for the records (timing.trial)",
                     humantime::format_duration(self.candidate_max)
                 )));
             }
@@ -404,7 +418,7 @@ impl Trial {
             (None, Some(_)) => &mut report.newly_rejected,
             (Some(_), None) => &mut report.newly_accepted,
             (None, None) if expected.outputs != found.outputs => &mut report.changed,
-            // Of two rejections, one may be put into better words.
+            // Two rejections are the same outcome, even if their reasons differ.
             _ => &mut report.identical,
         };
         *count += 1;
@@ -425,10 +439,10 @@ impl Trial {
         }
     }
 
-    /// How it went.
+    /// Ends the trial and returns its report.
     pub(super) fn finish(mut self) -> TrialReport {
         let (incumbent_died, mut candidate_died) = self.died;
-        // Where the incumbent itself fails, what the candidate does there may still be better.
+        // Where the incumbent itself fails, what the candidate does may still be better.
         if !self.incumbent.is_unsound {
             self.report.trapped += self.failed_only.trapped;
             candidate_died += self.failed_only.calls_died;
@@ -447,52 +461,53 @@ impl Trial {
 }
 
 impl TrialReport {
-    /// Why the candidate may not be promoted, if it may not.
+    /// Returns why the candidate may not be promoted, if so.
     pub(super) fn refusal(&self, gates: &Gates) -> Option<String> {
         let over = |count: u64, max: Option<u64>| max.filter(|max| count > *max);
         if let Some(cause) = &self.broken_off {
-            return Some(format!("on records that came of late, {cause}"));
+            return Some(format!("on recent records, {cause}"));
         }
         if self.trapped > 0 {
             return Some(format!(
-                "it traps or goes over a limit on {} of {} records that the incumbent takes or rejects",
+                "it traps or exceeds a limit on {} of {} records on which the incumbent does not",
                 self.trapped,
                 self.records + self.candidate_only
             ));
         }
         if self.calls_died > 0 {
             return Some(format!(
-                "{} of its calls trap or go over a limit, more than the incumbent's, though each record \
-                 passes alone: does it leak?",
+                "{} more of its calls than of the incumbent's trap or exceed a limit, although each record \
+                 passes alone: it may leak memory",
                 self.calls_died
             ));
         }
         if let Some(max) = over(self.newly_rejected, gates.newly_rejected_max) {
             return Some(format!(
-                "it rejects {} of {} records that the incumbent takes; {max} may be (--max-rejected)",
+                "it rejects {} of {} records that the incumbent accepts: expected at most {max} \
+                 (--max-rejected)",
                 self.newly_rejected, self.records
             ));
         }
         let changed = self.changed + self.newly_rejected + self.newly_accepted;
         over(changed, gates.changed_max).map(|max| {
             format!(
-                "it gives something else for {changed} of {} records; {max} may be (--max-changed)",
+                "its output differs for {changed} of {} records: expected at most {max} (--max-changed)",
                 self.records
             )
         })
     }
 
-    /// Says that the incumbent has not answered for every record, if it has not.
+    /// Says that the incumbent has not answered for every record, if so.
     pub(crate) fn incumbent_line(&self) -> Option<String> {
         let cause = self.incumbent_failed.as_ref()?;
         Some(format!(
-            "the version before failed: {}; {} records were given to the new one alone",
+            "the incumbent did not answer for every record: {}; {} records ran with the candidate only",
             escaped(cause, &[]),
             self.candidate_only
         ))
     }
 
-    /// The report in a few lines.
+    /// Returns the report in a few lines.
     pub fn lines(&self) -> Vec<String> {
         let mut lines = vec![format!(
             "{} records: {} identical, {} changed, {} newly rejected, {} newly accepted, {} trapped",

@@ -1,8 +1,8 @@
 //! Watches the pipeline's file and its plugins' files, and reloads what has changed.
 //!
-//! Files are looked at, not listened to: a file that is put in another's place by a rename, or a folder
-//! whose link is turned (as Kubernetes does), gives no event on what was there before. A file counts
-//! once it has stopped changing, so that one which is being written is not loaded half.
+//! Files are polled. A file that is replaced by a rename, or a folder whose link is changed (as Kubernetes does),
+//! gives no event on the path that was watched. A file counts once it has stopped changing, so that a file which is
+//! still being written is not loaded in part.
 
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -13,16 +13,16 @@ use tokio_util::sync::CancellationToken;
 use super::Swapper;
 use shardmill_config::PipelineConfig;
 
-/// How often files are looked at.
+/// Interval at which the files are checked.
 const POLL_INTERVAL: Duration = Duration::from_millis(200);
-/// Looks that must find the files alike before they are loaded.
+/// Consecutive checks that must find the files unchanged before they are loaded.
 const STABLE_POLLS: u32 = 3;
 
-/// What tells one state of a file from another.
+/// Attributes that distinguish one state of a file from another.
 #[derive(Clone, PartialEq, Eq)]
 struct Stamp {
     path: PathBuf,
-    /// Device, inode, bytes, seconds and nanoseconds of the last change; `None`: it is not there.
+    /// Device, inode, bytes, seconds and nanoseconds of the last change; `None`: the file is missing.
     about: Option<(u64, u64, u64, i64, i64)>,
 }
 
@@ -34,14 +34,14 @@ impl Stamp {
     }
 }
 
-/// The files of a pipeline.
+/// Returns the stamps of a pipeline's files.
 fn stamps(config: &PipelineConfig) -> Vec<Stamp> {
     let plugins = config.stages.iter().map(|stage| stage.plugin.value.as_path());
     plugins.chain([config.file.path.as_path()]).map(Stamp::of).collect()
 }
 
-/// Reloads whenever the files have changed and are still, until `stop`. What is refused is told, and
-/// tried again when the files change again.
+/// Reloads whenever the files have changed and are stable, until `stop`. A refused reload is logged, and tried again
+/// when the files change again.
 pub async fn watch_files(
     swapper: Swapper,
     mut config: PipelineConfig,
@@ -65,7 +65,7 @@ pub async fn watch_files(
         loaded = last.clone();
         match read_config() {
             Ok(fresh) => {
-                // Other files may be named now.
+                // The configuration may name other files now.
                 config = fresh.clone();
                 (loaded, last) = (stamps(&config), stamps(&config));
                 match swapper.reload(fresh, false).await {
@@ -78,8 +78,8 @@ pub async fn watch_files(
                             }
                             true => tracing::warn!(
                                 changed,
-                                "the files have changed: not in force yet; until the lanes have let go of what \
-                                 they have, it may be undone"
+                                "the files have changed: stored, but not in force yet; it may still be undone \
+                                 until all lanes have restarted"
                             ),
                         }
                     }
@@ -89,7 +89,10 @@ pub async fn watch_files(
             }
             Err(error) => {
                 let text = shardmill_config::error_text(&error);
-                tracing::error!(error = text, "the pipeline's file has changed and is wrong");
+                tracing::error!(
+                    error = text,
+                    "the pipeline's file has changed and is invalid; the running configuration stays"
+                );
             }
         }
     }
