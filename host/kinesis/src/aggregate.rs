@@ -1,13 +1,25 @@
 //! Aggregated records of the Kinesis Producer Library: many user records in one.
 //!
-//! Source: the KPL's "Aggregation format": `F3 89 9A C2`, then the protobuf message
-//! `AggregatedRecord`, then the 16 bytes of the message's MD5. Anything that does not fit this is an
-//! ordinary record, as Amazon's own client library has it.
+//! Source: the KPL's "Aggregation format": `F3 89 9A C2`, then the protobuf message `AggregatedRecord`, then the 16
+//! bytes of the message's MD5. Bytes that do not match this format are an ordinary record, as in Amazon's own client
+//! library.
 //!
-//! Who can put a record chooses its bytes: an aggregate of 10 MiB may have a million user records, or one
-//! key of half of its bytes that all of them name. So an aggregate is validated as a whole, in time and
-//! memory that grow with its bytes alone, and then taken apart a batch at a time: what was not taken yet
-//! costs its bytes and four more for each key.
+//! Invariant: an aggregate is accepted or refused as a whole, before its first user record is delivered. So a user
+//! record has the same sub-sequence number (its index in the aggregate) in every run.
+//!
+//! The producer chooses the bytes, so they may be hostile. An aggregate of 10 MiB may have a million user records, or
+//! one key of 5 MiB that all of them use. Therefore:
+//! - [`open`] validates all of it, in time and memory proportional to its bytes: it hashes each key once, and refuses
+//!   keys that no stream takes.
+//! - [`Aggregate::take`] takes user records out a batch at a time. The rest costs its bytes, and four more for each
+//!   key.
+//! - A batch with few of an aggregate's bytes copies them; otherwise it would keep the whole aggregate in memory.
+//!
+//! | bytes | [`Opened`] |
+//! |---|---|
+//! | no magic number, wrong MD5, invalid message, invalid index or key | `Ordinary` |
+//! | valid, and a user record's hash is outside of the shard's range | `Astray` |
+//! | valid otherwise, or the shard's range is unknown | `Aggregate` |
 
 use std::ops::Range;
 
@@ -20,43 +32,43 @@ use shardmill_core::record::{HashRange, is_kept_whole};
 const MAGIC: [u8; 4] = [0xF3, 0x89, 0x9A, 0xC2];
 const DIGEST_BYTES: usize = 16;
 
-/// The most characters of a partition key.
+/// Most characters of a partition key.
 ///
 /// Source: API reference, PutRecord, `PartitionKey`.
 const KEY_CHARS_MAX: usize = 256;
-/// The most bytes that so many characters have in UTF-8.
+/// Most bytes of [`KEY_CHARS_MAX`] characters in UTF-8.
 const KEY_BYTES_MAX: usize = 4 * KEY_CHARS_MAX;
 
 /// One user record of an aggregate.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SubRecord {
-    /// Its own partition key.
+    /// Partition key of the user record.
     pub partition_key: Bytes,
-    /// Its payload.
+    /// Payload of the user record.
     pub payload: Bytes,
 }
 
-/// The meaning of a record's bytes.
+/// Kind of a record, by its bytes.
 #[derive(Clone, Debug)]
 pub enum Opened {
-    /// They are no aggregate.
+    /// An ordinary record.
     Ordinary,
-    /// They are an aggregate with a user record that belongs in another shard.
+    /// An aggregate with a user record that belongs to another shard.
     Astray,
-    /// They are an aggregate.
+    /// An aggregate that belongs to the shard.
     Aggregate(Box<Aggregate>),
 }
 
-/// A valid aggregate, of which user records are taken in order.
+/// A valid aggregate, from which user records are taken in order.
 #[derive(Clone, Debug)]
 pub struct Aggregate {
-    /// The whole record: user records share its bytes.
+    /// Bytes of the whole record, which user records share.
     data: Bytes,
-    /// Where the message ends in `data`.
+    /// End of the message in `data`.
     end: usize,
-    /// Where each partition key's length lies in `data`.
+    /// For each partition key, the place of its length in `data`.
     keys: Box<[u32]>,
-    /// How many user records it has.
+    /// Number of its user records.
     count: u64,
     next: Cursor,
 }
@@ -64,26 +76,26 @@ pub struct Aggregate {
 /// A place between two user records.
 #[derive(Clone, Copy, Debug)]
 struct Cursor {
-    /// The number of the next user record, from 0: its sub-sequence number.
+    /// Index of the next user record, from 0: its sub-sequence number.
     number: u64,
-    /// The next field's place in `data`.
+    /// Place of the next field in `data`.
     at: usize,
 }
 
-/// Where a user record lies in its aggregate.
+/// Byte ranges of a user record in its aggregate.
 struct SubRecordSpan {
     key: Range<usize>,
     payload: Range<usize>,
 }
 
-/// Whether a record begins as an aggregate does: only then is it more work than to move it.
+/// Returns whether a record begins like an aggregate. Only such a record needs to be validated.
 pub(crate) fn begins_as_aggregate(data: &[u8]) -> bool {
     data.starts_with(&MAGIC)
 }
 
-/// Finds out whether a record is an aggregate, and whether all of it belongs in a shard with this range of
-/// hashes; without a range, it does. The time that this takes is bounded by the record's bytes: each key is
-/// hashed once, however many user records name it.
+/// Finds out whether a record is an aggregate, and whether all of it belongs to a shard with this range of hashes.
+/// Without a range, it does. The time is bounded by the record's bytes: each key is hashed once, however many user
+/// records use it.
 pub fn open(data: &Bytes, range: Option<&HashRange>) -> Opened {
     match validate(data, range) {
         None => Opened::Ordinary,
@@ -92,7 +104,7 @@ pub fn open(data: &Bytes, range: Option<&HashRange>) -> Opened {
     }
 }
 
-/// The user records of an aggregate, in order; `None`: it is an ordinary record.
+/// Returns the user records of an aggregate, in order; `None`: it is an ordinary record.
 ///
 /// Payloads share the record's bytes.
 pub fn deaggregate(data: &Bytes) -> Option<Vec<SubRecord>> {
@@ -101,36 +113,37 @@ pub fn deaggregate(data: &Bytes) -> Option<Vec<SubRecord>> {
 }
 
 impl Aggregate {
-    /// How many user records it has.
+    /// Returns the number of its user records.
     pub fn count(&self) -> u64 {
         self.count
     }
 
-    /// Whether all user records were taken.
+    /// Returns whether all user records were taken.
     pub fn is_empty(&self) -> bool {
         self.next.number >= self.count
     }
 
-    /// The memory that it holds, in bytes.
+    /// Returns the memory that it uses, in bytes.
     pub fn occupied_bytes(&self) -> usize {
         size_of::<Self>() + self.data.len() + size_of_val(&*self.keys)
     }
 
-    /// Passes over the user records before this number.
+    /// Skips the user records before this index.
     pub fn skip_to(&mut self, number: u64) {
         while self.next.number < number.min(self.count) {
             match next_field(&self.data, self.end, &mut self.next.at) {
                 Some(Some(Field::Record(_))) => self.next.number += 1,
                 Some(Some(_)) => {}
-                // It was validated: this does not happen.
+                // Does not happen, since the aggregate was validated. If it did, the rest would end here.
                 None | Some(None) => self.count = self.next.number,
             }
         }
     }
 
-    /// Takes user records with their numbers, as long as `fits` says so of the next one's key and payload,
-    /// in bytes. They share the aggregate's bytes if they are most of them; a few are copied, or each batch
-    /// would hold all of the aggregate.
+    /// Takes user records with their indexes, while `fits` accepts the next one's key and payload lengths in bytes.
+    ///
+    /// They share the aggregate's bytes if they are most of them. A few are copied: otherwise each batch would keep the
+    /// whole aggregate in memory.
     pub fn take(&mut self, mut fits: impl FnMut(usize, usize) -> bool) -> Vec<(u64, SubRecord)> {
         let mut taken = Vec::new();
         let (mut own_bytes, first) = (0, self.next.number);
@@ -158,7 +171,7 @@ impl Aggregate {
         (first..).zip(taken.into_iter().map(share)).collect()
     }
 
-    /// Finds the user record at a place, and moves the place behind it.
+    /// Returns the user record at a place, and moves the place after it.
     fn read(&self, cursor: &mut Cursor) -> Option<SubRecordSpan> {
         loop {
             let Field::Record(within) = next_field(&self.data, self.end, &mut cursor.at)?? else {
@@ -173,7 +186,7 @@ impl Aggregate {
     }
 }
 
-/// Copies what the spans name, and lets them name it there. Neighbours with one key share its copy.
+/// Copies the bytes of the spans, and changes the spans to the copy. Neighbours with the same key share its copy.
 fn copy(data: &Bytes, spans: &mut [SubRecordSpan]) -> Bytes {
     let mut bytes = Vec::with_capacity(
         spans.iter().map(|span| span.key.len() + span.payload.len()).sum::<usize>(),
@@ -197,13 +210,13 @@ fn copy(data: &Bytes, spans: &mut [SubRecordSpan]) -> Bytes {
     bytes.into()
 }
 
-/// How an entry of a table of keys stands to the shard.
+/// Whether the hash of a key belongs to the shard.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Belongs {
     NotHashed,
     Here,
     Elsewhere,
-    /// It is no hash.
+    /// An explicit hash key that is not a number.
     Invalid,
 }
 
@@ -216,7 +229,9 @@ impl Belongs {
     }
 }
 
-/// The aggregate, and whether all of it belongs in the shard; `None`: it is an ordinary record.
+/// Returns the aggregate, and whether all of it belongs to the shard; `None`: it is an ordinary record.
+///
+/// Reads the message twice: the tables of keys may follow the records that refer to them.
 fn validate(data: &Bytes, range: Option<&HashRange>) -> Option<(Aggregate, bool)> {
     let end = data.len().checked_sub(DIGEST_BYTES)?;
     if end < MAGIC.len() || data[..MAGIC.len()] != MAGIC || u32::try_from(end).is_err() {
@@ -226,7 +241,7 @@ fn validate(data: &Bytes, range: Option<&HashRange>) -> Option<(Aggregate, bool)
     if Md5::digest(&data[start..end])[..] != data[end..] {
         return None;
     }
-    // The tables may follow the records that name their entries: they are read first.
+    // First pass: the tables.
     let (mut keys, mut hash_keys) = (Vec::new(), Vec::new());
     let mut at = start;
     loop {
@@ -240,6 +255,7 @@ fn validate(data: &Bytes, range: Option<&HashRange>) -> Option<(Aggregate, bool)
             Some(Field::Record(_) | Field::Other) => {}
         }
     }
+    // Second pass: each record's indexes must be valid. A key is hashed once, when the first record refers to it.
     let mut hashed = vec![Belongs::NotHashed; keys.len()];
     let (mut count, mut is_here) = (0, true);
     let mut at = start;
@@ -273,7 +289,7 @@ fn validate(data: &Bytes, range: Option<&HashRange>) -> Option<(Aggregate, bool)
     Some((Aggregate { data: data.clone(), end, keys: keys.into(), count, next }, is_here))
 }
 
-/// Whether bytes are a partition key that a stream would take; an empty one is taken, as before.
+/// Returns `None` for bytes that no stream takes as a partition key. An empty key is accepted.
 fn check_key(key: &[u8]) -> Option<()> {
     if key.len() > KEY_BYTES_MAX {
         return None;
@@ -282,13 +298,13 @@ fn check_key(key: &[u8]) -> Option<()> {
     (key.chars().count() <= KEY_CHARS_MAX).then_some(())
 }
 
-/// Where an explicit hash key belongs.
+/// Returns where an explicit hash key belongs; it is a decimal number.
 fn hash_of(decimal: &[u8], range: Option<&HashRange>) -> Belongs {
     let hash = std::str::from_utf8(decimal).ok().and_then(|text| text.parse().ok());
     hash.map_or(Belongs::Invalid, |hash| Belongs::of(hash, range))
 }
 
-/// Where a partition key lies in the range of all shards: its MD5 as a number.
+/// Returns the hash of a partition key, which decides the shard: its MD5 as a number.
 ///
 /// Source: API reference, PutRecord: "an MD5 hash function is used to map partition keys to 128-bit
 /// integer values".
@@ -296,7 +312,7 @@ fn hash_key(partition_key: &[u8]) -> u128 {
     u128::from_be_bytes(Md5::digest(partition_key).into())
 }
 
-/// A field of `AggregatedRecord`, with the place of its content.
+/// Field of `AggregatedRecord`, with the byte range of its content.
 enum Field {
     /// Field 1, `partition_key_table`.
     Key { length_at: usize, range: Range<usize> },
@@ -304,12 +320,12 @@ enum Field {
     HashKey(Range<usize>),
     /// Field 3, `records`.
     Record(Range<usize>),
-    /// Any other: it is passed over, as protobuf has it.
+    /// Any other field: it is skipped, as protobuf requires.
     Other,
 }
 
-/// The field at a place, which moves behind it; the inner `None`: the message ends there. The outer one: it
-/// is no message.
+/// Returns the field at a place, and moves the place after it. The inner `None`: the message ends there. The outer
+/// `None`: the bytes are not a valid message.
 fn next_field(data: &[u8], end: usize, at: &mut usize) -> Option<Option<Field>> {
     let mut rest = data.get(*at..end)?;
     if rest.is_empty() {
@@ -334,7 +350,7 @@ fn next_field(data: &[u8], end: usize, at: &mut usize) -> Option<Option<Field>> 
     }))
 }
 
-/// The content behind a length at a place, which moves behind it.
+/// Returns the content after the length at a place, and moves the place after the content.
 fn delimited(data: &[u8], end: usize, at: &mut usize) -> Option<Range<usize>> {
     let mut rest = data.get(*at..end)?;
     let length = usize::try_from(decode_varint(&mut rest).ok()?).ok()?;
@@ -344,16 +360,17 @@ fn delimited(data: &[u8], end: usize, at: &mut usize) -> Option<Range<usize>> {
     Some(start..content_end)
 }
 
-/// `Record` within the message. Tags (field 4) are passed over: nothing reads them.
+/// `Record` within the message. Tags (field 4) are skipped: nothing reads them.
 struct WireRecord {
-    /// An index into the table of partition keys.
+    /// Index into the table of partition keys.
     key: u64,
-    /// An index into the table of explicit hash keys.
+    /// Index into the table of explicit hash keys.
     hash_key: Option<u64>,
     payload: Range<usize>,
 }
 
-/// Reads a `Record`; `None`: it is none. As in every protobuf message, the last of several values counts.
+/// Reads a `Record`; `None`: the bytes are not a valid one. As in every protobuf message, the last of several values
+/// counts.
 fn read_record(data: &[u8], within: Range<usize>) -> Option<WireRecord> {
     let (mut at, end) = (within.start, within.end);
     let (mut key, mut hash_key, mut payload) = (None, None, None);
@@ -374,7 +391,7 @@ fn read_record(data: &[u8], within: Range<usize>) -> Option<WireRecord> {
         }
         at = end - rest.len();
     }
-    // Both are required (proto2): Amazon's library does not take a message without them for an aggregate.
+    // Both are required (proto2): to Amazon's library, a message without them is not an aggregate.
     Some(WireRecord { key: key?, hash_key, payload: payload? })
 }
 

@@ -1,4 +1,4 @@
-//! Tests of KPL aggregates: what is valid, what it becomes, and how long it takes.
+//! Tests of KPL aggregates: validity, user records, and the time that validation takes.
 
 use std::time::{Duration, Instant};
 
@@ -41,7 +41,7 @@ fn aggregate(explicit_hash_key: Option<u64>, key: u64) -> Bytes {
     sealed(&message.encode_to_vec())
 }
 
-/// An aggregate of so many records that all name one key.
+/// Makes an aggregate of this number of records that all refer to one key.
 fn one_key(key: &str, records: usize, payload_bytes: usize) -> Bytes {
     let record = AggregatedUserRecord {
         key: 0,
@@ -134,7 +134,7 @@ fn wall_01_keys_that_no_stream_takes_make_an_ordinary_record() {
     assert_eq!(deaggregate(&sealed(&message.encode_to_vec())), None, "not a hash");
 }
 
-/// A million records that name one key, and one hash with half a million digits.
+/// Checks a million records that refer to one key, and one hash with half a million digits.
 #[test]
 fn wall_01_the_time_to_validate_grows_with_the_bytes_alone() {
     const TIME_MAX: Duration = Duration::from_secs(5);
@@ -172,7 +172,7 @@ fn wall_01_an_aggregate_that_waits_occupies_its_bytes_and_its_keys_places() {
     assert!((data.len()..2 * data.len()).contains(&occupied), "{occupied} for {}", data.len());
 }
 
-/// Sub-sequence numbers are places in the aggregate: settings of batches do not move them.
+/// Checks that sub-sequence numbers are indexes in the aggregate: the settings of batches do not change them.
 #[test]
 fn wall_01_parts_of_any_size_are_the_whole() {
     let records: Vec<_> = (0..1_000u64)
@@ -215,7 +215,7 @@ fn wall_01_parts_of_any_size_are_the_whole() {
     assert!(none.is_empty() && none.take(|_, _| true).is_empty());
 }
 
-/// A small part is a copy: it does not hold the whole aggregate.
+/// Checks that a small part is a copy, so that it does not keep the whole aggregate in memory.
 #[test]
 fn wall_02_a_part_of_an_aggregate_does_not_keep_all_of_it_in_memory() {
     let data = one_key("key", 10_000, 100);
@@ -235,7 +235,7 @@ fn wall_02_a_part_of_an_aggregate_does_not_keep_all_of_it_in_memory() {
     assert!(rest.iter().all(|(_, record)| within.contains(&record.payload.as_ptr())));
 }
 
-/// The same messages with fields that may be missing.
+/// `Record` with fields that may be missing.
 #[derive(Clone, PartialEq, prost::Message)]
 struct LooseRecord {
     #[prost(bytes = "bytes", repeated, tag = "1")]
@@ -273,7 +273,7 @@ fn read_by_reference(body: &[u8]) -> Option<Vec<(Bytes, Bytes)>> {
     records.collect()
 }
 
-/// Any message, and any damage to one, is read as generated code reads it.
+/// Checks that any message, and any damaged one, is read as generated code reads it.
 #[test]
 fn wall_01_every_message_is_read_as_by_another_reader() {
     let (mut taken, mut refused) = (0, 0);
@@ -296,7 +296,7 @@ fn wall_01_every_message_is_read_as_by_another_reader() {
             records,
         };
         let mut body = message.encode_to_vec();
-        // Tables after the records that name their entries, as protobuf allows.
+        // Tables after the records that refer to them, as protobuf allows.
         if random.bool() {
             let (partition_keys, explicit_hash_keys) = (vec!["later".into()], vec!["5".into()]);
             let later = AggregatedRecord { partition_keys, explicit_hash_keys, records: vec![] };

@@ -1,73 +1,73 @@
-//! How much a reader asks for: what it can hold, by the size of the records that came before.
+//! Size of a reader's requests: how many records fit into the memory that is booked, by the size of earlier records.
 //!
-//! A server answers with up to 10 MiB, whatever is free here: what bounds an answer is the number of
-//! records that are asked for. A reader that knows nothing of its records asks for few. An answer that needs more than
-//! it has was not read (`booking`): it is booked as it is before it is asked for again.
+//! A server answers with up to 10 MiB, whatever is free here. Only the requested number of records limits an answer. So
+//! a reader that knows nothing of its records requests few. If an answer needs more memory than is free, it is not read
+//! (`booking`), and the whole of it is booked before the next request.
 
 use std::time::Duration;
 
 use tokio::time::Instant;
 
-/// The most bytes that an answer holds.
+/// Most bytes of payload in an answer.
 ///
 /// Source: API reference, GetRecords: 10 MB.
 const ANSWER_BYTES_MAX: usize = 10 << 20;
-/// The largest record that is usual. A larger one may come alone.
+/// Assumed size of a record before the first one came: the largest that is usual. A larger one may come alone.
 ///
 /// Source: API reference, PutRecord: 1 MiB by default.
 const RECORD_BYTES_UNKNOWN: usize = 1 << 20;
-/// The most records of an answer.
+/// Most records of an answer.
 ///
 /// Source: API reference, GetRecords: Limit.
 const RECORDS_MAX: u32 = 10_000;
-/// What a record costs in an answer beside its bytes.
+/// Bytes of memory that a record uses in an answer in addition to its payload.
 const RECORD_OVERHEAD_BYTES: usize = 512;
-/// What a reader books at least: below every lane's part, so that it never waits for it.
+/// Least bytes that a reader books: less than every lane's part of the budget, so that it never waits for them.
 const BOOKED_BYTES_MIN: usize = 64 << 10;
-/// A shard that was empty so long ago may hold anything by now.
+/// Time for which a shard that had nothing more is expected to have little. After that it may have anything.
 const QUIET_FOR: Duration = Duration::from_secs(2);
-/// How many times as many records as ever before are asked for at once, where memory is scarce: those
-/// that come may be larger than those that came.
+/// Growth of a request where memory is scarce: at most this many times the records that ever came at once. The new ones
+/// may be larger than those that came.
 const GROWTH: u64 = 8;
-/// Records that may be asked for at once although never as many came.
+/// Records that may always be requested, even if never as many came at once.
 const RECORDS_ALWAYS: u64 = 128;
 
-/// What is known of a shard's answers.
+/// Knowledge of a shard's answers.
 #[derive(Debug, Default)]
 pub(super) struct AnswerSize {
-    /// A record's expected bytes; `None`: none came yet.
+    /// Expected bytes of a record; `None`: none came yet.
     record_bytes: Option<usize>,
-    /// The most records that came at once.
+    /// Most records that came at once.
     records_most: u64,
-    /// What the last answer held while it was read.
+    /// Bytes of memory that the last answer used while it was read.
     last_bytes: usize,
-    /// The shard had nothing more then.
+    /// Time at which the shard had nothing more.
     quiet_at: Option<Instant>,
-    /// Bytes that an answer needs which was not read for lack of room, and the records that were asked for.
+    /// An answer that was not read for lack of memory: the bytes that it needs, and the records that were requested.
     outgrown: Option<(usize, u32)>,
-    /// The most records to ask for, after an answer that was longer than any may be.
+    /// Most records to request, after an answer that was longer than any may be.
     few: Option<u32>,
 }
 
 impl AnswerSize {
-    /// The least and the most bytes to book for the next answer, by a lane that has a part of `part_bytes`
-    /// to itself.
+    /// Returns the least and the most bytes to book for the next answer. `part_bytes` is the lane's own part of the
+    /// budget.
     pub(super) fn booking(&self, part_bytes: usize, now: Instant) -> (usize, usize) {
         let one = self.record_bytes.map_or(BOOKED_BYTES_MIN, |bytes| in_flight(bytes, 1));
         let outgrown = self.outgrown.map_or(0, |(needed, _)| needed);
         let least = one.max(BOOKED_BYTES_MIN).max(outgrown);
         let is_quiet = self.quiet_at.is_some_and(|at| now.duration_since(at) < QUIET_FOR);
         let most = match is_quiet {
-            // What others may have is not taken for a shard that is likely to have little.
+            // A shard that is likely to have little does not take memory that others may need.
             true => (2 * self.last_bytes).max(part_bytes),
             false => usize::MAX,
         };
         (least, most.min(in_flight(ANSWER_BYTES_MAX, 10_000)).max(least))
     }
 
-    /// How many records to ask for when so many bytes are booked, at most `records_max`.
+    /// Returns the number of records to request with these bytes booked, at most `records_max`.
     pub(super) fn records(&self, booked_bytes: usize, records_max: u32) -> u32 {
-        // More would be another answer than the one for which there is room now.
+        // The same number as for the answer that was not read: what is booked is enough for that answer only.
         let asked = self.outgrown.map_or(u32::MAX, |(_, records)| records);
         let records_max = records_max.min(asked).min(self.few.unwrap_or(u32::MAX)).max(1);
         if booked_bytes >= in_flight(ANSWER_BYTES_MAX, records_max as usize) {
@@ -82,7 +82,7 @@ impl AnswerSize {
         u32::try_from(grown.max(1)).unwrap_or(records_max).min(records_max)
     }
 
-    /// An answer came with so many records of so many bytes; `has_more`: the shard has more.
+    /// Learns from an answer with this number of records and bytes of payload; `has_more`: the shard has more.
     pub(super) fn learn(&mut self, records: usize, bytes: usize, has_more: bool, now: Instant) {
         self.quiet_at = (!has_more).then_some(now);
         self.last_bytes = in_flight(bytes, records);
@@ -92,7 +92,7 @@ impl AnswerSize {
             return;
         }
         self.records_most = self.records_most.max(records as u64);
-        // Somewhat more than the mean; what was larger is forgotten slowly.
+        // A quarter more than the mean. A larger estimate falls slowly.
         let mean = bytes / records;
         let before = self.record_bytes.unwrap_or_default();
         self.record_bytes = Some((mean + mean / 4).max(before - before / 4));
@@ -103,24 +103,25 @@ impl AnswerSize {
         self.outgrown = Some((needed, records));
     }
 
-    /// Notes that an answer to a call for `records` was longer than any may be: fewer are asked for.
+    /// Notes that an answer to a call for `records` was longer than any may be: fewer are requested.
     pub(super) fn was_too_long(&mut self, records: u32) {
         self.few = Some((records / GROWTH as u32).max(1));
     }
 
-    /// A call failed: until the next answer, the shard may hold anything.
+    /// Notes that a call failed: until the next answer, the shard may have anything.
     pub(super) fn forget_quiet(&mut self) {
         self.quiet_at = None;
     }
 }
 
-/// Returns the bytes of payload with which an answer of `records` is booked as `occupied_bytes`. Long keys are
-/// booked so, too.
+/// Returns the bytes of payload for which [`in_flight`] gives at least `occupied_bytes`. The result is based on memory that
+/// was really used, so long keys are included.
 pub(super) fn payload_of(occupied_bytes: usize, records: usize) -> usize {
     occupied_bytes.saturating_sub(records.saturating_mul(RECORD_OVERHEAD_BYTES)).div_ceil(5) * 2
 }
 
-/// What an answer holds while it is read: its text, in which bytes are base64, and what becomes of it.
+/// Returns the memory that an answer uses while it is read: its text, in which payloads are base64, and the records
+/// that are parsed from it.
 fn in_flight(payload_bytes: usize, records: usize) -> usize {
     payload_bytes / 2 * 5 + records * RECORD_OVERHEAD_BYTES
 }
@@ -137,10 +138,10 @@ mod tests {
         let (least, most) = size.booking(256 << 10, Instant::now());
         assert!(least <= 256 << 10, "it never waits for {least}");
         assert!(most >= 25 * MIB, "it may hold 10 MiB: {most}");
-        // One record of 1 MiB fits wherever a lane has its part, five where there is more.
+        // One record of 1 MiB fits into a lane's part of the budget, five into more.
         assert_eq!(size.records(256 << 10, 10_000), 1);
         assert_eq!(size.records(13 * MIB, 10_000), 5);
-        // Where a whole answer fits, everything is asked for.
+        // If a whole answer fits, all records are requested.
         assert_eq!(size.records(most, 10_000), 10_000);
     }
 
@@ -202,7 +203,7 @@ mod tests {
             let booked = in_flight(payload_of(occupied, records), records);
             assert!(booked >= occupied, "{occupied} bytes of {records} records: {booked}");
         }
-        // Records of a mebibyte are learned by their payload, which books more.
+        // For records of a mebibyte, the size of the payload is learned, which books more.
         assert!(payload_of(shardmill_core::budget::occupied_while_read(1_398_200, 6), 1) < MIB);
     }
 

@@ -1,12 +1,20 @@
-//! The bound on the memory of an answer while it is read: the bytes that are booked for it.
+//! Booking of memory for an answer: the bound on what it uses while it is read.
 //!
-//! A reader books memory before it asks, by the size of the records that came before. A server may answer with more:
-//! records have grown, or it does not keep to the number that it was asked for. So the HTTP client counts the answer
-//! as it comes (`silence`). Where it needs more than is booked, more is taken, if that is free at once. If not, the
-//! answer is given up before it is read, and asked for again once there is room for it.
+//! A reader books memory before a call, by the size of the records that came before. A server may answer with more:
+//! records have grown, or it ignores the requested number. So the HTTP client counts the answer as it comes
+//! (`silence`).
 //!
-//! It must not wait for memory with a part of an answer in hand: all lanes could wait so at the same time, each with
-//! its part, and a sink that is blocked would keep them all.
+//! | the answer needs | then |
+//! |---|---|
+//! | no more than is booked, plus a slack of 64 KiB | it is read on |
+//! | more, and that is free now | more is booked, and it is read on |
+//! | more, and that is not free | the call is dropped: [`Read::Outgrown`]; the reader books enough and calls again |
+//!
+//! Invariant: no call waits for memory while it has a part of an answer. Otherwise all lanes could wait at the same
+//! time, each with its part, and one blocked sink would keep them all waiting.
+//!
+//! Race: when an answer has outgrown its booking, its body returns `Pending` without a waker. So the reader must be
+//! woken by `outgrown`, and must not poll the call again: that is why the `select!` in [`read`] is biased.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -14,64 +22,64 @@ use tokio::sync::Notify;
 
 use shardmill_core::budget::{Account, Permit};
 
-/// An answer may hold so much beyond what is booked before more is taken: its last lines, and a record that is
-/// somewhat larger than the others. Less than what a lane counts for at least, so that the bound holds.
+/// Bytes that an answer may use beyond its booking before more is booked: for its last lines, and for a record somewhat
+/// larger than the others. Less than the minimum that counts for each lane, so that the bound holds.
 const SLACK_BYTES: usize = 64 << 10;
 
 tokio::task_local! {
-    /// The booking of the call that this task waits for.
+    /// Booking of the call that this task waits for.
     static BOOKING: Booking;
 }
 
-/// The memory of one call's answer; its clones share it.
+/// Memory for the answer of one call; clones share it.
 #[derive(Clone)]
 pub(super) struct Booking(Arc<Shared>);
 
 struct Shared {
     account: Arc<Account>,
     state: Mutex<State>,
-    /// Wakes who waits for the call: its answer is not read on.
+    /// Wakes the reader that waits for the call: the answer is not read on.
     outgrown: Notify,
 }
 
 struct State {
     /// `None`: the call has ended.
     permit: Option<Permit>,
-    /// Bytes that the answer of the last try held while it was read, as far as it came.
+    /// Bytes of memory that the answer of the last attempt has used, as far as it came.
     bytes: usize,
-    /// Bytes that the answer needs, where that was more than could be had.
+    /// Bytes of memory that the answer needs, if that was more than was free.
     needed: Option<usize>,
     is_too_long: bool,
 }
 
-/// The bytes of memory that an answer needs while it is read.
+/// Bytes of memory that an answer needs while it is read.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Need {
-    /// Bytes that it holds by now.
+    /// Bytes that it uses now.
     pub(super) by_now: usize,
-    /// Bytes that it will hold at least, as far as is known.
+    /// Bytes that it will use at least, as far as is known.
     pub(super) known: usize,
-    /// Bytes that it is likely to hold once it is whole. It is booked before the answer is asked for again. With no
-    /// more than is known, an answer of unknown length would be asked for again and again, each time for one more part.
+    /// Bytes that it is likely to use once it is whole. They are booked before the next call. With only the known
+    /// bytes, an answer of unknown length would be requested many times, each time for one more part.
     pub(super) likely: usize,
 }
 
 /// Outcome of a call.
 pub(super) enum Read<T> {
-    /// It ended.
+    /// The call ended.
     Ended {
-        /// Its result.
+        /// Result of the call.
         answer: T,
-        /// The booking, with the bytes that were taken meanwhile.
+        /// Booking, with the bytes that were added meanwhile.
         permit: Permit,
-        /// The bytes of memory that the answer held while it was read.
+        /// Bytes of memory that the answer used while it was read.
         bytes: usize,
-        /// The answer was given up because it was longer than any may be.
+        /// Whether the call failed because its answer was longer than any may be.
         is_too_long: bool,
     },
-    /// The answer needs more memory than was free: it was given up. Nothing is booked any more.
+    /// The answer needs more memory than was free, and the call was dropped. Nothing is booked any more.
     Outgrown {
-        /// The bytes of memory to book before it is asked for again.
+        /// Bytes of memory to book before the next call.
         needed: usize,
     },
 }
@@ -82,12 +90,12 @@ impl Booking {
         Self(Arc::new(Shared { account, state: Mutex::new(state), outgrown: Notify::new() }))
     }
 
-    /// The booking of the call that this task makes, if it has one.
+    /// Returns the booking of the call that this task makes, if it has one.
     pub(super) fn of_call() -> Option<Self> {
         BOOKING.try_with(Clone::clone).ok()
     }
 
-    /// Whether an answer may be read on. If not, the call ends as [`Read::Outgrown`].
+    /// Returns whether an answer may be read on. If not, the call ends as [`Read::Outgrown`].
     pub(super) fn covers(&self, need: Need) -> bool {
         let mut state = self.lock();
         state.bytes = need.by_now;
@@ -105,7 +113,7 @@ impl Booking {
         false
     }
 
-    /// The answer is longer than any may be.
+    /// Notes that the answer is longer than any may be.
     pub(super) fn is_too_long(&self) {
         self.lock().is_too_long = true;
     }
@@ -115,8 +123,8 @@ impl Booking {
     }
 }
 
-/// Makes a call whose answer may hold what is booked, and what `account` can have more without waiting. Dropping the
-/// future gives the booking back.
+/// Makes a call whose answer may use what is booked, plus what `account` can book without waiting. Dropping the future
+/// gives the booking back.
 pub(super) async fn read<T>(
     account: &Arc<Account>,
     permit: Permit,
@@ -124,7 +132,7 @@ pub(super) async fn read<T>(
 ) -> Read<T> {
     let booking = Booking::new(account.clone(), permit);
     let answer = tokio::select! {
-        // First: who is told that the answer is not read on must not poll the call again.
+        // Comes first: after this notice, the call must not be polled again.
         biased;
         () = booking.0.outgrown.notified() => None,
         answer = BOOKING.scope(booking.clone(), call) => Some(answer),
@@ -145,7 +153,8 @@ mod tests {
 
     const MIB: usize = 1 << 20;
 
-    /// The needs of an answer as it comes, one after the other; whether it was read to its end.
+    /// Reads an answer with these needs, one after the other. Returns the bytes booked at its end, or those that it
+    /// needs.
     async fn comes(account: &Arc<Account>, booked: usize, needs: &[usize]) -> Result<usize, usize> {
         let permit = account.take(booked).await;
         let of = |bytes| Need { by_now: bytes, known: bytes, likely: 2 * bytes };
@@ -171,12 +180,12 @@ mod tests {
         assert_eq!(comes(&account, MIB, &[MIB + SLACK_BYTES]).await, Ok(MIB), "as good as");
         let grown = comes(&account, MIB, &[2 * MIB, 6 * MIB]).await;
         assert_eq!(grown, Ok(6 * MIB - SLACK_BYTES), "what is free is taken");
-        // The other one has all that is common, and goes beyond.
+        // The other account has all of the common half, and more.
         let _all = other.take(20 * MIB).await;
         assert_eq!(comes(&account, MIB, &[2 * MIB, 6 * MIB]).await, Err(12 * MIB));
         assert_eq!(comes(&account, MIB, &[4 * MIB]).await.ok(), Some(4 * MIB - SLACK_BYTES));
         assert_eq!(account.part_bytes(), 4 * MIB);
-        // Nothing is left of those that were given up.
+        // The dropped calls have given back everything.
         assert!(account.take_at_once(4 * MIB).is_some());
     }
 

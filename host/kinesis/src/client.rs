@@ -1,4 +1,4 @@
-//! A connection to a server that speaks the Kinesis API.
+//! Connects to a server that speaks the Kinesis API, and classifies its errors.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, Ordering};
@@ -23,35 +23,35 @@ use shardmill_core::masking::{sanitized, sanitized_within};
 use shardmill_core::record::StreamRef;
 use shardmill_core::source::SourceError;
 
-/// The region that servers other than AWS are told.
+/// Region in requests to servers other than AWS.
 const OTHER_REGION: &str = "us-east-1";
-/// The standard chain asks several places for credentials and a region, some of them programs.
+/// Longest wait for credentials and a region: the standard chain asks several sources, some of them programs.
 const LOGIN_WAIT_MAX: Duration = Duration::from_secs(60);
 
-/// Bytes of an error's code that are shown: those of AWS have up to 50.
+/// Most bytes of an error's code that are shown: those of AWS have up to 50.
 pub(super) const CODE_BYTES_MAX: usize = 256;
 
-/// Where a server is that is not AWS.
+/// Address of a server that is not AWS.
 #[derive(Clone, Debug)]
 pub enum Address {
-    /// At a URL of the configuration, or in this process.
+    /// A URL of the configuration, or of this process.
     Url(url::Url),
-    /// Where another process of this user serves the embedded stream.
+    /// The embedded stream of another process of this user.
     Served(Served),
 }
 
-/// Which server, and as whom.
+/// Server, and the credentials to use there.
 #[derive(Clone, Copy, Debug)]
 pub struct Server<'a> {
-    /// Its address; `None` is AWS.
+    /// Address; `None` is AWS.
     pub url: Option<&'a url::Url>,
-    /// The embedded stream that is at the address: once its process has ended, nothing is sent there.
+    /// Embedded stream at the address: once its process has ended, nothing is sent there.
     pub served: Option<&'a Served>,
-    /// The AWS region; `None`: that of the standard chain.
+    /// AWS region; `None`: that of the standard chain.
     pub region: Option<&'a str>,
-    /// The role to assume; `None`: whoever the standard chain of credentials says.
+    /// Role to assume; `None`: the credentials of the standard chain.
     pub assume_role: Option<&'a AssumeRole>,
-    /// Silence after which an attempt of a call counts as failed.
+    /// Silence after which an attempt of a call fails.
     pub silence_max: Duration,
 }
 
@@ -63,8 +63,8 @@ impl Default for Server<'_> {
 }
 
 impl<'a> Server<'a> {
-    /// The server of a stream, which is at `address`. The embedded stream asks nobody who he is, so no
-    /// role is assumed for it.
+    /// Makes the server of a stream at `address`. The embedded stream checks no credentials, so no role is assumed for
+    /// it.
     pub fn of(
         server: &'a StreamServer,
         stream: Option<&'a StreamRef>,
@@ -85,27 +85,26 @@ impl<'a> Server<'a> {
         }
     }
 
-    /// The same with the deadlines of a pipeline.
+    /// Sets the deadlines of a pipeline.
     pub fn with_timing(self, timing: &Timing) -> Self {
         Self { silence_max: timing.kinesis_silence_max, ..self }
     }
 
-    /// A server that is not AWS and checks no credentials.
+    /// Makes a server that is not AWS and checks no credentials.
     pub fn at(url: &'a url::Url) -> Self {
         Self { url: Some(url), ..Self::default() }
     }
 }
 
-/// Connects. AWS is reached by the standard chain of credentials and regions; a server at a URL
-/// that is told no credentials gets some, unless a role is to be assumed: STS checks them.
+/// Connects to a server. For AWS, the standard chain gives credentials and a region. For a server at a URL,
+/// placeholders are used if the environment has none; but not if a role is assumed, since STS checks credentials.
 ///
 /// # Errors
-/// [`SourceError::NoRegion`], [`SourceError::NoCredentials`] and [`SourceError::NoRole`], which say
-/// what to set.
+/// [`SourceError::NoRegion`], [`SourceError::NoCredentials`] and [`SourceError::NoRole`], which say what to set.
 #[boxed]
 pub async fn connect<'a>(server: &'a Server<'a>) -> Result<Client, SourceError> {
     let http = silence::http_client(server.silence_max, None);
-    // Our deadlines alone count: they can be set.
+    // The SDK's own protection is off: only our deadlines end a call, since users can set them.
     let mut loader = aws_config::defaults(BehaviorVersion::latest())
         .http_client(http)
         .stalled_stream_protection(StalledStreamProtectionConfig::disabled());
@@ -139,7 +138,7 @@ pub async fn connect<'a>(server: &'a Server<'a>) -> Result<Client, SourceError> 
     }
     let provider = config
         .credentials_provider()
-        .ok_or_else(|| SourceError::NoCredentials { cause: "no provider is set up".into() })?;
+        .ok_or_else(|| SourceError::NoCredentials { cause: "no provider is configured".into() })?;
     log_in(&provider, login_wait_max)
         .await
         .map_err(|cause| SourceError::NoCredentials { cause })?;
@@ -147,7 +146,7 @@ pub async fn connect<'a>(server: &'a Server<'a>) -> Result<Client, SourceError> 
         let provider = assume(role, &config, login_wait_max).await?;
         config = config.into_builder().credentials_provider(provider).build();
     }
-    // The address is of Kinesis alone: STS has its own.
+    // The address is set for Kinesis only: STS has its own.
     let kinesis = aws_sdk_kinesis::config::Builder::from(&config);
     let kinesis = match server.url {
         Some(url) => kinesis.endpoint_url(url.as_str()),
@@ -162,7 +161,7 @@ pub async fn connect<'a>(server: &'a Server<'a>) -> Result<Client, SourceError> 
     Ok(Client::from_conf(kinesis.build()))
 }
 
-/// The credentials of a role, which are renewed before they expire; proven by a first call.
+/// Returns the credentials of a role, which are renewed before they expire. Verifies them by a first call.
 async fn assume(
     role: &AssumeRole,
     config: &SdkConfig,
@@ -180,7 +179,7 @@ async fn assume(
     Ok(provider)
 }
 
-/// Asks for credentials once. Some come from programs, which may hang.
+/// Requests credentials once, with a deadline: some come from programs, which may hang.
 async fn log_in(provider: &SharedCredentialsProvider, wait_max: Duration) -> Result<(), String> {
     match tokio::time::timeout(wait_max, provider.provide_credentials()).await {
         Ok(provided) => provided.map(drop).map_err(|error| causes(&error)),
@@ -188,12 +187,12 @@ async fn log_in(provider: &SharedCredentialsProvider, wait_max: Duration) -> Res
     }
 }
 
-/// The time at which a server answered a call, by its own clock: an interceptor of that call. The
-/// clock of this host decides nothing, for it may be wrong.
+/// Interceptor of a call that keeps the time of its answer, by the server's clock. The clock of this host may be wrong,
+/// so nothing depends on it.
 #[derive(Clone, Debug)]
 pub struct AnswerDate(Arc<AtomicI64>);
 
-/// No answer with a date has come.
+/// Value while no answer with a date has come.
 const NO_DATE: i64 = i64::MIN;
 
 impl Default for AnswerDate {
@@ -203,8 +202,8 @@ impl Default for AnswerDate {
 }
 
 impl AnswerDate {
-    /// The `Date` of the last answer, in milliseconds since 1970: whole seconds, rounded down. `None`:
-    /// the server did not say.
+    /// Returns the `Date` of the last answer, in milliseconds since 1970: whole seconds, rounded down. `None`: the
+    /// answer had none.
     pub fn ms(&self) -> Option<i64> {
         let date_ms = self.0.load(Ordering::Relaxed);
         (date_ms != NO_DATE).then_some(date_ms)
@@ -230,23 +229,23 @@ impl Intercept for AnswerDate {
     }
 }
 
-/// What went wrong in a call, as far as it decides what to do.
+/// Class of an error of a call, which decides what to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ErrorClass {
-    /// Too much for now: the same call later.
+    /// The server throttles: make the same call later.
     Throttled,
-    /// The iterator is older than its five minutes.
+    /// The iterator is older than five minutes.
     ExpiredIterator,
-    /// The stream or shard is not there.
+    /// The stream or shard does not exist.
     NotFound,
-    /// The network or the server: the same call later.
+    /// The network or the server failed: make the same call later.
     Passing,
-    /// Trying again does not mend it.
+    /// A retry does not help.
     Lasting,
 }
 
 impl ErrorClass {
-    /// The fault as a metric's label.
+    /// Returns the fault as a metric's label.
     pub fn label(self) -> &'static str {
         match self {
             Self::Throttled => "throttled",
@@ -283,7 +282,7 @@ pub fn classify<E: ProvideErrorMetadata, R>(error: &SdkError<E, R>) -> ErrorClas
     }
 }
 
-/// The error of a call, with its place, and the beginning of what the server says.
+/// Makes the error of a call, with its place and the beginning of the server's message.
 pub fn call_error<E, R>(
     call: &'static str,
     place: impl Into<String>,
@@ -305,7 +304,7 @@ where
     SourceError::Call { call, place: place.into(), cause }
 }
 
-/// An error with its causes, each once, the outermost first; in one line of bounded length.
+/// Returns an error with its causes, each once, the outermost first; in one line of bounded length.
 fn causes(error: &(dyn std::error::Error + 'static)) -> String {
     let chain = std::iter::successors(Some(error), |error| error.source());
     let mut texts: Vec<String> = Vec::new();
@@ -325,7 +324,7 @@ mod tests {
     use super::*;
     use shardmill_core::escape::QUOTED_BYTES_MAX;
 
-    /// Text of the error of a call whose server answered with this code and message.
+    /// Returns the error text of a call that the server answered with this code and message.
     fn said(code: &str, message: &str) -> String {
         let meta = ErrorMetadata::builder().code(code).message(message).build();
         let error = SdkError::service_error(GetRecordsError::generic(meta), ());

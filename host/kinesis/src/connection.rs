@@ -1,5 +1,21 @@
-//! What the readers of a stream ask of it, and what they prove about the answers: that it is still
-//! the stream whose positions they hold, and that it still holds what was not read yet.
+//! Connection of all readers to one stream. It makes their calls, verifies that the stream is still the one that their
+//! positions are of, and reports records that the stream has dropped before they were read.
+//!
+//! Invariants:
+//! - A position is used only with the stream that it is of. A stream that was deleted and created again under its name
+//!   has another ARN or creation time. So the identity is verified after each new iterator or subscription, before its
+//!   first record is used.
+//! - Lost records are never silent. They stop the lane, or, with `on_lost_records = "continue"`, are logged, counted
+//!   and given to the lane as a recorded hole.
+//!
+//! Whether a gap in the sequence numbers is a loss: sequence numbers are not consecutive, so a gap alone means nothing.
+//!
+//! | everything that had arrived until `caught_up_ms` was read, and that time is | records before the first that came |
+//! |---|---|
+//! | within the stream's retention | none lost: everything that arrived later is still in the stream |
+//! | before the retention, or unknown | may be lost: from that time to the start of the retention |
+//!
+//! Many readers begin at the same time, so they share one look at the stream.
 
 use std::collections::HashMap;
 use std::sync::{Arc, PoisonError, RwLock};
@@ -21,33 +37,33 @@ use shardmill_core::record::{Position, ShardId, ShardKey, StreamRef};
 use shardmill_core::source::waiting::Waiting;
 use shardmill_core::source::{LostRecords, Shard, SourceError, count_loss};
 
-/// A stream as its readers see it; shared by all of them.
+/// Connection to a stream, shared by all of its readers.
 pub struct StreamConnection {
-    /// The client.
+    /// Client of the server.
     pub client: Client,
-    /// What the user calls the stream.
+    /// Stream, as the user names it.
     pub stream: StreamRef,
-    /// What all readers may hold that no lane has taken yet.
+    /// Memory budget of all readers for records that no lane has taken yet.
     pub read_ahead: Budget,
     on_lost_records: OnLostRecords,
-    /// The last look at the stream.
+    /// Last description of the stream, and the time at which its call began.
     looked: Mutex<Option<(Instant, Description)>>,
-    /// The shards as they were listed last.
+    /// Shards of the last list.
     listed: RwLock<HashMap<ShardId, Shard>>,
 }
 
-/// Why a call gave nothing.
+/// Reason why a call gave nothing.
 pub enum Passing {
-    /// The same call later.
+    /// A fault that passes: make the same call later.
     Later(ErrorClass),
-    /// The shard is no longer there, nor listed: all its records were dropped.
+    /// The shard does not exist and is not listed any more: all its records were dropped.
     Gone,
-    /// Trying again does not mend it.
+    /// An error that a retry does not help.
     Never(SourceError),
 }
 
 impl StreamConnection {
-    /// A connection; all its readers together read at most `read_ahead_bytes_max` ahead.
+    /// Makes a connection. All readers together read at most `read_ahead_bytes_max` ahead of their lanes.
     pub fn new(
         client: Client,
         stream: StreamRef,
@@ -59,7 +75,7 @@ impl StreamConnection {
         Arc::new(Self { client, stream, read_ahead, on_lost_records, looked, listed })
     }
 
-    /// Lists the stream's shards, and remembers them.
+    /// Lists the stream's shards, and keeps the list.
     ///
     /// # Errors
     /// As [`stream::shards`].
@@ -70,21 +86,21 @@ impl StreamConnection {
         Ok(shards)
     }
 
-    /// Whether the shards were listed, and this one was not among them.
+    /// Returns whether the shards were listed, and this one was missing.
     pub fn is_unlisted(&self, shard: &ShardId) -> bool {
         let listed = self.listed.read().unwrap_or_else(PoisonError::into_inner);
         !listed.is_empty() && !listed.contains_key(shard)
     }
 
-    /// A shard as it was listed last.
+    /// Returns a shard of the last list.
     pub fn listed(&self, shard: &ShardId) -> Option<Shard> {
         self.listed.read().unwrap_or_else(PoisonError::into_inner).get(shard).cloned()
     }
 
-    /// An iterator from where the inbox stands, of the stream that its positions are of.
+    /// Gets an iterator at the inbox's position, and verifies that the stream is the one of that position.
     ///
-    /// The identity is proven after the iterator was made: a stream of another creation would show
-    /// by then.
+    /// The identity is verified by a look that began no earlier than the call for the iterator. So a stream that was
+    /// created again before that call is noticed.
     pub async fn iterator(&self, inbox: &mut Inbox, waiting: &Waiting) -> Result<String, Passing> {
         let asked = Instant::now();
         waiting.begins("GetShardIterator");
@@ -114,7 +130,7 @@ impl StreamConnection {
             Passing::Never(SourceError::Call {
                 call: "GetShardIterator",
                 place: inbox.place(),
-                cause: "the answer holds no iterator".into(),
+                cause: "expected an iterator in the answer, found none".into(),
             })
         })?;
         check_iterator("GetShardIterator", &iterator, inbox).map_err(Passing::Never)?;
@@ -122,7 +138,7 @@ impl StreamConnection {
         Ok(iterator)
     }
 
-    /// The same position for a subscription. The caller calls [`Inbox::start_accepted`] once it is accepted.
+    /// Returns the inbox's position for a subscription. The caller calls [`Inbox::start_accepted`] once it is accepted.
     pub(crate) fn starting_position(&self, inbox: &Inbox) -> Result<StartingPosition, SourceError> {
         let start = WireStart::of(inbox);
         let position = StartingPosition::builder()
@@ -136,8 +152,8 @@ impl StreamConnection {
         })
     }
 
-    /// Proves that the stream is the one that a shard's positions are of, by a look that began no
-    /// earlier than `asked`. Many readers share one look.
+    /// Verifies that the stream is the one that a shard's positions are of, by a look that began no earlier than
+    /// `asked`. Readers share a look: the lock is kept during the call, and the next reader finds its result.
     pub(crate) async fn validate_identity(
         &self,
         shard: &ShardKey,
@@ -154,7 +170,7 @@ impl StreamConnection {
                     return Err(Passing::Never(SourceError::NoSuchStream { stream }));
                 }
                 Err(error) => {
-                    tracing::debug!(%error, "cannot tell yet whether the stream is the same");
+                    tracing::debug!(%error, "failed to verify the stream's identity, trying again later");
                     waiting.failed(error);
                     return Err(Passing::Later(ErrorClass::Passing));
                 }
@@ -168,11 +184,11 @@ impl StreamConnection {
         }
     }
 
-    /// Takes in what a call brought, and looks whether records are missing before it.
+    /// Puts the records of an answer into the inbox, and checks whether records are missing before them.
     ///
     /// # Errors
-    /// [`SourceError::LostRecords`], unless the configuration says to go on; then the loss is logged
-    /// and counted. [`SourceError::Call`] for a sequence number that cannot be read.
+    /// [`SourceError::LostRecords`], unless the configuration says to continue; then the loss is logged and counted.
+    /// [`SourceError::Call`] for an invalid sequence number.
     pub(crate) async fn take_in(
         &self,
         inbox: &mut Inbox,
@@ -184,14 +200,15 @@ impl StreamConnection {
             .set(lag_ms as f64);
         let is_caught_up = records.is_empty() && lag_ms == 0;
         inbox.accept(records, call)?;
-        // It stays until it is judged: who waits for this may give up in between.
+        // The gap stays until it is judged: the caller may drop this future while it waits.
         if let Some(gap) = inbox.gap() {
             self.judge(gap, inbox).await?;
             inbox.forget_gap();
         } else if (is_caught_up || is_end)
             && let Some(gap) = inbox.gap_before_nothing()
         {
-            // A subscription may say so before it gives the first record.
+            // A subscription may report that it is caught up before it gives its first record. So it never proves a
+            // loss by itself: if a loss is possible, the start stays unproven until a record comes.
             if call == GET_RECORDS {
                 self.judge(gap, inbox).await?;
                 inbox.mark_validated();
@@ -207,7 +224,7 @@ impl StreamConnection {
         Ok(())
     }
 
-    /// Says what is lost with a shard that is no longer there.
+    /// Reports what is lost with a shard that does not exist any more.
     ///
     /// # Errors
     /// As [`StreamConnection::take_in`].
@@ -218,10 +235,10 @@ impl StreamConnection {
         Ok(())
     }
 
-    /// How much may be lost if what arrived up to `caught_up_ms` was read; `None`: nothing.
+    /// Returns how much may be lost if what arrived until `caught_up_ms` was read; `None`: nothing.
     ///
-    /// While that time is within the retention, whatever came later is still there: only what had
-    /// been read is gone.
+    /// While that time is within the retention, everything that came later is still in the stream: only records that
+    /// were read are gone.
     async fn loss(&self, caught_up_ms: Option<i64>) -> Result<Option<Loss>, SourceError> {
         let mut looked = self.looked.lock().await;
         let (at, found) = match &*looked {
@@ -232,7 +249,7 @@ impl StreamConnection {
                 (now, &looked.insert((now, found)).1)
             }
         };
-        // The look may be of a while ago.
+        // The description may be old: retention has advanced since then.
         let since_ms = i64::try_from(at.elapsed().as_millis()).unwrap_or(i64::MAX);
         let retained_from_ms = found.retained_from_ms().map(|ms| ms.saturating_add(since_ms));
         if caught_up_ms.is_some_and(|at_ms| retained_from_ms.is_some_and(|from| at_ms >= from)) {
@@ -242,7 +259,7 @@ impl StreamConnection {
         Ok(Some(Loss { retention_hours: found.retention_hours, interval_ms }))
     }
 
-    /// Says whether records are lost between what was asked for and what came first.
+    /// Judges a gap: reports the records that are lost between the requested start and the first record that came.
     async fn judge(&self, gap: LostRecordsGap, inbox: &mut Inbox) -> Result<(), SourceError> {
         let shard = inbox.shard();
         let Some(Loss { retention_hours, interval_ms }) = self.loss(inbox.caught_up_ms()).await?
@@ -254,12 +271,12 @@ impl StreamConnection {
             (Some((from_ms, to_ms)), _) => {
                 let lost = std::time::Duration::from_secs(to_ms.abs_diff(from_ms) / 1_000);
                 let (lost, end) = (humantime::format_duration(lost), time_text(to_ms));
-                format!("what arrived in the {lost} before {end} is gone")
+                format!("records that arrived in the {lost} before {end} are gone")
             }
             (None, Some((_, came_ms))) => {
-                format!("what arrived before {} is gone", time_text(*came_ms))
+                format!("records that arrived before {} are gone", time_text(*came_ms))
             }
-            (None, None) => "what arrived since then is gone".into(),
+            (None, None) => "records that arrived since then are gone".into(),
         };
         let stands = match &gap.asked {
             Some(asked) => asked.to_string(),
@@ -273,7 +290,7 @@ impl StreamConnection {
             None => "no record is left".into(),
         };
         let extent = format!(
-            "the lane stands at {stands}, {left}, and the stream keeps {retention_hours} h: {gone}"
+            "the lane's position is {stands}, {left}, and the stream's retention is {retention_hours} h: {gone}"
         );
         let place = format!("stream {}, shard {}", shard.stream.name, shard.shard);
         let error = SourceError::LostRecords { place, extent: extent.clone() };
@@ -295,30 +312,30 @@ impl StreamConnection {
     }
 }
 
-/// An answer of the server, without its records.
+/// Answer of the server, without its records.
 #[derive(Clone, Copy, Debug)]
 pub struct ReadAnswer {
-    /// The call.
+    /// Name of the call.
     pub call: &'static str,
-    /// How far the newest record is, in milliseconds.
+    /// Distance to the newest record, in milliseconds.
     pub lag_ms: u64,
-    /// A time before which the server surely gave this answer, in milliseconds since 1970 by its
-    /// own clock.
+    /// Time of the answer or somewhat earlier, by the server's clock, in milliseconds since 1970. Everything that had
+    /// arrived by then was in reach of the answer.
     pub as_of_ms: Option<i64>,
-    /// The shard is closed, and this was the last of it.
+    /// Whether the shard is closed and this was its last answer.
     pub is_end: bool,
 }
 
-/// The call that polls.
+/// Name of the call that polls.
 pub(crate) const GET_RECORDS: &str = "GetRecords";
 
-/// Bytes of an iterator: far more than any has. Each lane keeps one while it waits, so they count for the memory
+/// Most bytes of an iterator: far more than any has. Each lane keeps one while it waits, so it counts for the memory
 /// that a lane needs.
 ///
 /// Source: API reference, GetRecords: 512.
 const ITERATOR_BYTES_MAX: usize = 16 << 10;
 
-/// Refuses an iterator that would fill memory; `call` gave it.
+/// Refuses an iterator that would fill memory; `call` returned it.
 ///
 /// # Errors
 /// [`SourceError::Call`].
@@ -338,14 +355,14 @@ pub(crate) fn check_iterator(
     Err(SourceError::Call { call, place: inbox.place(), cause })
 }
 
-/// Records that may be lost.
+/// Possible loss of records.
 struct Loss {
     retention_hours: u32,
-    /// When they arrived, in milliseconds since 1970, as far as that is known.
+    /// First and last time at which they arrived, in milliseconds since 1970, where known.
     interval_ms: Option<(i64, i64)>,
 }
 
-/// Where the server begins, in the terms of its API.
+/// Start of an iterator or a subscription, in the terms of the API.
 struct WireStart {
     kind: ShardIteratorType,
     sequence: Option<String>,
@@ -358,7 +375,8 @@ impl WireStart {
             ServerStart::AtSequence(sequence) => {
                 (ShardIteratorType::AtSequenceNumber, Some(sequence.to_string()), None)
             }
-            // Some servers know arrival times by the second only: its first record is asked for.
+            // Some servers know arrival times by the second only, so the start of the second is requested. The inbox
+            // drops what is older than the configured start.
             ServerStart::AtMs(at_ms) => {
                 let second = DateTime::from_secs(at_ms.div_euclid(1_000));
                 (ShardIteratorType::AtTimestamp, None, Some(second))

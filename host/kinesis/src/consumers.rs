@@ -1,4 +1,4 @@
-//! The registered consumers of a stream: those to whom enhanced fan-out pushes.
+//! Registered consumers of a stream, which enhanced fan-out pushes records to.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,24 +13,24 @@ use shardmill_core::masking::sanitized;
 use shardmill_core::record::StreamIdentity;
 use shardmill_core::source::SourceError;
 
-/// How long a consumer may take to become ACTIVE, or to be gone.
+/// Longest wait until a consumer is ACTIVE, or is gone.
 const WAIT_MAX: Duration = Duration::from_secs(60);
 const LOOK_INTERVAL: Duration = Duration::from_millis(200);
 
 /// A registered consumer.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Consumer {
-    /// Its name, unique in the stream.
+    /// Name, unique in the stream.
     pub name: String,
-    /// Its ARN.
+    /// ARN.
     pub arn: String,
-    /// Its status, for example `ACTIVE`.
+    /// Status, for example `ACTIVE`.
     pub status: String,
-    /// When it was registered, in milliseconds since 1970.
+    /// Time of its registration, in milliseconds since 1970.
     pub created_ms: i64,
 }
 
-/// All consumers of a stream, page by page.
+/// Lists all consumers of a stream, page by page.
 ///
 /// Source: API reference, ListStreamConsumers: `StreamARN` goes with `NextToken` as well.
 ///
@@ -60,7 +60,7 @@ pub async fn list(client: &Client, stream: &StreamIdentity) -> Result<Vec<Consum
     }
 }
 
-/// The ARN of a stream's consumer, which is registered if it is not there.
+/// Returns the ARN of a stream's consumer. Registers it if it does not exist, and waits until it is ACTIVE.
 ///
 /// # Errors
 /// [`SourceError`] when it cannot be registered, or does not become ACTIVE within a minute.
@@ -92,7 +92,7 @@ pub async fn register(
                 let status = found.map(|found| sanitized(found.consumer_status.as_str()));
                 let status = status.unwrap_or_else(|| "missing".into());
                 let cause = format!(
-                    "it is {status} after {} s, not ACTIVE; look at it with `shardmill stream \
+                    "expected status ACTIVE within {} s, found {status}; check it with `shardmill stream \
                      consumers list`",
                     WAIT_MAX.as_secs()
                 );
@@ -107,7 +107,7 @@ pub async fn register(
     }
 }
 
-/// Deregisters a consumer and waits until it is gone; its subscriptions end.
+/// Deregisters a consumer and waits until it is gone. Its subscriptions end.
 ///
 /// # Errors
 /// [`SourceError::Call`] when it is not registered, or still there after a minute.
@@ -124,7 +124,7 @@ pub async fn deregister(
     call.send().await.map_err(|error| match classify(&error) {
         ErrorClass::NotFound => failed(
             "DeregisterStreamConsumer",
-            "it is not registered; `shardmill stream consumers list` shows which are",
+            "not registered; `shardmill stream consumers list` shows the consumers that are",
         ),
         _ => call_error("DeregisterStreamConsumer", place(), &error),
     })?;
@@ -137,7 +137,7 @@ pub async fn deregister(
             Err(error) => return Err(call_error("DescribeStreamConsumer", place(), &error)),
             Ok(_) if begun.elapsed() >= WAIT_MAX => {
                 let cause = format!(
-                    "it is still there after {} s; look at it with `shardmill stream consumers list`",
+                    "expected it to be gone within {} s; check it with `shardmill stream consumers list`",
                     WAIT_MAX.as_secs()
                 );
                 return Err(failed("DescribeStreamConsumer", &cause));

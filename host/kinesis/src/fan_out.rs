@@ -1,4 +1,27 @@
-//! Reads one shard by enhanced fan-out: the server pushes, and each consumer has 2 MB/s of its own.
+//! Reads one shard by enhanced fan-out: the server pushes events over a subscription, and each registered consumer has
+//! 2 MB/s of its own.
+//!
+//! Invariant: a subscription is kept only while its next event continues at the inbox's last record. In all other cases
+//! it is dropped, and the next one starts at the last record that was read. That record comes again and the inbox drops
+//! it, so no record is missed and none is delivered twice.
+//!
+//! | what comes | position of the inbox | then |
+//! |---|---|---|
+//! | an event with records | moves to its last record | the lane gets batches |
+//! | an event without records | stays | `Idle`, with a caught-up time if nothing can be missing |
+//! | an event that needs more memory than is free | stays | subscribe again once that memory is booked |
+//! | the end of the subscription, or an error | stays | subscribe again, at least 5 s after the last time |
+//! | `ResourceInUseException` | stays | try again; until the first event, poll and try every second |
+//! | the last event of a closed shard | moves to its last record | GetRecords reads the rest and confirms the end |
+//!
+//! Races that this handles:
+//! - The stream is deleted and created again under its name. Before the first event is used, the identity is checked
+//!   by a call that began no earlier than SubscribeToShard.
+//! - The lane drops the future of `next_batch` while the records of an event are opened. The subscription is out of
+//!   `self` for that time, so it is dropped with them.
+//! - The lane gives records back. The subscription is past them, so it is dropped too.
+//! - A subscription of an earlier owner of the shard is younger than 5 s. The server refuses ours, and a process that
+//!   is killed every few seconds would never read. So this reader polls until its first event.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,51 +40,52 @@ use super::polling::{PollingReader, RETRY, count_retry};
 use shardmill_core::retry::Retries;
 use shardmill_core::source::{BatchReader, NextBatch, SourceError};
 
-/// The shortest time between two subscriptions to one shard: before, the server refuses the second.
+/// Shortest time between two subscriptions to one shard. The server refuses an earlier second one.
 ///
 /// Source: API reference, SubscribeToShard: 5 s.
 const SUBSCRIBE_INTERVAL: Duration = Duration::from_secs(5);
-/// The pause before a subscription that another one kept out is tried again.
+/// Pause before the next try of a subscription that the server refused because another one is too young.
 ///
 /// Source: API reference, SubscribeToShard: one call per second, consumer and shard.
 const IN_USE_INTERVAL: Duration = Duration::from_secs(1);
-/// Time to poll between two of them, however long they take.
+/// Shortest time for polling between two such tries, however long a try takes.
 const IN_USE_PAUSE_MIN: Duration = Duration::from_millis(500);
-/// How long an event may have travelled, with what waited before it: far more than it does.
+/// Longest time that an event may have travelled, with the events that waited before it. Far more than it takes, so
+/// that the caught-up time is never too late.
 const EVENT_TRAVEL: Duration = Duration::from_secs(60);
-/// The call that subscribes.
+/// Name of the call that subscribes.
 const SUBSCRIBE: &str = "SubscribeToShard";
 
 type Subscription = EventReceiver<SubscribeToShardEventStream, SubscribeToShardEventStreamError>;
 
-/// Subscribes to one shard.
+/// Reader of one shard that subscribes to it.
 pub struct FanOutReader {
     connection: Arc<StreamConnection>,
     consumer_arn: Arc<str>,
-    /// What was read, and the way to the end of a closed shard.
+    /// Has the inbox and the memory account, and reads a closed shard to its end.
     polling: PollingReader,
     subscription: Option<Subscription>,
-    /// The bytes of memory that an event is likely to need. They are booked before it is waited for: to end the
-    /// subscription because there is no room costs seconds.
+    /// Bytes of memory that the next event is likely to need. They are booked before the wait for it, because dropping
+    /// the subscription for lack of memory costs seconds.
     expected: usize,
-    /// The shard is closed: the rest of it is read by GetRecords, whose answer alone says for sure
-    /// where the end is.
+    /// Whether the shard is closed. GetRecords reads the rest of it: only its answer says for sure where the end is.
     is_closed: bool,
     next_call: Instant,
     retries: Retries,
-    /// When the last subscription was accepted, by the server's clock and by one that only goes on.
+    /// Time at which the last subscription was accepted: by the server's clock in milliseconds, and by the monotonic
+    /// clock.
     subscribed: Option<(i64, Instant)>,
-    /// When the last subscription was asked for.
+    /// Time at which the last subscription was requested.
     asked: Instant,
-    /// A subscription gave something since this reader began.
+    /// Whether a subscription gave an event since this reader began.
     was_subscribed: bool,
-    /// The subscription of an earlier owner is too young to be taken over. A process that is killed
-    /// every few seconds would never read if it waited: until then it polls.
+    /// Whether this reader polls because the subscription of an earlier owner is too young to be replaced. A process
+    /// that is killed every few seconds would never read if it waited.
     polls_meanwhile: bool,
 }
 
 impl FanOutReader {
-    /// A reader that goes on where `polling` stands.
+    /// Makes a reader that continues at the position of `polling`.
     pub fn new(
         connection: Arc<StreamConnection>,
         consumer_arn: Arc<str>,
@@ -83,7 +107,7 @@ impl FanOutReader {
         }
     }
 
-    /// Subscribes behind the last record that was read.
+    /// Subscribes after the last record that was read. Returns without a subscription if the call is to be tried again.
     async fn subscribe(&mut self) -> Result<(), SourceError> {
         tokio::time::sleep_until(self.next_call).await;
         let asked = Instant::now();
@@ -123,8 +147,8 @@ impl FanOutReader {
                 waiting.answered();
                 Ok(())
             }
-            // Another subscription of this consumer is younger than 5 s: ours, of an earlier run,
-            // or a lane's that lost the shard.
+            // Another subscription of this consumer is younger than 5 s: one of an earlier run, or of a lane that lost
+            // the shard.
             Err(error)
                 if error.as_service_error().is_some_and(|e| e.is_resource_in_use_exception()) =>
             {
@@ -137,7 +161,7 @@ impl FanOutReader {
                     self.back_off(cause);
                     Ok(())
                 }
-                // What is lost with it is said by the other way.
+                // The polling reader reports which records are lost with the shard.
                 ErrorClass::NotFound if self.is_unlisted() => {
                     self.is_closed = true;
                     Ok(())
@@ -147,7 +171,7 @@ impl FanOutReader {
         }
     }
 
-    /// Takes an event in.
+    /// Puts an event's records into the inbox.
     async fn accept(&mut self, event: SubscribeToShardEvent) -> Result<NextEvent, SourceError> {
         self.retries.reset();
         self.was_subscribed = true;
@@ -155,13 +179,14 @@ impl FanOutReader {
         let lag_ms = event.millis_behind_latest.max(0) as u64;
         let (came, children) = (event.records.len(), event.child_shards.unwrap_or_default().len());
         let has_end = event.continuation_sequence_number.is_empty();
-        // Events have no date. This one was sent after the subscription began, and has come by now.
+        // Events have no date. This one was sent after the subscription was accepted, and at most `EVENT_TRAVEL` ago.
         let as_of_ms = self.subscribed.and_then(|(date_ms, at)| {
             let since_ms = i64::try_from(at.elapsed().saturating_sub(EVENT_TRAVEL).as_millis());
             Some(date_ms + since_ms.ok()?)
         });
         let hash_range = self.polling.inbox().hash_range();
-        // Who drops this while it waits has not read the records: the next subscription brings them again.
+        // If this future is dropped at the next line, the records are not in the inbox. The subscription is past them
+        // and must go with them; the next one brings them again.
         let subscription = self.subscription.take();
         let arrived = inbox::open(event.records, hash_range).await;
         self.subscription = subscription;
@@ -169,8 +194,8 @@ impl FanOutReader {
         let about = ReadAnswer { call: SUBSCRIBE, lag_ms, as_of_ms, is_end: false };
         self.connection.take_in(inbox, arrived, about).await?;
         self.polling.count_occupied();
-        // Some servers tell the children with every event of a closed shard, not with the last only:
-        // its records are read from here while they come.
+        // Some servers name the child shards in every event of a closed shard, not only in the last one. So the
+        // children count only in an event without records.
         self.is_closed = has_end || (came == 0 && (children > 0 || self.is_listed_as_closed()));
         Ok(match came {
             0 if !self.is_closed => {
@@ -182,7 +207,7 @@ impl FanOutReader {
         })
     }
 
-    /// The next event of the subscription, or what became of it.
+    /// Subscribes, or waits for the next event of the subscription.
     async fn next_event(&mut self) -> Result<NextEvent, SourceError> {
         let Some(subscription) = &mut self.subscription else {
             self.subscribe().await?;
@@ -190,20 +215,19 @@ impl FanOutReader {
         };
         let permit = self.polling.account().take(self.expected).await;
         self.polling.waiting().begins(SUBSCRIBE);
-        // The connection's own deadline ends the silence: events without records come every few
-        // seconds.
+        // The HTTP client's deadline ends this wait (`silence`): events without records come every few seconds.
         let event = match booking::read(self.polling.account(), permit, subscription.recv()).await {
             Read::Ended { answer, permit, bytes, .. } => {
                 self.polling.keep_permit(permit);
-                // Events without records come between the others: what was larger is forgotten slowly.
+                // Events without records come between the others, so the estimate falls slowly.
                 self.expected = bytes.max(self.expected - self.expected.div_ceil(4));
                 answer
             }
-            // The next subscription brings it again, and is read once there is room for it.
+            // The next subscription brings the event again, once memory for it is booked.
             Read::Outgrown { needed } => {
                 self.polling.waiting().answered();
                 tracing::debug!(shard = %self.polling.inbox().shard().shard, needed,
-                    "subscribing once there is memory");
+                    "waiting for memory to subscribe again");
                 self.expected = needed;
                 self.subscription = None;
                 return Ok(NextEvent::GoOn);
@@ -219,9 +243,9 @@ impl FanOutReader {
                 self.polling.waiting().answered();
                 return Ok(NextEvent::GoOn);
             }
-            // After five minutes, or at the shard's end.
+            // A subscription ends after five minutes, or at the shard's end.
             Ok(None) => self.polling.waiting().answered(),
-            // Some servers accept every subscription, and say then that there is another one.
+            // Some servers accept every subscription, and only then report that there is another one.
             Err(error)
                 if error.as_service_error().is_some_and(|e| e.is_resource_in_use_exception()) =>
             {
@@ -233,10 +257,10 @@ impl FanOutReader {
                 self.polling.waiting().failed(call_error(SUBSCRIBE, place, &error));
                 let inbox = self.polling.inbox();
                 let cause = match classify(&error) {
-                    // A final event without a continuation may not parse.
+                    // The SDK may fail to parse a final event without a continuation, so this is not fatal.
                     ErrorClass::Lasting | ErrorClass::NotFound => {
                         let error = call_error(SUBSCRIBE, inbox.place(), &error);
-                        tracing::warn!(%error, "the subscription broke");
+                        tracing::warn!(%error, "the subscription failed, subscribing again");
                         ErrorClass::Passing
                     }
                     cause => cause,
@@ -249,14 +273,14 @@ impl FanOutReader {
         Ok(NextEvent::GoOn)
     }
 
-    /// Whether the shard was closed when the stream was listed last: some servers never say so to a
-    /// subscriber.
+    /// Returns whether the shard was closed when the stream was last listed. Some servers never say so in an event.
     fn is_listed_as_closed(&mut self) -> bool {
         let shard = &self.polling.inbox().shard().shard;
         self.connection.listed(shard).is_some_and(|shard| shard.is_closed)
     }
 
-    /// The subscription that was asked for at that time was refused: there is another one.
+    /// Notes that the subscription requested at `asked` was refused because there is another one. Before the first
+    /// event the reader polls and tries every second; later it waits out the usual 5 s.
     fn is_kept_out(&mut self, asked: Instant) {
         if !self.was_subscribed {
             self.polls_meanwhile = true;
@@ -264,7 +288,7 @@ impl FanOutReader {
         }
     }
 
-    /// Whether the shard was not among those that were listed last.
+    /// Returns whether the shard was missing when the stream was last listed.
     fn is_unlisted(&mut self) -> bool {
         let shard = &self.polling.inbox().shard().shard;
         self.connection.is_unlisted(shard)
@@ -277,15 +301,15 @@ impl FanOutReader {
     }
 }
 
-/// What an event meant.
+/// Outcome of one step of a subscription.
 enum NextEvent {
-    /// Look again.
+    /// Something changed: look at the inbox and the subscription again.
     GoOn,
-    /// It brought nothing.
+    /// An event without records.
     Idle {
-        /// How far the shard's end is, in milliseconds.
+        /// Distance to the newest record of the shard, in milliseconds.
         lag_ms: u64,
-        /// Everything that had arrived by then was read, in milliseconds since 1970.
+        /// A time up to which everything that had arrived was read, in milliseconds since 1970.
         caught_up_ms: Option<i64>,
     },
 }
@@ -321,7 +345,7 @@ impl BatchReader for FanOutReader {
     fn give_back(&mut self) {
         if !self.polling.inbox().is_empty() {
             self.polling.give_back();
-            // What comes next would leave a gap.
+            // Its next event would follow the records that were given back, and leave a gap.
             self.subscription = None;
         }
     }

@@ -1,4 +1,5 @@
-//! Aggregates of the Kinesis Producer Library, against a reader that knows nothing but the format.
+//! Fuzz target of aggregates of the Kinesis Producer Library: compares the reader with a second one that is written
+//! from the format alone.
 
 #![allow(clippy::expect_used, reason = "a finding is a panic")]
 
@@ -42,7 +43,7 @@ fn run(data: &[u8]) {
         Opened::Aggregate(mut aggregate) => {
             let mut taken = Vec::new();
             while !aggregate.is_empty() {
-                // So many fit into a batch; 0: all.
+                // Number of user records that fit into a batch; 0: all.
                 let (room, mut used) = (usize::from(cut % 4), 0);
                 let batch = aggregate.take(|_, _| {
                     used += 1;
@@ -110,7 +111,7 @@ fn reference(record: &[u8]) -> Option<Vec<User>> {
         return None;
     }
     let (keys, hashes) = (table(1), table(2));
-    // No stream takes a longer key.
+    // No stream accepts a longer key.
     let is_key =
         |key: &&[u8]| std::str::from_utf8(key).is_ok_and(|text| text.chars().count() <= 256);
     if !keys.iter().all(is_key) {

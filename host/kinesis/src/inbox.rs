@@ -1,5 +1,27 @@
-//! What both readers share: records as the stream gave them, taken apart, filtered, and cut into
-//! batches.
+//! Inbox of a shard: the records between the server and a lane. Both readers fill it; it takes aggregates apart, drops
+//! what is not ours, and cuts batches.
+//!
+//! Invariants:
+//! - `from.after` is the last record that was read, `handed_over` the last one in a batch. The records between them
+//!   wait in `queue`. A reader always asks the server for what follows `from.after`.
+//! - Batches have adjacent ranges `(from, to]`: each begins where the one before ended.
+//! - A record is taken in once. The server begins *at* the last record, not after it, because that record may be an
+//!   aggregate that was read in part.
+//!
+//! | record that arrives | `from.after` | queue |
+//! |---|---|---|
+//! | before `from.after` | stays | dropped: it was read |
+//! | at `from.after`, with unread user records | moves to its last user record | from the first unread one |
+//! | at `from.after`, without any | stays | dropped: it was read |
+//! | an aggregate that belongs to another shard | stays | dropped and counted: its producer sends it again |
+//! | it arrived before the configured start of the shard | moves to it | dropped; never when a reader resumes |
+//! | any other | moves to it | added |
+//!
+//! Lost records: once the server has accepted a start, `unvalidated` says which record must come first. If that record
+//! comes, nothing is missing. If a later one comes, the records between are gone or never existed; that is a [`LostRecordsGap`],
+//! which the connection judges by the stream's retention. If nothing comes although the server says that nothing is
+//! left, `gap_before_nothing` is the gap. The gap stays until it is judged, since the judging waits for a call
+//! and may be dropped.
 
 use std::collections::VecDeque;
 use std::time::Instant;
@@ -17,36 +39,36 @@ use shardmill_core::record::{
 };
 use shardmill_core::source::{LostRecords, SourceError};
 
-/// How the reading of a shard begins.
+/// Start of the reading of a shard.
 #[derive(Clone, Debug)]
 pub struct ReadFrom {
-    /// Behind this record.
+    /// Position after which it begins.
     pub after: Option<Position>,
-    /// Where the shard was begun: it counts while there is no `after`.
+    /// Configured start of the shard; used only while there is no `after`.
     pub start: ShardStart,
-    /// The shard's part of the hash range, where known: an aggregate of another one is not ours.
+    /// Part of the hash range that the shard has, where known. An aggregate outside of it belongs to another shard.
     pub hash_range: Option<HashRange>,
-    /// Everything that had arrived by then was read, in milliseconds since 1970.
+    /// A time up to which everything that had arrived was read, in milliseconds since 1970.
     pub caught_up_ms: Option<i64>,
 }
 
-/// Where a subscription or an iterator begins.
+/// Place at which the server begins a subscription or an iterator.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum ServerStart {
-    /// At this record, which is given again. What was read of it is dropped here: inside an
-    /// aggregate there is no other way to go on.
+    /// At this record, which the server gives again. The inbox drops the part that was read: the API has no position
+    /// inside an aggregate.
     AtSequence(SequenceNumber),
-    /// At the first record of this time or later, milliseconds since 1970.
+    /// At the first record that arrived at this time or later, in milliseconds since 1970.
     AtMs(i64),
-    /// At the oldest record.
+    /// At the oldest record of the shard.
     Horizon,
 }
 
-/// Bytes of aggregates in one answer up to which they are validated where they come in: some 100 µs of
-/// work. More are validated off the async threads, where everything else waits for nobody's bytes.
+/// Bytes of aggregates in one answer up to which they are validated on the async thread: some 100 µs of work. More are
+/// validated on another thread, so that other tasks do not wait.
 const VALIDATED_IN_PLACE_BYTES: usize = 64 << 10;
 
-/// A record as the server gave it, with the meaning of its bytes.
+/// A record as the server gave it, with the result of opening it.
 #[derive(Debug)]
 pub struct Arrived {
     sequence: String,
@@ -70,7 +92,8 @@ impl Arrived {
 }
 
 /// Finds out which records of an answer are aggregates; `range` is of the shard that they come from.
-/// Dropping the future drops the records: only then may the reader move behind them.
+///
+/// Dropping the future drops the records. So a reader may move its own place past them only after this has returned.
 pub async fn open(records: Vec<WireRecord>, range: Option<HashRange>) -> Vec<Arrived> {
     let data = records.iter().map(|record| record.data.as_ref());
     let aggregates = data.filter(|data| aggregate::begins_as_aggregate(data));
@@ -82,14 +105,14 @@ pub async fn open(records: Vec<WireRecord>, range: Option<HashRange>) -> Vec<Arr
     }
 }
 
-/// A record, or more than one, that waits for its lane.
+/// A record or an aggregate that waits for its lane.
 enum Queued {
     Record(Record),
     Aggregate { aggregate: Box<Aggregate>, sequence: SequenceNumber, arrived_ms: u64 },
 }
 
 impl Queued {
-    /// The memory that it holds, in bytes.
+    /// Returns the memory that it uses, in bytes.
     fn occupied_bytes(&self) -> usize {
         match self {
             Self::Record(record) => record.occupied_bytes(),
@@ -103,47 +126,47 @@ pub struct Inbox {
     shard: ShardKey,
     limits: BatchLimits,
     from: ReadFrom,
-    /// The last record that a batch held.
+    /// Last record of the last batch.
     handed_over: Option<Position>,
     queue: VecDeque<Queued>,
-    /// What is not shown yet about the place at which the server was told to begin.
+    /// Start that the server accepted, until its answer shows that nothing is missing there.
     unvalidated: Option<Unvalidated>,
-    /// What the queue holds in memory.
+    /// Bytes of memory that the queue uses.
     occupied_bytes: usize,
-    /// Bytes that the last batch holds, where it is larger than a batch may be because its one record is. The lane has
-    /// it until it asks for the next.
+    /// Bytes of the last batch, if its only record is larger than a batch may be; otherwise 0. The lane keeps the batch
+    /// until it asks for the next one.
     large_in_hand: usize,
     gap: Option<LostRecordsGap>,
-    /// What is lost, until the lane has heard of it.
+    /// Lost records that were not reported to the lane yet.
     lost: Option<LostRecords>,
-    /// Records that arrived before the start are dropped: not where a reader goes on after a record.
+    /// Whether records that arrived before the start are dropped. Never when a reader resumes after a record.
     drops_older: bool,
-    /// When the last record arrived that the server gave, in milliseconds since 1970.
+    /// Arrival time of the newest record that the server gave, in milliseconds since 1970.
     last_arrived_ms: Option<i64>,
-    /// Lines about aggregates of other shards: who may put records may put any number of them.
+    /// Limits the log lines about aggregates of other shards: a producer can put any number of them.
     astray: LogThrottle,
 }
 
-/// A place at which the server was told to begin, until its answer shows that nothing is missing there.
+/// Start that the server accepted, until its answer shows that nothing is missing there.
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Unvalidated {
-    /// This record was read: if it comes again, nothing after it is gone.
+    /// A record that was read. If it comes again, nothing after it is lost.
     Record(Position),
-    /// The shard's beginning, of which none is to be missed.
+    /// The shard's beginning, none of whose records may be missing.
     Beginning,
 }
 
-/// The server began later than it was told to: what lies between is gone, or was never there.
+/// Lost-records gap: the server began later than it was asked to. The records between are gone, or never existed.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LostRecordsGap {
-    /// The record that was asked for; it had been read. `None`: the shard's beginning.
+    /// Requested start: a record that had been read. `None`: the shard's beginning.
     pub asked: Option<Position>,
-    /// The first that came, and when it arrived, in milliseconds since 1970. `None`: nothing is left.
+    /// First record that came, and its arrival time in milliseconds since 1970. `None`: nothing is left.
     pub came: Option<(SequenceNumber, i64)>,
 }
 
 impl Inbox {
-    /// An empty one.
+    /// Makes an empty inbox.
     pub fn new(shard: ShardKey, limits: BatchLimits, from: ReadFrom) -> Self {
         let handed_over = from.after.clone();
         let drops_older = from.after.is_none();
@@ -166,33 +189,36 @@ impl Inbox {
         }
     }
 
-    /// The shard.
+    /// Returns the shard.
     pub fn shard(&self) -> &ShardKey {
         &self.shard
     }
 
-    /// Nothing waits.
+    /// Returns whether no record waits.
     pub fn is_empty(&self) -> bool {
         self.queue.is_empty()
     }
 
-    /// Returns the bytes of memory that waiting records hold, and the last batch if it is larger than usual: payloads,
-    /// keys, and what each record costs beside them. Usual batches that lanes have in hand are counted for each lane.
+    /// Returns the bytes of memory that waiting records use, plus those of the last batch if it is larger than a batch
+    /// may be: payloads, keys, and the overhead of each record. The usual batch that a lane has is counted elsewhere,
+    /// per lane.
     pub fn occupied_bytes(&self) -> usize {
         self.occupied_bytes + self.large_in_hand
     }
 
-    /// Forgets what waits: the server is asked for it again.
+    /// Drops what waits and moves back to the last batch, so that the server is asked for the records again.
     pub fn give_back(&mut self) {
         self.queue = VecDeque::new();
         self.occupied_bytes = 0;
         self.from.after = self.handed_over.clone();
     }
 
-    /// Notes that the server accepted a start at [`Inbox::server_start`]. From now on the first record that
-    /// arrives shows whether records are missing. Call it only after the server accepted: while a subscription
-    /// is refused, records still arrive from the earlier iterator, and they follow the last record that was
-    /// read. To expect the start's first record then would report lost records where none are lost.
+    /// Notes that the server accepted a start at [`Inbox::server_start`]. The next record that arrives shows whether
+    /// records are missing.
+    ///
+    /// Call it only after the server has accepted. While a subscription is refused, records still arrive from the
+    /// earlier iterator; they follow the last record that was read, and would be reported as a gap where nothing is
+    /// lost.
     pub(crate) fn start_accepted(&mut self) {
         self.unvalidated = match self.from.after.clone() {
             Some(after) => Some(Unvalidated::Record(after)),
@@ -200,7 +226,7 @@ impl Inbox {
         };
     }
 
-    /// Where the server must begin, so that no record is missed.
+    /// Returns where the server must begin so that no record is missed.
     pub(crate) fn server_start(&self) -> ServerStart {
         match (&self.from.after, &self.from.start) {
             (Some(after), _) => ServerStart::AtSequence(after.sequence.clone()),
@@ -210,33 +236,32 @@ impl Inbox {
         }
     }
 
-    /// When the last record arrived that the server gave, in milliseconds since 1970.
+    /// Returns the arrival time of the newest record that the server gave, in milliseconds since 1970.
     pub(crate) fn last_arrived_ms(&self) -> Option<i64> {
         self.last_arrived_ms
     }
 
-    /// A time up to which everything was read, in milliseconds since 1970.
+    /// Returns a time up to which everything that had arrived was read, in milliseconds since 1970.
     pub fn caught_up_ms(&self) -> Option<i64> {
         self.from.caught_up_ms
     }
 
-    /// Everything that had arrived by `at_ms` was read.
+    /// Notes that everything that had arrived by `at_ms` was read.
     pub(crate) fn is_caught_up_at(&mut self, at_ms: i64) {
         self.from.caught_up_ms = Some(at_ms);
     }
 
-    /// A gap that has shown and was not judged.
+    /// Returns a gap that was found and not judged yet.
     pub fn gap(&self) -> Option<LostRecordsGap> {
         self.gap.clone()
     }
 
-    /// The gap was judged.
+    /// Notes that the gap was judged.
     pub(crate) fn forget_gap(&mut self) {
         self.gap = None;
     }
 
-    /// The gap that there may be if the server has nothing more, although it was told to begin where
-    /// something should be.
+    /// Returns the gap that there is if the server has nothing more, although the accepted start expects a record.
     pub(crate) fn gap_before_nothing(&self) -> Option<LostRecordsGap> {
         let asked = match self.unvalidated.as_ref()? {
             Unvalidated::Record(asked) => Some(asked.clone()),
@@ -245,32 +270,32 @@ impl Inbox {
         Some(LostRecordsGap { asked, came: None })
     }
 
-    /// The lane is to hear of lost records.
+    /// Keeps lost records for the lane.
     pub fn lose(&mut self, lost: LostRecords) {
         self.lost = Some(lost);
     }
 
-    /// What was lost since the last call.
+    /// Takes the lost records that the lane does not know of yet.
     pub(crate) fn take_lost(&mut self) -> Option<LostRecords> {
         self.lost.take()
     }
 
-    /// Nothing is missing where the server was told to begin, or it was judged.
+    /// Notes that nothing is missing at the accepted start, or that the loss was judged.
     pub(crate) fn mark_validated(&mut self) {
         self.unvalidated = None;
     }
 
-    /// The last record that was read.
+    /// Returns the last record that was read.
     pub fn after(&self) -> Option<&Position> {
         self.from.after.as_ref()
     }
 
-    /// The shard's part of the hash range, where known.
+    /// Returns the shard's part of the hash range, where known.
     pub fn hash_range(&self) -> Option<HashRange> {
         self.from.hash_range
     }
 
-    /// Takes in what the server gave, in its order.
+    /// Takes in the records of an answer, in the server's order.
     ///
     /// # Errors
     /// [`SourceError::Call`] for an invalid sequence number.
@@ -304,7 +329,7 @@ impl Inbox {
         if after.is_some_and(|after| sequence < after.sequence) {
             return Ok(());
         }
-        // Of this record, what was read before.
+        // The record may be an aggregate of which some user records were read.
         let read = after.filter(|after| sequence == after.sequence);
         let unread_from = read.map_or(0, |after| after.sub_sequence.saturating_add(1));
         let is_older = self.drops_older && self.from.start.is_after(&sequence, arrived_ms);
@@ -315,8 +340,8 @@ impl Inbox {
                 let record = Record { position, partition_key, payload, arrived_ms };
                 (1, Queued::Record(record))
             }
-            // Amazon's own library drops the whole aggregate too: its producer sees from the answer
-            // that it went astray and sends the records once more.
+            // Amazon's own library drops the whole aggregate too: its producer sees in the answer to its put that the
+            // aggregate went to another shard, and sends the records again.
             Opened::Astray => {
                 if let Some(left_out) = self.astray.line(Instant::now()) {
                     tracing::warn!(shard = %self.shard.shard, %sequence, left_out,
@@ -342,14 +367,14 @@ impl Inbox {
         Ok(())
     }
 
-    /// Cuts the next batch off what waits. An aggregate is taken apart as far as the batch goes.
+    /// Cuts the next batch from the queue. Takes only as many user records from an aggregate as fit into the batch.
     pub fn cut(&mut self) -> Option<Batch> {
         let limits = self.limits;
-        // Who asks for a batch has settled the one before.
+        // A lane asks for a batch after it has finished the one before.
         self.large_in_hand = 0;
         let mut records: Vec<Record> = Vec::new();
         let mut bytes = 0;
-        // The first record always fits.
+        // The first record always fits: one that is larger than a batch travels alone.
         let mut fits = |key: usize, payload: usize, count: usize| {
             bytes += key + payload;
             count == 0 || (count < limits.records_max && bytes <= limits.bytes_max)
@@ -385,7 +410,7 @@ impl Inbox {
             }
         }
         if self.queue.is_empty() {
-            // A long queue would keep its length.
+            // Frees the capacity of a queue that was long.
             self.queue = VecDeque::new();
         }
         let to_inclusive = records.last()?.position.clone();
@@ -398,7 +423,7 @@ impl Inbox {
         Some(batch)
     }
 
-    /// The place, for errors.
+    /// Returns stream, shard and position as text for errors.
     pub fn place(&self) -> String {
         let (stream, shard) = (&self.shard.stream.name, &self.shard.shard);
         match &self.from.after {

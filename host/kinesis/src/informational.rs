@@ -1,8 +1,8 @@
-//! Informational heads (such as `100 Continue`) that come before an answer: how many there may be.
+//! Bound on the informational heads (such as `100 Continue`) before an answer.
 //!
-//! The HTTP client skips them in a loop, in which it reads for as long as there is something to read. A server that
-//! sends them without pause would never be silent, never send a body that has a bound, and keep a thread of the
-//! runtime from everybody else's work for long.
+//! The HTTP client skips them in a loop, and reads while there is something to read. A server that sends them without a
+//! pause would never be silent, would never send a body, which is bounded, and would keep a thread of the runtime busy
+//! for long.
 
 use std::fmt;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -13,13 +13,13 @@ use hyper::ext::on_informational;
 use tokio::task::coop;
 use tokio_util::sync::CancellationToken;
 
-/// Informational heads before one answer. Servers send one or two.
+/// Most informational heads before one answer. Servers send one or two.
 const HEADS_MAX: u32 = 16;
-/// Steps that a task of the runtime may take in one turn, at least: the runtime gives it 128.
+/// Steps that surely use up the turn of a task: the runtime gives it 128.
 const TURN_STEPS: u32 = 256;
 
-/// Counts the informational heads before the answer to a request. The token is cancelled when there are more
-/// than [`HEADS_MAX`]; then the request is to be given up, which ends its connection.
+/// Counts the informational heads before the answer to a request. The token is cancelled when there are more than
+/// [`HEADS_MAX`]. The caller then drops the request, which ends its connection.
 pub(super) fn count<B>(request: &mut Request<B>) -> CancellationToken {
     let too_many = CancellationToken::new();
     let (heads, token) = (AtomicU32::new(0), too_many.clone());
@@ -32,12 +32,12 @@ pub(super) fn count<B>(request: &mut Request<B>) -> CancellationToken {
     too_many
 }
 
-/// Uses up the turn of the task that calls: its next read makes room for other tasks, and whoever waits for the
-/// answer can give it up.
+/// Uses up the turn of the calling task, so that its next read yields to other tasks. The one that waits for the answer
+/// can then drop the request.
 fn end_turn() {
-    // The read wakes the task for its next turn; here nobody needs to be woken.
+    // The next read wakes the task for its next turn, so nothing needs to be woken here.
     let mut context = Context::from_waker(Waker::noop());
-    // A task without turns would step for ever.
+    // The bound is for a task without turns (`unconstrained`), whose steps never end.
     for _ in 0..TURN_STEPS {
         match coop::poll_proceed(&mut context) {
             Poll::Ready(step) => step.made_progress(),
@@ -46,7 +46,7 @@ fn end_turn() {
     }
 }
 
-/// The server sends informational heads and no answer.
+/// Error of a server that sends informational heads and no answer.
 #[derive(Debug)]
 pub(super) struct TooManyHeads;
 
@@ -78,8 +78,8 @@ mod tests {
     const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n";
     const DEADLINE: Duration = Duration::from_secs(60);
 
-    /// The status that a server answers after this number of heads; `None`: it was given up, and its connection has
-    /// ended.
+    /// Returns the status that a server answers after this number of heads; `None`: the request was dropped and its
+    /// connection has ended.
     async fn answered(heads: usize) -> Option<u16> {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");

@@ -1,7 +1,6 @@
-//! From files to records that can be put: lines, JSON lines, or length-prefixed bytes.
+//! Reads records to put from files: lines, CSV, JSON lines, or length-prefixed bytes.
 //!
-//! Reads only; what it gives is within the limits that hold for every stream, and each error names
-//! the file and the place in it.
+//! Every record is within the limits that all streams have. Each error names the file and the place in it.
 
 use std::collections::HashMap;
 use std::io::{BufRead, Read as _};
@@ -13,84 +12,84 @@ use shardmill_file::BYTE_ORDER_MARK;
 
 use super::put_call::{NewRecord, NotPuttable, RECORD_BYTES_MAX};
 
-/// Bytes of the length in front of a binary record.
+/// Bytes of the length before a binary record.
 const LENGTH_BYTES: usize = 4;
 
-/// How records lie in an input.
+/// Format of an input.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Format {
     /// A record per line, without its end (`\n` or `\r\n`).
     Lines,
     /// A CSV record per line, line breaks within quotes included.
     Csv,
-    /// A JSON value per line; blank lines are passed over.
+    /// A JSON value per line; blank lines are skipped.
     Ndjson,
     /// A 4-byte big-endian length, then that number of bytes, repeated.
     Binary,
 }
 
-/// Where a record's partition key comes from.
+/// Rule for a record's partition key.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum KeyRule {
-    /// The same for all.
+    /// The same key for all records.
     Fixed(String),
-    /// The record's number over all inputs, from 0: it spreads them.
+    /// Number of the record over all inputs, from 0: it spreads records over shards.
     Number,
     /// A top-level member of the record, which is a JSON object.
     Member(String),
 }
 
-/// Why an input gives no record.
+/// Error of an input.
 #[derive(Debug, thiserror::Error)]
 pub enum InputError {
     /// The file cannot be read.
     #[error("failed to read {place}: {cause}")]
     Read {
-        /// The file and the line or byte.
+        /// File, and line or byte.
         place: String,
-        /// What the system says.
+        /// Error of the system.
         cause: std::io::Error,
     },
-    /// A line is no JSON.
+    /// A line is not JSON.
     #[error("{place}: {cause}; each line must be one JSON value (or use --format lines)")]
     NotJson {
-        /// The file and line.
+        /// File and line.
         place: String,
-        /// What is wrong, and the column.
+        /// Error, with the column.
         cause: JsonError,
     },
-    /// The member that is the key cannot be one.
+    /// The member for the partition key is missing or unsuitable.
     #[error("{place}: {cause}; choose a member that every record has with --key-field, or a --key")]
     Member {
-        /// The file and line.
+        /// File and line.
         place: String,
-        /// What is there instead.
+        /// Error of the member.
         cause: MemberError,
     },
-    /// A binary record ends before its length says so.
+    /// A binary record is shorter than its length prefix says.
     #[error(
-        "{place}: the record at this byte is cut: {expected} bytes are due behind its start, {found} are \
-         there; the file is truncated, or not length-prefixed"
+        "{place}: truncated record: expected {expected} bytes from here, found {found}; check that the file is \
+         complete and length-prefixed"
     )]
     Truncated {
-        /// The file and the byte where the record starts, its length included.
+        /// File, and the byte where the record starts with its length prefix.
         place: String,
-        /// Bytes that are due, the length included as far as it is known.
+        /// Expected bytes, with the length prefix; only those of the prefix if it is cut itself.
         expected: usize,
-        /// Bytes that are there.
+        /// Bytes found.
         found: usize,
     },
-    /// A record that no stream takes.
+    /// No stream accepts the record.
     #[error("{place}: {cause}")]
     NotPuttable {
-        /// The file and the line or byte.
+        /// File, and line or byte.
         place: String,
-        /// Which limit.
+        /// Limit that it exceeds.
         cause: NotPuttable,
     },
 }
 
-/// Text that is no JSON value.
+/// Error of text that is not a JSON value.
 #[derive(Debug, thiserror::Error)]
 #[error("not JSON: {what} at column {column}")]
 pub struct JsonError {
@@ -102,41 +101,43 @@ impl From<serde_json::Error> for JsonError {
     fn from(error: serde_json::Error) -> Self {
         let column = error.column();
         let text = error.to_string();
-        // The line is always 1 here: who asks knows the right one.
+        // The line is always 1 here; the caller knows the right one.
         let what = text.split(" at line ").next().unwrap_or(&text).to_owned();
         Self { what, column }
     }
 }
 
-/// A member that is no partition key.
+/// Error of a member that cannot be the partition key.
 #[derive(Debug, thiserror::Error)]
 pub enum MemberError {
-    /// Not an object.
-    #[error("the record is no JSON object, so it has no member {member:?} to be its partition key")]
-    NoObject {
-        /// The member's name.
-        member: String,
-    },
-    /// Not there, or null.
-    #[error("the record has no member {member:?} to be its partition key")]
-    Missing {
-        /// The member's name.
-        member: String,
-    },
-    /// An object or a list.
+    /// The record is not an object.
     #[error(
-        "the member {member:?} is {found}, which is no partition key: a text, a number, true or false \
-         is due"
+        "expected a JSON object with a member {member:?} for the partition key, found no object"
+    )]
+    NoObject {
+        /// Name of the member.
+        member: String,
+    },
+    /// The member is missing or null.
+    #[error("the record has no member {member:?} for its partition key")]
+    Missing {
+        /// Name of the member.
+        member: String,
+    },
+    /// The member is an object or a list.
+    #[error(
+        "invalid partition key in member {member:?}: expected a text, a number, true or false, found \
+         {found}"
     )]
     Unfit {
-        /// The member's name.
+        /// Name of the member.
         member: String,
-        /// What it is.
+        /// Kind of its value.
         found: &'static str,
     },
 }
 
-/// Proves that bytes are one JSON value.
+/// Checks that bytes are one JSON value.
 ///
 /// # Errors
 /// [`JsonError`], with the column.
@@ -144,11 +145,11 @@ pub fn check_json(json: &[u8]) -> Result<(), JsonError> {
     serde_json::from_slice::<&RawValue>(json).map(drop).map_err(JsonError::from)
 }
 
-/// The partition key that a top-level member of an object is: a text as it is, a number, `true` or
-/// `false` as written. `json` has passed [`check_json`].
+/// Returns the partition key in a top-level member of an object: a text as it is; a number, `true` or `false` as
+/// written. `json` must have passed [`check_json`].
 ///
 /// # Errors
-/// [`MemberError`] when the member is not there or is something else.
+/// [`MemberError`] when the member is missing, or of another kind.
 pub fn key_of_member(json: &[u8], member: &str) -> Result<String, MemberError> {
     let name = || member.to_owned();
     let members: HashMap<std::borrow::Cow<'_, str>, &RawValue> =
@@ -166,27 +167,27 @@ pub fn key_of_member(json: &[u8], member: &str) -> Result<String, MemberError> {
     }
 }
 
-/// The records of one file. It ends at the first error.
+/// Reader of the records of one file. It ends at the first error.
 pub struct Input<R> {
     reader: R,
     name: String,
     format: Format,
     key: KeyRule,
-    /// The number of the next record, over all inputs.
+    /// Number of the next record, over all inputs.
     number: u64,
-    /// Lines read.
+    /// Number of lines read.
     lines: u64,
-    /// Bytes read.
+    /// Number of bytes read.
     offset: u64,
 }
 
 impl<R: BufRead> Input<R> {
-    /// Reads `reader`, which errors call `name`; its first record has this number.
+    /// Makes an input of `reader`, with the `name` for errors and the number of its first record.
     pub fn new(reader: R, name: String, format: Format, key: KeyRule, first_number: u64) -> Self {
         Self { reader, name, format, key, number: first_number, lines: 0, offset: 0 }
     }
 
-    /// Passes over lines, of any length; of CSV over records, which may have line breaks within quotes.
+    /// Skips lines of any length; in CSV, records, which may have line breaks within quotes.
     ///
     /// # Errors
     /// [`InputError::Read`].
@@ -203,7 +204,7 @@ impl<R: BufRead> Input<R> {
         Ok(())
     }
 
-    /// The next record; `None` at the end.
+    /// Reads the next record; `None` at the end.
     ///
     /// # Errors
     /// [`InputError`], with the file and the place.
@@ -237,7 +238,7 @@ impl<R: BufRead> Input<R> {
     }
 
     fn line_with_end(&mut self) -> Result<Option<Vec<u8>>, InputError> {
-        // The longest record and its end; what is longer is refused without being read.
+        // The longest record and its line end. A longer line is refused without reading the rest.
         let bytes_max = RECORD_BYTES_MAX as u64 + 2;
         let mut line = Vec::new();
         let read = self.reader.by_ref().take(bytes_max).read_until(b'\n', &mut line);
@@ -253,12 +254,12 @@ impl<R: BufRead> Input<R> {
         Ok(Some(line))
     }
 
-    /// A line and those that its quoted line breaks join to it.
+    /// Reads a line, and those that belong to it by line breaks within quotes.
     fn csv_record(&mut self) -> Result<Option<Vec<u8>>, InputError> {
         let Some(mut record) = self.line_with_end()? else { return Ok(None) };
         let mut scan = shardmill_file::csv::RecordScan::default();
         let mut is_whole = scan.end(&record).is_some();
-        // One that is too long is refused as it stands.
+        // A record that is too long is refused later, without reading the rest.
         while !is_whole && record.len() <= RECORD_BYTES_MAX {
             let Some(line) = self.line_with_end()? else { break };
             is_whole = scan.end(&line).is_some();
@@ -272,7 +273,7 @@ impl<R: BufRead> Input<R> {
             if line.trim_ascii().is_empty() {
                 continue;
             }
-            // A line that is too long was not read to its end: its size is what is wrong with it.
+            // A line that is too long was not read to its end, so it is refused for its size and not as invalid JSON.
             if line.len() <= RECORD_BYTES_MAX {
                 let place = || self.line_place();
                 check_json(&line).map_err(|cause| InputError::NotJson { place: place(), cause })?;
@@ -311,7 +312,7 @@ impl<R: BufRead> Input<R> {
         Ok(Some(payload))
     }
 
-    /// So many bytes, or fewer at the end.
+    /// Reads this number of bytes, or fewer at the end.
     fn up_to(&mut self, bytes: usize) -> Result<Vec<u8>, InputError> {
         let mut read = Vec::new();
         let result = self.reader.by_ref().take(bytes as u64).read_to_end(&mut read);
@@ -333,7 +334,7 @@ impl<R: BufRead> Input<R> {
     }
 }
 
-/// A line without its end, `\n` or `\r\n`.
+/// Returns a line without its end, `\n` or `\r\n`.
 fn without_end(mut line: Vec<u8>) -> Vec<u8> {
     if line.pop_if(|last| *last == b'\n').is_some() {
         line.pop_if(|last| *last == b'\r');
@@ -412,9 +413,9 @@ mod tests {
         for (bad, expected) in [
             ("{}", "has no member \"id\""),
             ("{\"id\":null}", "has no member \"id\""),
-            ("[1]", "is no JSON object"),
-            ("{\"id\":{}}", "is an object"),
-            ("{\"id\":[]}", "is a list"),
+            ("[1]", "expected a JSON object"),
+            ("{\"id\":{}}", "found an object"),
+            ("{\"id\":[]}", "found a list"),
             ("{\"id\":\"\"}", "has 0 characters"),
             ("{\"id\":\"\\ud800\"}", "half a surrogate pair"),
         ] {

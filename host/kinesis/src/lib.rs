@@ -1,17 +1,17 @@
 //! Amazon Kinesis: reading a stream, putting records on one, and the sink.
 //!
-//! [`source::KinesisSource`] reads a stream: [`client`] reaches the server, [`connection`] is what its readers share,
-//! [`polling`] and [`fan_out`] read one shard each in their way and pass what comes through an [`inbox`], which takes
-//! apart what is an [`aggregate`]. Calls end when the server is silent ([`silence`]), and hold no more memory than is
-//! booked. [`stream`], [`consumers`], [`input`] and [`producer`] are for those who make streams and fill them; all who put
-//! records do so by [`put`].
-//! [`served`] finds a stream that another process of this user serves.
+//! [`source::KinesisSource`] reads a stream. [`client`] connects to the server, and its readers share a [`connection`].
+//! [`polling`] and [`fan_out`] read one shard each and put its records into an [`inbox`], which takes an [`aggregate`]
+//! apart. Calls fail when the server is silent ([`silence`]), and use no more memory than is booked for them.
 //!
-//! [`sink::TYPE`] is what the program's registry of sinks lists: it reads `type = "kinesis"`, names its keys and makes
-//! the sink.
+//! [`stream`], [`consumers`], [`input`] and [`producer`] create streams and fill them. All code that puts records uses
+//! [`put`]. [`served`] finds a stream that another process of this user serves.
 //!
-//! It gives the engine a source and a sink, by the contracts of `core`, and knows no stage and no state. It uses
-//! `config`, `core`, `file` for the lines of inputs, and `sinks/common`; its heavy dependency is the AWS SDK.
+//! [`sink::TYPE`] is the entry in the program's registry of sinks: it reads `type = "kinesis"`, lists its keys and
+//! makes the sink.
+//!
+//! This crate gives the engine a source and a sink, by the contracts of `core`. It knows nothing of stages and state.
+//! It uses `config`, `core`, `file` for the lines of inputs, and `sinks/common`; its heavy dependency is the AWS SDK.
 
 pub mod aggregate;
 pub(crate) mod answer_size;

@@ -1,4 +1,21 @@
-//! Reads one shard by polling, in order, without a gap and without a record twice.
+//! Reads one shard by polling with GetRecords: in order, without a gap, and no record twice.
+//!
+//! Invariant: the iterator never stands after records that are not in the inbox. `poll` keeps the old iterator while it
+//! waits for the answer and while the records are opened. It replaces the iterator and fills the inbox without a wait
+//! in between, so a future that is dropped at any wait only asks for the same records again. When records are given
+//! back, or the iterator has expired, the next iterator starts at the inbox's last record.
+//!
+//! | outcome of GetRecords | iterator | next call |
+//! |---|---|---|
+//! | records, or none yet | the next one | after 200 ms if paced; after `poll_interval` if nothing is left |
+//! | an answer without a next iterator | none | none: the shard has ended |
+//! | an answer that needs more memory than is free | stays | once that memory is booked |
+//! | `ExpiredIteratorException` | dropped | at once, with an iterator at the last record |
+//! | throttled, or a network error | stays | after a backoff |
+//! | any other error | dropped | none: the error is returned, or that the stream was replaced |
+//!
+//! Memory: an answer is booked before it is requested, and no more records are requested than fit (`answer_size`). The
+//! booking then shrinks to what waits in the inbox.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -18,33 +35,33 @@ use shardmill_core::retry::{Retries, RetryPolicy};
 use shardmill_core::source::waiting::Waiting;
 use shardmill_core::source::{BatchReader, NextBatch, SourceError};
 
-/// Calls that failed; each shard retries by itself.
+/// Retries of calls that failed, for each shard separately.
 pub(super) const RETRY: RetryPolicy =
     RetryPolicy::doubling(CALL_INTERVAL, Duration::from_secs(10)).with_jitter();
-/// The shortest time between two calls of one shard.
+/// Shortest time between two calls for one shard.
 ///
 /// Source: API reference, GetRecords: five calls per second and shard.
 const CALL_INTERVAL: Duration = Duration::from_millis(200);
 
-/// How a shard is polled.
+/// Settings of polling.
 #[derive(Clone, Debug)]
 pub struct Polling {
-    /// The most records that a call asks for.
+    /// Most records that a call requests.
     pub records_per_call_max: u32,
-    /// The pause after an answer that says that nothing is left.
+    /// Pause after an answer that says that nothing is left.
     pub poll_interval: Duration,
     /// Whether the server limits the calls per second, as AWS does.
     pub is_paced: bool,
 }
 
-/// Polls one shard.
+/// Reader of one shard that polls it.
 pub struct PollingReader {
     connection: Arc<StreamConnection>,
     polling: Polling,
     inbox: Inbox,
     account: Arc<Account>,
-    /// The inbox's bytes in the readers' budget, until lanes have taken them; those of a batch of one large record,
-    /// until they ask for the next.
+    /// Memory in the readers' budget for the records in the inbox, and for a batch of one large record until the lane
+    /// asks for the next batch.
     permit: Option<Permit>,
     answer_size: AnswerSize,
     iterator: Option<String>,
@@ -52,15 +69,15 @@ pub struct PollingReader {
     next_call: Instant,
     retries: Retries,
     lag_ms: u64,
-    /// Everything that had arrived by then was read with the last answer.
+    /// A time up to which everything that had arrived was read with the last answer, in milliseconds since 1970.
     caught_up_ms: Option<i64>,
-    /// The last answer brought records.
+    /// Whether the last answer had records.
     is_flowing: bool,
     waiting: Waiting,
 }
 
 impl PollingReader {
-    /// A reader from where the inbox stands.
+    /// Makes a reader that begins at the inbox's position.
     pub fn new(connection: Arc<StreamConnection>, polling: Polling, inbox: Inbox) -> Self {
         let account = Arc::new(connection.read_ahead.account(inbox.shard().shard.as_str()));
         Self {
@@ -81,34 +98,34 @@ impl PollingReader {
         }
     }
 
-    /// Shows there what it waits for.
+    /// Makes the reader show in `waiting` which call it waits for.
     pub(crate) fn shown_by(mut self, waiting: Waiting) -> Self {
         self.waiting = waiting;
         self
     }
 
-    /// Another reader goes on from the inbox, which is empty.
+    /// Drops iterator and booking, because a subscription continues from the inbox, which is empty.
     pub(super) fn rest(&mut self) {
         self.iterator = None;
         self.permit = None;
     }
 
-    /// Where it shows what it waits for.
+    /// Returns where the reader shows which call it waits for.
     pub(super) fn waiting(&self) -> &Waiting {
         &self.waiting
     }
 
-    /// The inbox, for a reader that goes on in another way.
+    /// Returns the inbox, for the fan-out reader.
     pub fn inbox(&mut self) -> &mut Inbox {
         &mut self.inbox
     }
 
-    /// Counts so much until what waits is counted: it came, and is looked at.
+    /// Keeps the booking of an event that came, until [`Self::count_occupied`] counts what is in the inbox.
     pub(super) fn keep_permit(&mut self, permit: Permit) {
         self.permit = Some(permit);
     }
 
-    /// Counts what waits in the inbox, and a large batch that the lane has, as it is now.
+    /// Resizes the booking to what waits in the inbox, plus a large batch that the lane has.
     pub(super) fn count_occupied(&mut self) {
         match self.inbox.occupied_bytes() {
             0 => self.permit = None,
@@ -116,12 +133,13 @@ impl PollingReader {
         }
     }
 
-    /// The account of what is read ahead, for a reader that reads in another way.
+    /// Returns the account of the read-ahead budget, for the fan-out reader.
     pub(super) fn account(&self) -> &Arc<Account> {
         &self.account
     }
 
-    /// Asks the server once. `Ok(true)`: it answered.
+    /// Makes one call: for an iterator if there is none, otherwise for records. `Ok(true)`: records were requested and
+    /// the server answered.
     async fn poll(&mut self) -> Result<bool, SourceError> {
         tokio::time::sleep_until(self.next_call).await;
         let Some(iterator) = self.iterator.clone() else {
@@ -137,7 +155,7 @@ impl PollingReader {
             }
             return Ok(false);
         };
-        // An answer is booked before it comes, and no more is asked for than is booked.
+        // The answer is booked before it comes, and no more records are requested than the booking has room for.
         self.permit = None;
         let (least, most) = self.answer_size.booking(self.account.part_bytes(), Instant::now());
         let permit = self.account.take_between(least, most).await;
@@ -161,10 +179,10 @@ impl PollingReader {
                 }
                 (answer, permit, bytes)
             }
-            // The iterator stands before the records: they come again once there is room for them.
+            // The iterator stands before the records: they come again once memory for them is booked.
             Read::Outgrown { needed } => {
                 self.waiting.answered();
-                tracing::debug!(shard = %self.inbox.shard().shard, needed, "reading once there is memory");
+                tracing::debug!(shard = %self.inbox.shard().shard, needed, "waiting for memory to read again");
                 self.answer_size.outgrew(needed, limit);
                 self.answer_size.forget_quiet();
                 self.next_call = called + self.call_interval();
@@ -186,7 +204,7 @@ impl PollingReader {
                         Ok(false)
                     }
                     ErrorClass::NotFound | ErrorClass::Lasting => {
-                        // The stream may have been replaced: that says more than this error.
+                        // The stream may have been replaced; if so, that error says more than this one.
                         self.iterator = None;
                         self.validate_identity(called).await?;
                         Err(call_error(GET_RECORDS, self.inbox.place(), &error))
@@ -202,7 +220,7 @@ impl PollingReader {
         if let Some(iterator) = &answer.next_shard_iterator {
             connection::check_iterator(GET_RECORDS, iterator, &self.inbox)?;
         }
-        // While this waits, the iterator stands before the records: who drops it asks for them again.
+        // The old iterator stays until the records are open: if this future is dropped here, they are read again.
         let arrived = inbox::open(answer.records, self.inbox.hash_range()).await;
         self.iterator = answer.next_shard_iterator;
         self.ended = self.iterator.is_none();
@@ -210,8 +228,8 @@ impl PollingReader {
         self.is_flowing = records > 0;
         self.answer_size.learn(records, bytes, self.lag_ms > 0, Instant::now());
         self.permit = Some(permit);
-        // The date is of the answer's head, which follows the reading: at most a moment too late, and
-        // mostly too early, as it is rounded down. Retention counts in hours.
+        // The date is in the answer's head, which the server writes after it has read the shard. So it is at most a
+        // moment too late, and mostly too early, as it is rounded down. Retention counts in hours.
         let about = ReadAnswer {
             call: GET_RECORDS,
             lag_ms: self.lag_ms,
@@ -229,7 +247,7 @@ impl PollingReader {
         Ok(true)
     }
 
-    /// The shortest time between two calls that bring something.
+    /// Returns the shortest time between two calls while there are records.
     fn call_interval(&self) -> Duration {
         if self.polling.is_paced { CALL_INTERVAL } else { Duration::ZERO }
     }
@@ -247,7 +265,7 @@ impl PollingReader {
         let shard = self.inbox.shard();
         count_retry(shard, cause);
         let pause = self.retries.next_pause();
-        tracing::debug!(shard = %shard.shard, cause = cause.label(), ?pause, "reading later");
+        tracing::debug!(shard = %shard.shard, cause = cause.label(), ?pause, "read failed, trying again later");
         self.next_call = Instant::now() + pause;
     }
 }
@@ -284,7 +302,7 @@ impl BatchReader for PollingReader {
     }
 }
 
-/// Counts a call that is tried again.
+/// Counts a retry of a call in the metrics.
 pub(super) fn count_retry(shard: &ShardKey, cause: ErrorClass) {
     metrics::counter!(metric::SOURCE_RETRIES_TOTAL,
         "shard" => shard.shard.to_string(), "reason" => cause.label())

@@ -1,8 +1,18 @@
-//! Puts records on a stream, in order per partition key, and tries partial failures again.
+//! Puts records on a stream, in order per partition key, and retries records that were refused for now.
 //!
-//! [`Producer`] gathers records into requests, by [`put`](super::put), and puts what was refused for now once more. It
-//! delivers at least once: when the network fails after a request, nobody knows whether the stream has its records,
-//! and they are put again.
+//! [`Producer`] gathers records into requests, by [`put`](super::put). It delivers at least once: when the network
+//! fails after a request was sent, nobody knows whether the stream has its records, and they are put again.
+//!
+//! Order of the buffer after a request: first what was refused, then what did not go with the request. So a refused
+//! record is put before any later record of its key that the stream does not have yet.
+//!
+//! | answer for a record | then |
+//! |---|---|
+//! | taken | counted, and leaves the buffer |
+//! | refused for now | back to the front of the buffer; the next request follows after a backoff |
+//! | refused for good | [`Producer::put`] or [`Producer::flush`] fails; the buffer is dropped |
+//! | the call failed for now | all records of the request go back; some may be put twice |
+//! | the call failed for good | as refused for good |
 
 use std::time::Duration;
 
@@ -15,25 +25,25 @@ use shardmill_core::record::StreamRef;
 use shardmill_core::retry::RetryPolicy;
 use shardmill_core::source::SourceError;
 
-/// Records that the stream refuses for now.
+/// Retries of records that the stream refuses for now.
 const RETRY: RetryPolicy =
     RetryPolicy::doubling(Duration::from_millis(100), Duration::from_secs(5)).with_jitter();
 
-/// What was put.
+/// Counts of what was put.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
 pub struct PutReport {
     /// Records that the stream has.
     pub records: u64,
-    /// Their payloads' bytes.
+    /// Bytes of their payloads.
     pub bytes: u64,
     /// Records that were put more than once because the stream refused them at first.
     pub retried: u64,
 }
 
-/// Puts records; what is not put yet waits in the buffer for [`Producer::flush`].
+/// Producer of records. Those that are not put yet wait in the buffer until [`Producer::flush`].
 pub struct Producer {
     writer: PutWriter,
-    /// The stream, in messages.
+    /// Name of the stream, for messages.
     place: String,
     buffer: Vec<NewRecord>,
     buffer_bytes: usize,
@@ -41,7 +51,7 @@ pub struct Producer {
 }
 
 impl Producer {
-    /// A producer for a stream.
+    /// Makes a producer for a stream.
     pub fn new(client: Client, stream: StreamRef) -> Self {
         let place = stream.to_string();
         let options = PutOptions { strict_order: false, retry: RETRY, answer_max: None };
@@ -54,32 +64,32 @@ impl Producer {
         }
     }
 
-    /// Whether a request holds at most one record per partition key.
+    /// Sets whether a request has at most one record per partition key.
     ///
-    /// The stream may refuse a record and take a later one of the same key from the same request;
-    /// what it has taken cannot be recalled. With strict order no request holds two records of one
-    /// key, so the order per key holds always; few keys make small requests.
+    /// The stream may refuse a record and take a later one of the same key from the same request; what it has taken
+    /// cannot be taken back. With strict order no request has two records of one key, so the order per key always
+    /// holds. Few keys then make small requests.
     pub fn strict_order(mut self, is_strict: bool) -> Self {
         self.writer = self.writer.strict_order(is_strict);
         self
     }
 
-    /// What the stream has so far.
+    /// Returns the counts so far.
     pub fn report(&self) -> PutReport {
         self.report
     }
 
-    /// Adds a record; a full buffer is put first.
+    /// Adds a record to the buffer. Puts a full buffer first.
     ///
     /// # Errors
-    /// [`SourceError`]; records of the buffer may have been put.
+    /// [`SourceError`]; some records of the buffer may have been put.
     pub async fn put(&mut self, record: NewRecord) -> Result<(), SourceError> {
         let bytes = record.bytes();
         while self.buffer.len() >= RECORDS_PER_REQUEST_MAX
             || (!self.buffer.is_empty() && self.buffer_bytes + bytes > BYTES_PER_REQUEST_MAX)
         {
             match self.writer.is_strict() {
-                // What waits goes with the next request: no two of a key meet in it.
+                // One request makes room. What it left in the buffer fills the next one together with new records.
                 true => self.request().await?,
                 false => self.flush().await?,
             }
@@ -89,14 +99,14 @@ impl Producer {
         Ok(())
     }
 
-    /// Puts what is in the buffer, until the stream has all of it.
+    /// Puts the buffer, until the stream has all of it.
     ///
-    /// Without [`Producer::strict_order`] the order per partition key holds as far as the API gives
-    /// it: when a record of a key is refused, it is put again before any record that is not in the
-    /// buffer yet; records of one request that were taken behind it stay where they are.
+    /// Without [`Producer::strict_order`] the order per partition key holds as far as the API gives it. A refused
+    /// record is put again before any record that is not in the buffer yet. But a later record of its key in the same
+    /// request may have been taken, and stays on the stream before it.
     ///
     /// # Errors
-    /// [`SourceError`] when trying again does not help.
+    /// [`SourceError`] when a retry does not help.
     pub async fn flush(&mut self) -> Result<(), SourceError> {
         while !self.buffer.is_empty() {
             self.request().await?;
@@ -104,7 +114,8 @@ impl Producer {
         Ok(())
     }
 
-    /// Puts one request from the buffer. What was refused for now goes back to its place, and a pause follows.
+    /// Puts one request from the buffer. If records are refused for now, they go back to the front, and a pause
+    /// follows.
     #[boxed]
     async fn request(&mut self) -> Result<(), SourceError> {
         let mut request = self.writer.request();
@@ -131,7 +142,7 @@ impl Producer {
                 later.into_iter().map(|refused| refused.record).collect()
             }
             PutAnswer::Later { records, cause } => {
-                tracing::warn!(error = %cause, "trying again");
+                tracing::warn!(error = %cause, "failed to put records, trying again");
                 records.into_iter().map(|(_, record)| record).collect()
             }
             PutAnswer::Records { error, .. } | PutAnswer::Stream { error, .. } => {
@@ -140,7 +151,7 @@ impl Producer {
         };
         let is_paused = !refused.is_empty();
         self.report.retried += refused.len() as u64;
-        // A refused record is older than any that waits with its key.
+        // A refused record is older than any waiting record of its key.
         self.buffer = refused;
         self.buffer.extend(waiting);
         self.buffer_bytes = self.buffer.iter().map(NewRecord::bytes).sum();

@@ -1,9 +1,8 @@
-//! PutRecords requests: how they are filled, and what follows from an answer.
+//! Fills PutRecords requests, and sorts their records by outcome.
 //!
-//! All who put records on a stream use this: the producer, the Kinesis sink and the intake. A [`PutRequest`] is filled
-//! within the limits of PutRecords. A [`PutWriter`] puts it, sorts its records by their outcome, and says how long to
-//! wait before what was refused for now is put again. What a caller does with records that are refused for good is
-//! its own affair.
+//! The producer, the Kinesis sink and the intake use this. A [`PutRequest`] is filled within the limits of PutRecords. A
+//! [`PutWriter`] puts it, sorts its records by their outcome, and returns the pause before records that were refused
+//! for now are put again. The caller decides about records that are refused for good.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -14,37 +13,37 @@ use super::put_call::{
 use shardmill_core::retry::{Retries, RetryPolicy};
 use shardmill_core::source::SourceError;
 
-/// How a writer fills requests and retries.
+/// Options of a writer.
 #[derive(Clone, Copy, Debug)]
 pub struct PutOptions {
     /// Whether a request has at most one record per partition key. The stream may refuse a record and take a later
     /// one of the same key from the same request, so only this keeps the order per key.
     pub strict_order: bool,
-    /// When records that were refused for now are put again.
+    /// Retries of records that were refused for now.
     pub retry: RetryPolicy,
-    /// The longest wait for an answer, if the client of the stream has no shorter one.
+    /// Longest wait for an answer, if the stream's client has no shorter one.
     pub answer_max: Option<Duration>,
 }
 
-/// A request that is being filled. `T` is what the caller knows a record by.
+/// A request that is being filled. `T` is the caller's tag of a record.
 #[derive(Debug)]
 pub struct PutRequest<T> {
     tags: Vec<T>,
     records: Vec<NewRecord>,
     bytes: usize,
     records_max: usize,
-    /// The keys of its records, with strict order.
+    /// Keys of its records; only with strict order.
     keys: Option<HashSet<String>>,
 }
 
-/// What a request did with a record that was offered to it.
+/// Outcome of the offer of a record to a request.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Offer<T> {
-    /// It has the record.
+    /// The record was added.
     Added,
-    /// With strict order: it has an earlier record of the same key. Records of other keys may go with it.
+    /// Strict order: the request has an earlier record of the same key. Records of other keys can still be added.
     KeyWaits(T, NewRecord),
-    /// The record goes beyond a limit, and so would those after it.
+    /// The record would exceed a limit. Later records must wait too, so that they stay after it.
     Full(T, NewRecord),
 }
 
@@ -59,22 +58,22 @@ impl<T> PutRequest<T> {
         }
     }
 
-    /// The request with a lower limit of records: to find the one that makes it fail. At least one.
+    /// Lowers the limit of records, to find the one that makes a request fail. The limit is at least one.
     pub(crate) fn with_records_max(self, records_max: usize) -> Self {
         Self { records_max: records_max.clamp(1, RECORDS_PER_REQUEST_MAX), ..self }
     }
 
-    /// The number of its records.
+    /// Returns the number of its records.
     pub fn len(&self) -> usize {
         self.records.len()
     }
 
-    /// Whether it has no record.
+    /// Returns whether it has no record.
     pub fn is_empty(&self) -> bool {
         self.records.is_empty()
     }
 
-    /// Adds a record if it may go with those that the request has. An empty request takes any record.
+    /// Adds a record if it fits into the request. An empty request takes any record.
     pub fn offer(&mut self, tag: T, record: NewRecord) -> Offer<T> {
         if self.keys.as_ref().is_some_and(|keys| keys.contains(&record.partition_key)) {
             return Offer::KeyWaits(tag, record);
@@ -101,22 +100,22 @@ impl<T> PutRequest<T> {
 /// A record that the stream did not take.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Refused<T> {
-    /// What the caller knows it by.
+    /// Tag of the caller.
     pub tag: T,
-    /// The record.
+    /// Record.
     pub record: NewRecord,
-    /// Why.
+    /// Cause.
     pub cause: String,
 }
 
-/// The records of a request by their outcome, each in the order of the request.
+/// Records of a request by their outcome, in the order of the request.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Outcomes<T> {
-    /// The stream has them.
+    /// Records that the stream has.
     pub taken: Vec<(T, NewRecord)>,
-    /// Refused for now: they go before all records that have not been put yet.
+    /// Records refused for now: they must be put before all records that have not been put yet.
     pub later: Vec<Refused<T>>,
-    /// Refused for good.
+    /// Records refused for good.
     pub never: Vec<Refused<T>>,
 }
 
@@ -135,35 +134,35 @@ impl<T> Outcomes<T> {
     }
 }
 
-/// The outcome of a request; none of its records is lost.
+/// Outcome of a request. It returns all records, so none is lost.
 #[derive(Debug)]
 pub enum PutAnswer<T> {
     /// The stream answered for each record.
     Each(Outcomes<T>),
-    /// The call failed for now: throttled, or out of reach. The stream may have the records.
+    /// The call failed for now: throttled, or not reachable. The stream may have the records.
     Later {
-        /// The records, in their order.
+        /// Records, in their order.
         records: Vec<(T, NewRecord)>,
-        /// Why.
+        /// Cause.
         cause: String,
     },
-    /// One of the records is against a limit, perhaps the stream's own. The stream took none.
+    /// One of the records exceeds a limit, perhaps the stream's own. The stream took none.
     Records {
-        /// The records, in their order.
+        /// Records, in their order.
         records: Vec<(T, NewRecord)>,
-        /// Why.
+        /// Error of the call.
         error: SourceError,
     },
-    /// The stream is gone, or access to it is denied.
+    /// The stream does not exist, or access to it is denied.
     Stream {
-        /// The records, in their order.
+        /// Records, in their order.
         records: Vec<(T, NewRecord)>,
-        /// Why.
+        /// Error of the call.
         error: SourceError,
     },
 }
 
-/// Puts requests on a stream, one after another.
+/// Writer that puts requests on a stream, one after another.
 pub struct PutWriter {
     stream: StreamWriter,
     options: PutOptions,
@@ -171,18 +170,18 @@ pub struct PutWriter {
 }
 
 impl PutWriter {
-    /// A writer for a stream.
+    /// Makes a writer for a stream.
     pub fn new(stream: StreamWriter, options: PutOptions) -> Self {
         Self { stream, options, retries: options.retry.start() }
     }
 
-    /// The writer with or without strict order.
+    /// Sets strict order.
     pub fn strict_order(mut self, strict_order: bool) -> Self {
         self.options.strict_order = strict_order;
         self
     }
 
-    /// Whether a request has at most one record per partition key.
+    /// Returns whether a request has at most one record per partition key.
     pub fn is_strict(&self) -> bool {
         self.options.strict_order
     }
@@ -219,13 +218,13 @@ impl PutWriter {
         }
     }
 
-    /// Counts a request of which something was refused for now. Gives the pause before the next one, or `None` when
-    /// it is time to give up.
+    /// Counts a request with records that were refused for now. Returns the pause before the next one, or `None` after
+    /// the last retry.
     pub fn retry_after(&mut self) -> Option<Duration> {
         self.retries.next_pause_or_end()
     }
 
-    /// Forgets earlier failures: nothing of the last request was refused for now.
+    /// Resets the count of failures: no record of the last request was refused for now.
     pub fn succeeded(&mut self) {
         self.retries.reset();
     }
@@ -241,7 +240,7 @@ mod tests {
         NewRecord { partition_key: key.into(), payload: Bytes::from(vec![b'x'; payload_bytes]) }
     }
 
-    /// The records that the next request takes of those that wait, by their places.
+    /// Returns the indexes of the waiting records that the next request takes.
     fn taken(strict_order: bool, records_max: usize, waiting: &[(&str, usize)]) -> Vec<usize> {
         let mut request = PutRequest::new(strict_order).with_records_max(records_max);
         for (place, (key, bytes)) in waiting.iter().enumerate() {
@@ -266,7 +265,7 @@ mod tests {
             ("exactly the bytes", false, all, &[("a", MAX - 3), ("b", 1)], &[0, 1]),
             ("a byte too much", false, all, &[("a", MAX - 3), ("b", 2)], &[0]),
             ("a long key too much", false, all, &[("a", MAX - 3), ("bb", 1)], &[0]),
-            // A small one behind it would fit, and would pass it.
+            // A small record after it would fit, but would be put before it.
             ("none after a full one", false, all, &[("a", 9), ("b", MAX), ("c", 1)], &[0]),
             ("a large one goes alone", false, all, &[("a", 2 * MAX), ("b", 1)], &[0]),
             ("one per key", true, all, &[("a", 1), ("a", 1), ("b", 1), ("a", 1)], &[0, 2]),

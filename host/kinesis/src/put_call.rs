@@ -1,4 +1,4 @@
-//! One PutRecords call: the records that it takes, its limits, and the outcome of each record.
+//! Makes one PutRecords call: its records, its limits, and the outcome of each record.
 
 use aws_sdk_kinesis::Client;
 use aws_sdk_kinesis::primitives::Blob;
@@ -11,44 +11,44 @@ use shardmill_core::masking::{sanitized, sanitized_within};
 use shardmill_core::record::StreamRef;
 use shardmill_core::source::SourceError;
 
-/// Records of one request.
+/// Most records of one request.
 ///
 /// Source: API reference, PutRecords.
 pub const RECORDS_PER_REQUEST_MAX: usize = 500;
-/// Bytes of one request; half of what PutRecords takes, so that no server's own limit is met.
+/// Most bytes of one request: half of what PutRecords accepts, so that no server's own limit is reached.
 pub(crate) const BYTES_PER_REQUEST_MAX: usize = 5 << 20;
-/// Bytes of one record, its payload and its key; a stream's own limit is 1 MiB unless raised.
+/// Most bytes of one record, payload and key. A stream's own limit is 1 MiB unless raised.
 ///
 /// Source: API reference, PutRecordsRequestEntry, UpdateMaxRecordSize.
 pub const RECORD_BYTES_MAX: usize = 10 << 20;
-/// Characters of a partition key.
+/// Most characters of a partition key.
 ///
 /// Source: API reference, PutRecordsRequestEntry.
 pub const KEY_CHARS_MAX: usize = 256;
 /// A record to put.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct NewRecord {
-    /// 1 to 256 characters.
+    /// Partition key, of 1 to 256 characters.
     pub partition_key: String,
-    /// Up to the stream's limit, 1 MiB by default.
+    /// Payload, up to the stream's limit of 1 MiB by default.
     pub payload: Bytes,
 }
 
-/// A record that no stream takes.
+/// Error of a record that no stream accepts.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum NotPuttable {
     /// The key is empty or too long.
     #[error(
-        "the partition key has {chars} characters; 1 to {KEY_CHARS_MAX} are due: choose another key"
+        "the partition key has {chars} characters, expected 1 to {KEY_CHARS_MAX}: choose another key"
     )]
     Key {
-        /// Its characters.
+        /// Number of its characters.
         chars: usize,
     },
-    /// Too large for any stream.
+    /// The record is too large for any stream.
     #[error(
-        "the record has {bytes} bytes with its key; Kinesis takes at most {RECORD_BYTES_MAX}: put it \
-         elsewhere and its address here"
+        "the record has {bytes} bytes with its key; Kinesis takes at most {RECORD_BYTES_MAX}: store the \
+         payload elsewhere, and put its address on the stream"
     )]
     Size {
         /// Bytes of payload and key.
@@ -57,7 +57,7 @@ pub enum NotPuttable {
 }
 
 impl NewRecord {
-    /// What it counts against the limits of a request: payload and key, in bytes.
+    /// Returns the bytes that count against the limits of a request: payload and key.
     pub fn bytes(&self) -> usize {
         self.payload.len() + self.partition_key.len()
     }
@@ -65,7 +65,7 @@ impl NewRecord {
     /// Checks the limits that hold for every stream.
     ///
     /// # Errors
-    /// [`NotPuttable`]: which limit, and what the record has.
+    /// [`NotPuttable`]: the limit, and the value of the record.
     pub fn check(&self) -> Result<(), NotPuttable> {
         let chars = self.partition_key.chars().count();
         if !(1..=KEY_CHARS_MAX).contains(&chars) {
@@ -78,25 +78,25 @@ impl NewRecord {
     }
 }
 
-/// What became of one record of a request.
+/// Outcome of one record of a request.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Put {
-    /// The stream has it.
+    /// The stream has the record.
     Taken,
-    /// Refused for now, with the cause: the same record later.
+    /// Refused for now, with the cause: put the same record later.
     Later(String),
     /// Refused for good, with the cause.
     Never(String),
 }
 
-/// Why a request was refused as a whole.
+/// Error of a request that failed as a whole.
 #[derive(Debug)]
 pub enum PutError {
-    /// Throttled, or out of reach: the same request later. Its records may be on the stream.
+    /// Throttled, or not reachable: put the same request later. Its records may be on the stream.
     Later(SourceError),
-    /// One of its records is against a limit, perhaps the stream's own. No record was taken.
+    /// One of its records exceeds a limit, perhaps the stream's own. No record was taken.
     Records(SourceError),
-    /// The stream is gone, or access to it is denied.
+    /// The stream does not exist, or access to it is denied.
     Stream(SourceError),
 }
 
@@ -108,16 +108,16 @@ pub struct StreamWriter {
 }
 
 impl StreamWriter {
-    /// A writer for a stream.
+    /// Makes a writer for a stream.
     pub fn new(client: Client, stream: StreamRef) -> Self {
         Self { client, stream }
     }
 
-    /// One PutRecords request of at most [`RECORDS_PER_REQUEST_MAX`] records and 10 MiB; gives what
-    /// became of each record, in the order of `records`.
+    /// Makes one PutRecords request of at most [`RECORDS_PER_REQUEST_MAX`] records and 10 MiB. Returns the outcome of
+    /// each record, in the order of `records`.
     ///
     /// # Errors
-    /// [`PutError`] when the request was refused as a whole.
+    /// [`PutError`] when the request failed as a whole.
     #[boxed]
     pub async fn put(&self, records: &[NewRecord]) -> Result<Vec<Put>, PutError> {
         let place = format!("stream {}", self.stream);
@@ -131,7 +131,7 @@ impl StreamWriter {
             let refused_code = error.as_service_error().and_then(|error| error.meta().code());
             let kind = match (classify(&error), refused_code) {
                 (ErrorClass::Throttled | ErrorClass::Passing, _) => PutError::Later,
-                // The codes of AWS, of its front, and of the embedded stream for bad arguments.
+                // Codes for invalid arguments, of AWS, of its front end, and of the embedded stream.
                 (
                     _,
                     Some(
@@ -151,7 +151,7 @@ impl StreamWriter {
         let mut results = answer.records.iter();
         let outcome = |_| match results.next() {
             Some(result) => outcome(result.error_code(), result.error_message()),
-            None => Put::Later("the answer says nothing of it".into()),
+            None => Put::Later("the answer has no outcome for this record".into()),
         };
         Ok(records.iter().map(outcome).collect())
     }

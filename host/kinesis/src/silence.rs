@@ -1,20 +1,33 @@
-//! Deadlines of calls, and bounds of their answers: a server that says nothing for too long, or too little, is given
-//! up on, and what is tried again goes over new connections.
+//! HTTP client with a deadline for silence and bounds on answers. A call to a server that sends nothing for too long,
+//! or too little, fails, and the retry uses new connections.
 //!
-//! An answer that takes minutes and moves is an answer. So waiting uses up a patience that each byte gives some of
-//! back: a silence ends it, and so does a byte now and then. The SDK's own read timeout ends with the first byte of
-//! an answer, its timeout of an attempt would also end long answers that move, and neither leaves a connection that
-//! is dead: over HTTP/2 the next call would share it.
+//! Invariants:
+//! - Every call ends, whatever the server does. The SDK's own timeouts do not give this: its read timeout ends with the
+//!   first byte of an answer, its attempt timeout would also end long answers that make progress, and neither drops a
+//!   dead connection, which the next call would share over HTTP/2.
+//! - An answer that makes progress is never ended. Waiting uses up a patience of `silence_max`; each byte gives some of
+//!   it back. So a silence ends the call, and so does one byte now and then.
+//! - No answer uses more memory than is bounded for it. The SDK keeps an answer until it is whole (of a stream of
+//!   events, a message), so lengths are bounded. What it parses may take fifty times the bytes (`{},{},…`), so the
+//!   values in the JSON are counted too. An answer with a booking is not read beyond it (`booking`): its parts are
+//!   gathered here and given to the SDK at once, since the SDK would keep them twice while it joins them.
+//! - An answer of another process than the one that serves the embedded stream is never used.
 //!
-//! The SDK keeps an answer until it is whole, or a message of one that is a stream of events, so their lengths
-//! are bounded. What it makes of them may take fifty times their bytes (`{},{},…`), so the values in their JSON are
-//! counted too. Of an answer for which memory is booked, no more is read than the booking covers (`booking`): its
-//! parts are kept here and given to the SDK at once, since the SDK would hold them twice while it joins them.
+//! | what the server does | the call |
+//! |---|---|
+//! | no head of an answer within `silence_max`, plus the time for the upload | fails as a timeout; new connections |
+//! | parts of an answer, but too slowly | fails; new connections |
+//! | an answer longer than its bound, or with too many values | fails; new connections |
+//! | an answer that needs more memory than is booked and free | is dropped by the reader (`booking`) |
+//! | more than 16 informational heads | fails (`informational`) |
+//! | the process of the embedded stream has ended | fails before it is sent, or before its answer is used |
 //!
-//! The port of an embedded stream may be another user's once the process that served it has ended. So before each
-//! attempt, and when its answer has begun, the process must be there ([`Served::look`]); connections to one that
-//! has ended are given up. What is left: a request that is between the look and its connection at the moment at
-//! which the process ends may reach who has the port then; what he answers is not taken.
+//! Races:
+//! - Many calls wait on the same dead connection. The first one that fails renews the connections; the others see by
+//!   the count `renewed` that this was done.
+//! - The process of an embedded stream ends, and another user gets its port. So the process is looked up before each
+//!   attempt and again when its answer has begun ([`Served::look`]). What remains: a request that is sent between the
+//!   look and the end of the process may reach the new owner of the port. Its answer is refused.
 
 use std::fmt;
 use std::pin::Pin;
@@ -44,33 +57,35 @@ use crate::served::Served;
 use shardmill_core::budget::{ANSWER_BYTES_MAX, ANSWER_VALUES_MAX, occupied_while_read};
 use shardmill_core::private::FileMark;
 
-/// A request may take this long per byte beside the silence: the server says nothing while it is sent.
+/// Slowest upload: while a request is sent, the server is silent, so its bytes extend the deadline at this rate.
 const UPLOAD_BYTES_PER_S: u64 = 256 << 10;
 
-/// An answer that comes this fast never ends a patience: one of the largest, of 10 MiB, takes 14 minutes then.
+/// Slowest download: an answer at this rate never uses up its patience. The largest one, 10 MiB of payload, then takes
+/// 14 minutes.
 const DOWNLOAD_BYTES_PER_S: u32 = 16 << 10;
-/// Bytes of an answer that says that a call failed, or that has neither records nor shards: nothing is booked for it,
-/// and all lanes may have one at the same time. The largest is of PutRecords, with a line for each of 500 records.
+/// Most bytes of an error answer, or of one without records and shards. Nothing is booked for it, and all lanes may
+/// have one at the same time. The largest one is of PutRecords, with a line for each of 500 records.
 const OTHER_BYTES_MAX: u64 = 1 << 20;
-/// Bytes of a list of shards, of which one is read at a time: some 400 for each of ten thousand.
+/// Most bytes of a list of shards: some 400 for each of ten thousand. One list is read at a time.
 const LIST_BYTES_MAX: u64 = 8 << 20;
-/// Bytes of one message of a stream of events. An event of SubscribeToShard holds what GetRecords does.
+/// Most bytes of one message of a stream of events. An event of SubscribeToShard has as much as an answer to
+/// GetRecords.
 const MESSAGE_BYTES_MAX: u64 = ANSWER_BYTES_MAX;
-/// The bytes at which a message of a stream of events says how long its headers are, and where they begin; behind
-/// its payload is a checksum of four bytes.
+/// Bytes at the start of a message of a stream of events: the lengths of the message and of its headers, and a
+/// checksum. The headers follow, then the payload, then a checksum of four bytes.
 const HEAD_BYTES: usize = 12;
-/// The media type of a stream of events. Source: Smithy, "Amazon Event Stream Specification".
+/// Media type of a stream of events. Source: Smithy, "Amazon Event Stream Specification".
 const EVENT_STREAM: &str = "application/vnd.amazon.eventstream";
 
-/// Makes the HTTP client of a server: its calls end when the server says nothing for `silence_max`, or when it is
-/// `served` and no longer there.
+/// Makes the HTTP client of a server. Its calls fail when the server is silent for `silence_max`, or when `served` has
+/// ended.
 pub(super) fn http_client(silence_max: Duration, served: Option<Served>) -> SharedHttpClient {
     let process = served.as_ref().and_then(|served| served.look(None));
     let connections = RwLock::new(Connections { renewed: 0, process, client: connections() });
     SharedHttpClient::new(Deadlines { silence_max, served, connections: Arc::new(connections) })
 }
 
-/// The most bytes of the answer to a call that went well; `target` is the header `x-amz-target`, which names it.
+/// Returns the most bytes of the answer to a call that succeeded; `target` is the header `x-amz-target` with its name.
 fn bytes_max(target: &str) -> u64 {
     match target.rsplit('.').next() {
         Some("GetRecords") => ANSWER_BYTES_MAX,
@@ -79,19 +94,19 @@ fn bytes_max(target: &str) -> u64 {
     }
 }
 
-/// A client with no connection yet.
+/// Makes a client without connections.
 fn connections() -> SharedHttpClient {
     aws_smithy_http_client::Builder::new()
         .tls_provider(Provider::Rustls(CryptoMode::Ring))
         .build_https()
 }
 
-/// The connections in use.
+/// Connections in use.
 #[derive(Clone, Debug)]
 struct Connections {
-    /// How often they were given up.
+    /// Number of times that they were renewed.
     renewed: u64,
-    /// Whose they are, where the server is an embedded stream; `None`: nobody's, it has ended.
+    /// Process at their other end, if the server is an embedded stream; `None`: the process has ended.
     process: Option<FileMark>,
     client: SharedHttpClient,
 }
@@ -100,7 +115,7 @@ struct Connections {
 #[derive(Clone, Debug)]
 struct Deadlines {
     silence_max: Duration,
-    /// The embedded stream that it is the client of.
+    /// Embedded stream that is the server.
     served: Option<Served>,
     connections: Arc<RwLock<Connections>>,
 }
@@ -110,7 +125,7 @@ impl Deadlines {
         self.connections.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// The connections to the process that serves now.
+    /// Returns the connections to the process that serves now. Renews them if it is another one than before.
     fn current(&self) -> Connections {
         let connections = self.connections();
         let Some(served) = &self.served else { return connections };
@@ -121,11 +136,11 @@ impl Deadlines {
         self.connections()
     }
 
-    /// Lets calls from now on connect again, to `process` where the server is an embedded stream. Those that are
-    /// under way keep their connections.
+    /// Makes calls from now on use new connections; to `process`, if the server is an embedded stream. Calls that are
+    /// under way keep theirs. `of` is the count of the connections that failed.
     fn give_up(&self, of: u64, process: Option<FileMark>) {
         let mut connections = self.connections.write().unwrap_or_else(PoisonError::into_inner);
-        // Many calls may have waited on the same ones.
+        // Many calls may have waited on the same connections: only the first one renews them.
         if connections.renewed == of {
             *connections = Connections { renewed: of + 1, process, client: self::connections() };
         }
@@ -138,7 +153,7 @@ impl HttpClient for Deadlines {
         settings: &HttpConnectorSettings,
         components: &RuntimeComponents,
     ) -> SharedHttpConnector {
-        // Asked for at each attempt.
+        // The SDK calls this for each attempt, so a retry gets the connections of that time.
         let Connections { renewed, process, client } = self.current();
         let connector = client.http_connector(settings, components);
         let deadlines = self.clone();
@@ -150,7 +165,7 @@ impl HttpClient for Deadlines {
     }
 }
 
-/// Sends requests over the connections of one time.
+/// Sender of the requests of one attempt, over the connections of that time.
 #[derive(Debug)]
 struct DeadlineConnector {
     deadlines: Deadlines,
@@ -160,7 +175,7 @@ struct DeadlineConnector {
 }
 
 impl DeadlineConnector {
-    /// Why nothing may be sent, where nobody serves.
+    /// Returns the error of a call to an embedded stream that has ended.
     fn ended(&self) -> Option<ConnectorError> {
         let served = self.deadlines.served.as_ref()?;
         self.process.is_none().then(|| ConnectorError::io(Ended(served.clone()).into()))
@@ -198,13 +213,13 @@ impl HttpConnector for DeadlineConnector {
             if let Some(served) = &deadlines.served {
                 let now = served.look(process);
                 if now != process {
-                    // Another user may have answered.
+                    // The answer may be of another user, who has the port now.
                     deadlines.give_up(renewed, now);
                     return Err(ConnectorError::io(Ended(served.clone()).into()));
                 }
             }
             let is_stream = answer.headers().get("content-type") == Some(EVENT_STREAM);
-            // An answer that says that a call failed is short, and its error keeps it while other calls are made.
+            // An error answer is short and has no booking: the SDK's error keeps it while other calls are made.
             let is_well = answer.status().is_success();
             let booking = Booking::of_call().filter(|_| is_well && !is_stream);
             let bytes_max = if is_well { most } else { OTHER_BYTES_MAX };
@@ -230,7 +245,7 @@ impl HttpConnector for DeadlineConnector {
     }
 }
 
-/// The request, and what is cancelled when too many informational heads come before its answer.
+/// Returns the request, and a token that is cancelled when too many informational heads come before its answer.
 fn counted(request: HttpRequest) -> Result<(HttpRequest, CancellationToken), ConnectorError> {
     let mut request =
         request.try_into_http1x().map_err(|error| ConnectorError::user(error.into()))?;
@@ -240,16 +255,16 @@ fn counted(request: HttpRequest) -> Result<(HttpRequest, CancellationToken), Con
     Ok((request, too_many))
 }
 
-/// The body of an answer, each part of which must come in time, and which has an end.
+/// Body of an answer, with a deadline for each part and a bound on its length.
 struct DeadlineBody {
     body: SdkBody,
     length: Length,
-    /// Where memory is booked for it: its parts are kept until all are there.
+    /// Parts of an answer with a booking, kept until it is whole.
     booked: Option<Booked>,
-    /// How much longer the next part may be waited for.
+    /// Longest time to wait for the next part.
     patience: Duration,
     deadline: Pin<Box<Sleep>>,
-    /// Since when a part is waited for.
+    /// Start of the wait for the next part; `None`: nobody waits.
     waits_since: Option<Instant>,
     deadlines: Deadlines,
     renewed: u64,
@@ -257,8 +272,8 @@ struct DeadlineBody {
 }
 
 impl DeadlineBody {
-    /// Notes a part that came. Only waiting counts: who reads may have been busy for long, while the server was not
-    /// silent.
+    /// Counts a part that came. Only time spent waiting uses up patience: the reader may have been busy for long while
+    /// the server was not silent.
     fn note(&mut self, part: &[u8]) -> Result<(), TooLong> {
         let silence_max = self.deadlines.silence_max;
         let waited = self.waits_since.take().map(|since| since.elapsed()).unwrap_or_default();
@@ -293,7 +308,7 @@ impl Body for DeadlineBody {
                 return Poll::Ready(Some(Err(error.into())));
             }
             let (Some(booked), Length::Whole(whole)) = (&mut this.booked, &this.length) else {
-                // Each message of a stream has the booking of the call that waits for it.
+                // In a stream, each message has the booking of the call that waits for it.
                 if let Length::Events(events) = &this.length
                     && Booking::of_call().is_some_and(|booking| !booking.covers(events.need()))
                 {
@@ -303,10 +318,10 @@ impl Body for DeadlineBody {
             };
             match frame {
                 Some(Ok(frame)) => {
-                    // Trailers say nothing that is read.
+                    // Nothing reads trailers.
                     let Ok(part) = frame.into_data() else { continue };
                     if !booked.add(&part, whole) {
-                        // Who waits for the call is told, and drops it.
+                        // The booking has woken the reader, which drops the call.
                         return Poll::Pending;
                     }
                 }
@@ -339,29 +354,29 @@ impl Body for DeadlineBody {
 
     fn size_hint(&self) -> SizeHint {
         match &self.booked {
-            // The body no longer knows what is kept here.
+            // The inner body does not know of the parts that are kept here.
             Some(_) => SizeHint::default(),
             None => Body::size_hint(&self.body),
         }
     }
 }
 
-/// An answer for which memory is booked, as far as it came.
+/// An answer with a booking, as far as it came.
 struct Booked {
     booking: Booking,
-    /// Its bytes, where the server says so at the beginning.
+    /// Length of the answer, if the server says it at the start.
     length: Option<u64>,
     parts: Vec<u8>,
 }
 
 impl Booked {
-    /// Adds a part, with which the answer is `whole` so far; false: the booking does not cover it.
+    /// Adds a part; `whole` counts the answer with it. Returns false if the booking does not cover it.
     fn add(&mut self, part: &[u8], whole: &Whole) -> bool {
         if !self.booking.covers(need(whole, self.length)) {
             return false;
         }
         if let (true, Some(length)) = (self.parts.is_empty(), self.length) {
-            // At once: to grow would copy it several times. It is within what is covered.
+            // Reserved at once, since growing would copy the parts several times. The booking covers this length.
             let length = length.min(whole.bytes_max);
             self.parts.reserve_exact(usize::try_from(length).unwrap_or_default());
         }
@@ -370,7 +385,7 @@ impl Booked {
     }
 }
 
-/// Returns the memory for an answer that is `whole` so far, and has `length` bytes where the server says so.
+/// Returns the memory that an answer needs; `whole` counts what came, and `length` is its length if the server says it.
 fn need(whole: &Whole, length: Option<u64>) -> Need {
     let (bytes, values) = (whole.bytes, whole.values.count);
     let by_now = occupied_while_read(bytes, values);
@@ -385,17 +400,17 @@ fn need(whole: &Whole, length: Option<u64>) -> Need {
     }
 }
 
-/// How much of an answer has come.
+/// Count of what has come of an answer.
 #[derive(Debug)]
 enum Length {
-    /// Of one that is kept until it is whole.
+    /// An answer that the SDK reads as a whole.
     Whole(Whole),
-    /// Of a stream of events, which has no end.
+    /// A stream of events, which has no end.
     Events(Events),
 }
 
 impl Length {
-    /// Adds a part; whether a message of a stream ended in it, which is progress however long it took.
+    /// Adds a part. Returns whether a message of a stream ended in it: that is progress, however long it took.
     fn add(&mut self, part: &[u8]) -> Result<bool, TooLong> {
         match self {
             Self::Whole(whole) => whole.add(part).map(|()| false),
@@ -404,7 +419,7 @@ impl Length {
     }
 }
 
-/// The bytes and values of an answer that is kept until it is whole.
+/// Bytes and values of an answer that the SDK reads as a whole.
 #[derive(Debug)]
 struct Whole {
     bytes: u64,
@@ -426,12 +441,13 @@ impl Whole {
     }
 }
 
-/// Values of a JSON text that comes in parts: members and elements, by the commas and brackets outside of its strings.
+/// Count of the values in a JSON text that comes in parts: members and elements, by the commas and opening brackets
+/// outside of strings.
 #[derive(Debug, Default)]
 struct JsonValues {
     count: u64,
     is_in_string: bool,
-    /// The next character of a string is taken as it is.
+    /// Whether the next character of a string is escaped.
     is_escaped: bool,
 }
 
@@ -445,7 +461,7 @@ impl JsonValues {
                 let Some(at) = memchr::memchr2(b'"', b'\\', part) else { break };
                 let is_escape = part[at] == b'\\';
                 self.is_in_string = is_escape;
-                // The backslash with the character behind it, which may be the next part's.
+                // The backslash and the character after it, which may be in the next part.
                 let taken = at + 1 + usize::from(is_escape);
                 self.is_escaped = taken > part.len();
                 part = part.get(taken..).unwrap_or_default();
@@ -467,17 +483,18 @@ impl JsonValues {
     }
 }
 
-/// Where a stream of events is in its messages, each of which begins with its length and that of its headers.
+/// Progress of a stream of events through its messages. Each begins with its length and that of its headers.
+///
 /// Source: Smithy, "Amazon Event Stream Specification".
 #[derive(Debug, Default)]
 struct Events {
-    /// The bytes of the current message's head that were read.
+    /// Bytes of the current message's head, as far as they came.
     head: [u8; HEAD_BYTES],
     head_bytes: usize,
-    /// Bytes that have not been read: of the message's headers, and of the whole message.
+    /// Bytes that have not come yet: of the message's headers, and of the whole message.
     headers: u64,
     rest: u64,
-    /// The bytes of the message.
+    /// Length of the message.
     message: u64,
     values: JsonValues,
 }
@@ -513,7 +530,7 @@ impl Events {
         Need { by_now: bytes, known: bytes, likely: bytes }
     }
 
-    /// Begins a message whose head is there.
+    /// Begins a message whose head is complete.
     fn begin(&mut self) -> Result<(), TooLong> {
         let number = |at: usize| {
             let bytes = [self.head[at], self.head[at + 1], self.head[at + 2], self.head[at + 3]];
@@ -523,7 +540,7 @@ impl Events {
         if bytes > MESSAGE_BYTES_MAX {
             return Err(TooLong::Bytes { bytes, bytes_max: MESSAGE_BYTES_MAX });
         }
-        // Lengths that do not fit are the SDK's to refuse.
+        // The SDK refuses lengths that contradict each other.
         (self.head_bytes, self.headers) = (0, headers);
         self.rest = bytes.saturating_sub(HEAD_BYTES as u64);
         self.message = bytes;
@@ -532,7 +549,7 @@ impl Events {
     }
 }
 
-/// The server answers with more than an answer may have.
+/// Error of an answer that is longer than its bound.
 #[derive(Debug, PartialEq, Eq)]
 enum TooLong {
     Bytes { bytes: u64, bytes_max: u64 },
@@ -555,7 +572,7 @@ impl fmt::Display for TooLong {
 
 impl std::error::Error for TooLong {}
 
-/// The server said nothing for this time.
+/// Error of a server that was silent for this time.
 #[derive(Debug)]
 struct Silence(Duration);
 
@@ -564,7 +581,7 @@ impl fmt::Display for Silence {
         let Self(silence) = self;
         write!(
             f,
-            "the server said nothing, or too little, for {}",
+            "the server sent nothing, or too little, for {}",
             humantime::format_duration(*silence)
         )
     }
@@ -572,7 +589,7 @@ impl fmt::Display for Silence {
 
 impl std::error::Error for Silence {}
 
-/// The process that served the embedded stream has ended.
+/// Error of an embedded stream whose process has ended.
 #[derive(Debug)]
 struct Ended(Served);
 
@@ -593,7 +610,7 @@ impl std::error::Error for Ended {}
 mod tests {
     use super::*;
 
-    /// A message of `bytes`, `headers` of them headers, all of them `filler`.
+    /// Makes a message of `bytes`, `headers` of which are headers, filled with `filler`.
     fn message(bytes: u32, headers: u32, filler: u8) -> Vec<u8> {
         let mut message = [bytes.to_be_bytes(), headers.to_be_bytes(), [0; 4]].concat();
         message.resize(bytes as usize, filler);
@@ -649,7 +666,7 @@ mod tests {
         for (bytes, values, length, expected) in [
             (100 * KIB, 10, Some(KIB << 10), [(100 * KIB, 10), (KIB << 10, 10), (KIB << 10, 102)]),
             (100 * KIB, 10, None, [(100 * KIB, 10), (100 * KIB, 10), (200 * KIB, 20)]),
-            // A server may say anything.
+            // A length that a server reports may be wrong.
             (100 * KIB, 10, Some(1), [(100 * KIB, 10); 3]),
             (0, 0, Some(0), [(0, 0); 3]),
             (

@@ -1,8 +1,8 @@
-//! Rows to records of another Kinesis stream; at least once.
+//! Kinesis sink: puts rows as records on another stream, at least once.
 //!
-//! A stream cannot take a position along with its records, so after a crash the rows since the
-//! host's last checkpoint come again. Within a run no row is put twice but where the network fails
-//! behind a request: what a request has taken is remembered while the rest is tried again.
+//! A stream cannot store a position together with its records. So after a crash, the rows since the host's last
+//! checkpoint are put again. Within a run, a row is put twice only if the network fails after a request was sent: the
+//! sink keeps which rows were taken while it retries the others.
 
 mod settings;
 
@@ -31,8 +31,8 @@ use shardmill_sinks_common::progress::CommitProgress;
 
 pub use self::settings::{StreamTarget, TYPE};
 
-/// Rows that a stream refuses for now, until the lane shows as blocked: each shard takes 1 MiB and
-/// 1,000 records a second, so being throttled is usual.
+/// Retries of rows that a stream refuses for now, before the lane shows as blocked. Each shard takes 1 MiB and 1,000
+/// records a second, so throttling is usual.
 const RETRY: RetryPolicy =
     RetryPolicy::doubling(Duration::from_millis(50), Duration::from_secs(1)).tries(8);
 
@@ -46,12 +46,12 @@ pub struct KinesisSink {
 }
 
 impl KinesisSink {
-    /// A sink on a stream. Connects to nothing yet. `state_dir` is where an embedded stream is found.
+    /// Makes a sink on a stream. Connects to nothing yet. `state_dir` is where an embedded stream is found.
     pub fn new(name: SinkName, target: StreamTarget, state_dir: PathBuf) -> Self {
         Self { name, target, state_dir, timing: Timing::default(), client: OnceCell::new() }
     }
 
-    /// The same with the deadlines of a pipeline.
+    /// Sets the deadlines of a pipeline.
     pub fn with_timing(self, timing: Timing) -> Self {
         Self { timing, ..self }
     }
@@ -67,7 +67,7 @@ impl KinesisSink {
             Endpoint::Embedded => {
                 let served = served::find(&self.state_dir).ok_or_else(|| {
                     self.unavailable(
-                        "no process serves the embedded stream: start `shardmill stream serve`",
+                        "no process serves the embedded stream: start one with `shardmill stream serve`",
                     )
                 })?;
                 Some(Address::Served(served))
@@ -93,10 +93,10 @@ impl Sink for KinesisSink {
         let found = stream::describe(self.client().await?, &self.target.stream).await;
         let status = found.map_err(|error| self.unavailable(error))?.status;
         match &*status {
-            // A stream takes records while its shards change.
+            // A stream accepts records while its shards change.
             "ACTIVE" | "UPDATING" => Ok(()),
             _ => Err(self.unavailable(format!(
-                "stream {} is {status}: it takes records when it is ACTIVE",
+                "expected stream {} to be ACTIVE, found {status}: wait until it is",
                 self.target.stream
             ))),
         }
@@ -127,7 +127,7 @@ struct KinesisWriter {
 }
 
 impl KinesisWriter {
-    /// Puts what waits until nothing does.
+    /// Puts the waiting rows, until none waits.
     async fn put_all(&mut self, rows: &Arc<Vec<Row>>) -> Result<(), SinkError> {
         self.stream.succeeded();
         let mut records_max = RECORDS_PER_REQUEST_MAX;
@@ -142,7 +142,7 @@ impl KinesisWriter {
                     self.note(outcomes)
                 }
                 PutAnswer::Later { cause, .. } => Some(cause),
-                // One of them is at fault: the request is halved until it is alone.
+                // One of the records is the culprit: requests are halved until it is alone, and then it is refused.
                 PutAnswer::Records { records, error } => {
                     match &records[..] {
                         [(alone, _)] => self.progress.refuse(*alone, error.to_string()),
@@ -161,8 +161,8 @@ impl KinesisWriter {
         }
     }
 
-    /// The next request: the oldest rows that wait, with strict order at most one per key. Rows that
-    /// no stream takes are refused on the way.
+    /// Makes the next request of the oldest waiting rows; with strict order, at most one per key. Refuses rows that no
+    /// stream accepts.
     fn request(&mut self, rows: &[Row], records_max: usize) -> PutRequest<usize> {
         let mut request = self.stream.request().with_records_max(records_max);
         for place in self.progress.waiting() {
@@ -175,7 +175,7 @@ impl KinesisWriter {
         request
     }
 
-    /// Notes what became of a request's rows; gives the cause why some must wait.
+    /// Notes the outcome of a request's rows. Returns the cause if some of them must wait.
     fn note(&mut self, outcomes: Outcomes<usize>) -> Option<String> {
         let Outcomes { taken, later, never } = outcomes;
         taken.iter().for_each(|(place, _)| self.progress.done(*place));
@@ -213,7 +213,7 @@ impl SinkWriter for KinesisWriter {
 
 fn record(row: &Row) -> Result<NewRecord, String> {
     let key = std::str::from_utf8(&row.key)
-        .map_err(|_| "the partition key is no UTF-8 text, which Kinesis asks for".to_owned())?;
+        .map_err(|_| "the partition key is not valid UTF-8, which Kinesis requires".to_owned())?;
     let record = NewRecord { partition_key: key.to_owned(), payload: row.payload.clone() };
     record.check().map_err(|error| error.to_string())?;
     Ok(record)

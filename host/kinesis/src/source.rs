@@ -1,4 +1,4 @@
-//! Kinesis as a source of lanes.
+//! Kinesis source: opens a reader for each shard, by polling or by enhanced fan-out.
 
 use std::sync::Arc;
 
@@ -17,7 +17,7 @@ use shardmill_core::record::{ShardKey, StreamIdentity};
 use shardmill_core::source::StartPosition;
 use shardmill_core::source::{BatchReader, ResumePoint, Shard, ShardSource, SourceError};
 
-/// A stream behind a client.
+/// Source of a Kinesis stream.
 pub struct KinesisSource {
     connection: Arc<StreamConnection>,
     start: StartPosition,
@@ -28,8 +28,8 @@ pub struct KinesisSource {
 }
 
 impl KinesisSource {
-    /// The stream that a configuration names; all its readers together read at most
-    /// `read_ahead_bytes_max` ahead of their lanes.
+    /// Makes the source of the configured stream. All readers together read at most `read_ahead_bytes_max` ahead of
+    /// their lanes.
     pub fn new(
         client: Client,
         config: &KinesisConfig,

@@ -1,4 +1,4 @@
-//! Streams as a whole: create, wait, describe, reshard, delete.
+//! Calls about a whole stream: create it, wait for it, describe it, list and change its shards, delete it.
 
 use std::time::{Duration, Instant};
 
@@ -11,41 +11,41 @@ use shardmill_core::masking::sanitized;
 use shardmill_core::record::{HashRange, ShardId, StreamIdentity, StreamRef};
 pub use shardmill_core::source::{Shard, SourceError};
 
-/// How often a stream that is being made or deleted is looked at.
+/// Pause between looks at a stream that is being created or deleted.
 const STATUS_INTERVAL: Duration = Duration::from_millis(200);
-/// The most that is read of a list: ten times the shards that an account has by default, with those that have ended,
-/// on pages of a thousand.
+/// Most entries of a list: ten times the default limit of shards of an account, with shards that have ended. A page has
+/// a thousand.
 const ENTRIES_MAX: usize = 200_000;
 const PAGES_MAX: usize = 1_000;
 
-/// What a stream is.
+/// Description of a stream.
 #[derive(Clone, Debug)]
 pub struct Description {
-    /// Its name, ARN and creation time.
+    /// Name, ARN and creation time.
     pub identity: StreamIdentity,
-    /// Its status, for example `ACTIVE`.
+    /// Status, for example `ACTIVE`.
     pub status: String,
-    /// Shards that take records.
+    /// Number of shards that take records.
     pub open_shards: u32,
-    /// How long records are kept, in hours.
+    /// Retention of records, in hours.
     pub retention_hours: u32,
-    /// When the server said so, by its clock, in milliseconds since 1970, rounded down to the second;
-    /// `None`: its answers have no date.
+    /// Time of the answer by the server's clock, in milliseconds since 1970, rounded down to the second; `None`: its
+    /// answers have no date.
     pub answered_ms: Option<i64>,
 }
 
 impl Description {
-    /// A time since which the stream surely holds all records that arrived, in milliseconds since
-    /// 1970, by the server's clock.
+    /// Returns a time since which the stream surely has all records that arrived, in milliseconds since 1970, by the
+    /// server's clock.
     pub(crate) fn retained_from_ms(&self) -> Option<i64> {
         const MS_PER_HOUR: i64 = 3_600_000;
-        // The date is rounded down to the second.
+        // The date is rounded down to the second, so the answer may be a second younger.
         let now_at_most_ms = self.answered_ms? + 1_000;
         Some(now_at_most_ms - i64::from(self.retention_hours) * MS_PER_HOUR)
     }
 }
 
-/// Creates a stream; one that exists already is left as it is.
+/// Creates a stream. One that exists already is not changed.
 ///
 /// # Errors
 /// [`SourceError::Call`].
@@ -64,7 +64,7 @@ pub async fn create(client: &Client, stream: &StreamRef, shards: u32) -> Result<
     }
 }
 
-/// Waits until a stream is ACTIVE; `glance` is told how long it has been waited and the status.
+/// Waits until a stream is ACTIVE. Calls `glance` with the time waited and the status.
 ///
 /// # Errors
 /// [`SourceError::NotReady`] after `wait_max`.
@@ -94,7 +94,7 @@ pub async fn wait_active(
     }
 }
 
-/// What a stream is.
+/// Describes a stream.
 ///
 /// # Errors
 /// [`SourceError::NoSuchStream`], [`SourceError::Call`].
@@ -111,7 +111,7 @@ pub async fn describe(client: &Client, stream: &StreamRef) -> Result<Description
     let summary = answer.stream_description_summary().ok_or_else(|| SourceError::Call {
         call: "DescribeStreamSummary",
         place: format!("stream {stream}"),
-        cause: "the answer holds no description".into(),
+        cause: "expected a description in the answer, found none".into(),
     })?;
     Ok(Description {
         identity: StreamIdentity {
@@ -126,7 +126,7 @@ pub async fn describe(client: &Client, stream: &StreamRef) -> Result<Description
     })
 }
 
-/// The server's time, in milliseconds since 1970, rounded down to the second.
+/// Returns the server's time, in milliseconds since 1970, rounded down to the second.
 ///
 /// # Errors
 /// As [`describe`], and [`SourceError::NoDate`].
@@ -135,7 +135,7 @@ pub async fn now_ms(client: &Client, stream: &StreamRef) -> Result<i64, SourceEr
     answered_ms.ok_or_else(|| SourceError::NoDate { stream: stream.to_string() })
 }
 
-/// The pages of a list, whose server may always have one more.
+/// Counter of the pages of a list. It bounds a list of a server that always has one more page.
 pub(super) struct Pages {
     call: &'static str,
     stream: String,
@@ -160,14 +160,14 @@ impl Pages {
             call: self.call,
             place: format!("stream {}", self.stream),
             cause: format!(
-                "expected a list of at most {ENTRIES_MAX} entries on {PAGES_MAX} pages, found more: what answers \
-                 there is not Kinesis"
+                "expected a list of at most {ENTRIES_MAX} entries on {PAGES_MAX} pages, found more: check which \
+                 server answers at this address"
             ),
         })
     }
 }
 
-/// All shards of a stream, page by page.
+/// Lists all shards of a stream, page by page.
 ///
 /// Source: API reference, ListShards: `NextToken` goes alone, without the stream's name.
 ///
@@ -214,7 +214,7 @@ pub async fn shards(client: &Client, stream: &StreamRef) -> Result<Vec<Shard>, S
     }
 }
 
-/// Asks to split a shard; the second child begins at `second_from`. [`wait_active`] waits for it.
+/// Requests the split of a shard; the second child begins at `second_from`. [`wait_active`] waits for it.
 ///
 /// # Errors
 /// [`SourceError::Call`].
@@ -232,7 +232,7 @@ pub async fn split(
     call.send().await.map(drop).map_err(|error| call_error("SplitShard", place(), &error))
 }
 
-/// Asks to merge two adjacent shards. [`wait_active`] waits for it.
+/// Requests the merge of two adjacent shards. [`wait_active`] waits for it.
 ///
 /// # Errors
 /// [`SourceError::Call`].
@@ -250,7 +250,7 @@ pub async fn merge(
     call.send().await.map(drop).map_err(|error| call_error("MergeShards", place(), &error))
 }
 
-/// Asks for this many shards of equal ranges. [`wait_active`] waits for them.
+/// Requests this number of shards with equal ranges. [`wait_active`] waits for them.
 ///
 /// Source: API reference, UpdateShardCount: at most twice, and at least half, the open shards.
 ///
@@ -279,7 +279,7 @@ pub async fn delete(
 ) -> Result<(), SourceError> {
     let (name, arn) = stream.name_or_arn();
     let call = client.delete_stream().set_stream_name(name).set_stream_arn(arn);
-    // Its registered consumers go with it.
+    // Without this flag, a stream with registered consumers cannot be deleted.
     let deleted = call.enforce_consumer_deletion(true).send().await;
     deleted.map_err(|error| match classify(&error) {
         ErrorClass::NotFound => SourceError::NoSuchStream { stream: stream.to_string() },

@@ -1,4 +1,4 @@
-//! The settings of a Kinesis sink, as `[[sink]]` with `type = "kinesis"` has them.
+//! Settings of a Kinesis sink: `[[sink]]` with `type = "kinesis"`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,7 +17,7 @@ use shardmill_config::{
 use shardmill_core::record::StreamRef;
 use shardmill_core::sink::Sink;
 
-/// The sink type.
+/// Sink type of Kinesis streams.
 pub const TYPE: &dyn SinkType = &KinesisType;
 
 struct KinesisType;
@@ -25,15 +25,15 @@ struct KinesisType;
 /// A Kinesis stream that rows are put on.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StreamTarget {
-    /// The stream.
+    /// Stream.
     pub stream: StreamRef,
-    /// The server that has it.
+    /// Server of the stream.
     pub server: StreamServer,
-    /// Whether no request holds two records of one key.
+    /// Whether a request has at most one record per partition key.
     pub strict_order: bool,
 }
 
-/// `[[sink]]` with `type = "kinesis"`
+/// `[[sink]]` with `type = "kinesis"`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]
 struct RawKinesis {
@@ -63,7 +63,7 @@ impl SinkType for KinesisType {
                 name: "stream",
                 form: KeyForm::Text,
                 default: KeyDefault::Required("\"cars\""),
-                about: "The stream's name, or its ARN when it is another account's.",
+                about: "The stream's name, or its ARN if it belongs to another account.",
             },
             Key {
                 name: "endpoint",
@@ -75,7 +75,7 @@ impl SinkType for KinesisType {
                 name: "region",
                 form: KeyForm::Text,
                 default: KeyDefault::None,
-                about: "The AWS region; without it: that of the ARN, or the standard chain.",
+                about: "The AWS region; without it: that of the ARN, or of the standard chain.",
             },
             Key {
                 name: "assume_role",
@@ -87,14 +87,14 @@ impl SinkType for KinesisType {
                 name: "strict_order",
                 form: KeyForm::Flag,
                 default: KeyDefault::Value("false"),
-                about: "No request holds two records of one partition key, so that their order holds even where the \
+                about: "A request has at most one record per partition key, so that their order holds even if the \
                         stream refuses some of them for now.",
             },
         ]
     }
 
     fn commit_policy(&self) -> CommitPolicy {
-        // Ten full requests; soon, because someone downstream waits.
+        // Ten full requests. A short time, because readers of the stream wait for the records.
         CommitPolicy::patient(5_000, 4 << 20, Duration::from_millis(200))
     }
 
