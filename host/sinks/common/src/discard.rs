@@ -1,6 +1,6 @@
-//! Rows to nowhere: for measuring what comes before a sink, and for trying stages out.
+//! Sink that drops its rows: for measuring source and stages, and for trying out stages.
 //!
-//! The sink keeps no position of its own; the checkpoint passes what it was given.
+//! The sink keeps no position of its own; the checkpoint moves past the dropped rows.
 
 use std::sync::Arc;
 
@@ -17,16 +17,16 @@ use shardmill_core::record::BoundRoute;
 use shardmill_core::record::{Position, ShardKey, SinkName};
 use shardmill_core::sink::{Acquired, Commit, Committed, RefusalLog, Sink, SinkError, SinkWriter};
 
-/// The sink type.
+/// Sink type that drops its rows.
 pub const TYPE: &dyn SinkType = &DiscardType;
 
 struct DiscardType;
 
-/// The settings of a sink that drops its rows: none.
+/// Settings of a sink that drops its rows: there are none.
 #[derive(Clone, Debug, PartialEq)]
 pub struct DiscardSettings;
 
-/// `[[sink]]` with `type = "discard"`
+/// `[[sink]]` with `type = "discard"`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]
 struct RawDiscard {
@@ -42,7 +42,7 @@ impl SinkType for DiscardType {
     }
 
     fn about(&self) -> &'static str {
-        "Rows to nowhere: for measuring what comes before a sink, and for trying stages out."
+        "Drops its rows: for measuring the source and the stages, and for trying out stages."
     }
 
     fn keys(&self) -> &'static [Key] {
@@ -77,13 +77,13 @@ impl SinkSettings for DiscardSettings {
     }
 }
 
-/// A sink that drops its rows.
+/// Sink that drops its rows.
 pub struct DiscardSink {
     name: SinkName,
 }
 
 impl DiscardSink {
-    /// A sink of this name.
+    /// Makes a sink with this name.
     pub fn new(name: SinkName) -> Self {
         Self { name }
     }

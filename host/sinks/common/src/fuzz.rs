@@ -1,4 +1,5 @@
-//! JSON values in columns of every type of every sink, compared with a slow reading of the documented rules.
+//! Fuzz target of JSON values in columns of every type of every sink: compares them with a slow reader written from the
+//! documented rules.
 //!
 //! The module `fuzz` of each sink reads back the bytes that the sink would send to its database. The reference
 //! here computes the value that they must have. A value is kept exactly or refused.
@@ -20,7 +21,7 @@ mod number;
 
 pub use super::rows::fuzz::ROWS;
 
-/// Words of JSON that columns read in their ways.
+/// Words of JSON that columns of some types read in a special way.
 pub const WORDS: [&str; 20] = [
     "null",
     "true",
@@ -69,21 +70,21 @@ pub enum Type {
     TimeOfDay,
     Timestamp,
     Timestamptz,
-    /// The same within the years 1 to 9999 in UTC.
+    /// Times of another type, within the years 1 to 9999 in UTC.
     YearsOf(&'static Type),
     Bytes,
     Array(&'static Type),
     /// SQLite's double, which rounds fractions but no integer.
     SqliteReal,
-    /// A number that SQLite keeps with all its digits.
+    /// A number that SQLite stores with all its digits.
     SqliteNumeric,
     /// A document, but a bare number is kept as one.
     SqliteJson,
-    /// Anything, as SQLite has it.
+    /// Anything, as SQLite stores it.
     SqliteAny,
     /// Another type's values as text, as they were written.
     AsWritten(&'static Type),
-    /// Truth values, as 0 and 1.
+    /// Booleans, as 0 and 1.
     AsNumber(&'static Type),
 }
 
@@ -93,7 +94,7 @@ pub enum Value {
     Null,
     Bool(bool),
     Integer(i64),
-    /// The bits. All NaN are the same.
+    /// Bits of a float. All NaN are the same.
     Float32(u32),
     Float64(u64),
     /// A number, and the digits that are shown after its point.
@@ -103,7 +104,7 @@ pub enum Value {
     Bytes(Vec<u8>),
     Days(i64),
     Micros(i64),
-    /// The length of each dimension, and the elements.
+    /// Length of each dimension, and the elements.
     Array(Vec<usize>, Vec<Value>),
 }
 
@@ -131,7 +132,7 @@ pub fn check(columns: &[FuzzColumn], data: &[u8]) {
     let Some((column, json)) = data.split_first() else { return };
     let Ok(raw) = serde_json::from_slice::<&RawValue>(json) else { return };
     if has_lone_surrogate(raw.get()) {
-        // The stores decide about it in documents; elsewhere it is no text.
+        // In documents, each database decides about it; elsewhere it is not a valid text.
         return;
     }
     let column = columns[usize::from(*column) % columns.len()];
@@ -140,7 +141,7 @@ pub fn check(columns: &[FuzzColumn], data: &[u8]) {
     assert_eq!(found, expected, "{} as {} ({:?})", raw.get(), column.name, column.values);
 }
 
-/// Says whether a string somewhere in the JSON is not Unicode.
+/// Returns whether a string anywhere in the JSON is not Unicode.
 fn has_lone_surrogate(json: &str) -> bool {
     json.contains("\\u") && serde_json::from_str::<serde_json::Value>(json).is_err()
 }
@@ -160,7 +161,7 @@ fn parsed(json: &str) -> Json<'_> {
         Ok(serde_json::Value::Bool(value)) => Json::Bool(value),
         Ok(serde_json::Value::Number(_)) => Json::Number(json),
         Ok(serde_json::Value::String(text)) => Json::Text(text),
-        // One that is nested too deep for this reader is nested as well.
+        // A value that is nested too deep for this reader is nested, too.
         _ => Json::Nested,
     }
 }
@@ -336,7 +337,7 @@ fn depth(json: &str) -> usize {
 /// Reads a UUID in one of its usual forms.
 fn uuid(text: &str) -> Option<Vec<u8>> {
     let braced = text.strip_prefix('{').and_then(|rest| rest.strip_suffix('}'));
-    // RFC 9562, section 4: the letters of the name may be large or small.
+    // RFC 9562, section 4: the letters of the name may be upper-case or lower-case.
     let is_name = text.get(..9).is_some_and(|name| name.eq_ignore_ascii_case("urn:uuid:"));
     let named = is_name.then(|| &text[9..]);
     let inner = named.or(braced).unwrap_or(text);
@@ -372,7 +373,7 @@ fn bytes(text: &str) -> Option<Vec<u8>> {
         bits.push_str(&format!("{place:06b}"));
     }
     let (whole, rest) = bits.split_at(bits.len() / 8 * 8);
-    // Bits that belong to no byte are zero.
+    // Bits after the last whole byte are zero.
     if rest.contains('1') {
         return None;
     }

@@ -1,15 +1,14 @@
-//! What several sinks share: how JSON values become values of columns ([`rows`]), rows as lines ([`mod@line`]), progress
+//! Code that several sinks share: JSON values as values of columns ([`rows`]), rows as lines ([`mod@line`]), progress
 //! through a commit of several requests ([`progress`]), files and folders of this machine ([`local`]), and the sink
-//! that drops what it gets ([`discard`]).
+//! that drops its rows ([`discard`]).
 //!
-//! A new sink is a folder beside this one, and a line in the program's registry (`host/cli/src/registry.rs`). The
-//! folder implements [`Sink`](shardmill_core::sink::Sink) for the rows,
-//! [`SinkType`](shardmill_config::SinkType) for its table in `pipeline.toml` and for the reference, and
-//! [`SinkSettings`](shardmill_config::SinkSettings) for what the engine and the commands ask. [`discard`] is the
-//! shortest example.
+//! A new sink is a folder beside this one, and a line in the program's registry (`host/cli/src/registry.rs`). It
+//! implements [`Sink`](shardmill_core::sink::Sink) for the rows, [`SinkType`](shardmill_config::SinkType) for its table
+//! in `pipeline.toml` and for the reference, and [`SinkSettings`](shardmill_config::SinkSettings) for questions of the
+//! engine and the commands. [`discard`] is the shortest example.
 //!
-//! A sink knows its destination; what is the same for all destinations is here. Nothing here talks to one. It uses
-//! `config` and `core`, and no heavy dependency.
+//! A sink knows its destination; code here does not connect to any. It uses `config` and `core`, and no heavy
+//! dependency.
 //!
 //! ```
 //! use shardmill_sinks_common::line::LineFormat;

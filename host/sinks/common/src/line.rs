@@ -1,28 +1,28 @@
-//! One row, one line: which media types text sinks take and how a payload becomes a line.
+//! Converts payloads to lines, for the media types that text sinks accept.
 //!
-//! Pure functions of the payload, so that a replayed row becomes the same bytes again.
+//! All functions are pure functions of the payload, so a replayed row gives the same bytes.
 
 use std::borrow::Cow;
 use std::io::{self, Write};
 
 use serde::de::IgnoredAny;
 
-/// How payloads of one media type become lines.
+/// Format of payloads, by their media type.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum LineFormat {
-    /// `application/json`: one valid JSON text; newlines between its tokens are dropped.
+    /// `application/json`: one valid JSON text. Newlines between its tokens are removed.
     Json,
-    /// `text/plain`: one line; a line end at its end is the line's own.
+    /// `text/plain`: one line, with or without its line end.
     Text,
-    /// `application/x-ndjson`: one or more lines already.
+    /// `application/x-ndjson`: one or more lines.
     Lines,
 }
 
-/// The media types that [`LineFormat::of_media_type`] knows, for error texts.
+/// Media types that [`LineFormat::of_media_type`] knows, for error texts.
 pub const LINE_MEDIA_TYPES: &str = "application/json, text/plain or application/x-ndjson";
 
 impl LineFormat {
-    /// The format of a media type (its parameters and case do not count); `None`: not lines.
+    /// Returns the format of a media type, without regard to its parameters and case; `None`: it is not lines.
     pub fn of_media_type(media_type: &str) -> Option<Self> {
         let essence = media_type.split(';').next().unwrap_or_default().trim();
         match essence.to_ascii_lowercase().as_str() {
@@ -33,10 +33,10 @@ impl LineFormat {
         }
     }
 
-    /// The payload as a line (or as lines) without the last line end.
+    /// Returns the payload as a line (or as lines) without the last line end.
     ///
     /// # Errors
-    /// Why it cannot be one, as a fragment for a dead letter.
+    /// The reason why it cannot be a line, as a fragment for a dead letter.
     pub fn line(self, payload: &[u8]) -> Result<Cow<'_, [u8]>, String> {
         self.check(payload)?;
         Ok(match self.kept(payload) {
@@ -52,23 +52,25 @@ impl LineFormat {
     pub fn check(self, payload: &[u8]) -> Result<(), String> {
         let (line, drops_newlines) = self.kept(payload);
         match self {
-            Self::Json => check_json(line).map_err(|error| format!("payload is no JSON: {error}")),
+            Self::Json => {
+                check_json(line).map_err(|error| format!("payload is not valid JSON: {error}"))
+            }
             Self::Text if drops_newlines => check_json(line).map_err(|_| {
-                "payload has a newline and is no JSON: a row must be one line; \
+                "payload has a newline and is not JSON: a row must be one line; \
                  escape it in the plugin, or declare the route application/x-ndjson"
                     .into()
             }),
             Self::Lines if line.is_empty() => {
-                Err("payload is empty: at least one line is due".into())
+                Err("payload is empty: expected at least one line".into())
             }
             Self::Text | Self::Lines => Ok(()),
         }
     }
 
-    /// Writes the line of a payload that was checked: the same bytes as [`LineFormat::line`], without a copy.
+    /// Writes the line of a checked payload: the same bytes as [`LineFormat::line`], without a copy.
     ///
     /// # Errors
-    /// Those of the output.
+    /// The errors of the output.
     pub fn write(self, payload: &[u8], output: &mut dyn Write) -> io::Result<()> {
         let (mut rest, drops_newlines) = self.kept(payload);
         while drops_newlines && let Some(at) = memchr::memchr2(b'\n', b'\r', rest) {
@@ -78,7 +80,7 @@ impl LineFormat {
         output.write_all(rest)
     }
 
-    /// The bytes of the payload that its line is made of; true: without their newlines.
+    /// Returns the bytes of the payload that its line is made of; true: newlines in them must be removed.
     fn kept(self, payload: &[u8]) -> (&[u8], bool) {
         match self {
             Self::Json => (payload, true),
@@ -97,8 +99,8 @@ fn check_json(payload: &[u8]) -> Result<(), String> {
     Ok(())
 }
 
-/// Valid JSON without its newlines: they can only stand between tokens, since a string must escape
-/// them. Everything else stays byte for byte (long numbers, order and repetition of keys).
+/// Removes newlines from valid JSON. They can only be between tokens, since strings must escape them. All other bytes
+/// stay as they are (long numbers, order and repetition of keys).
 pub fn without_newlines(json: &[u8]) -> Cow<'_, [u8]> {
     if memchr::memchr2(b'\n', b'\r', json).is_none() {
         return Cow::Borrowed(json);

@@ -1,4 +1,4 @@
-//! Folders and files of this machine: whether a sink could write there, without leaving a trace.
+//! Checks of folders and files of this machine: whether a sink can write there, without leaving a file.
 
 use std::ffi::CString;
 use std::io;
@@ -6,8 +6,8 @@ use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
-/// A file or folder, whatever its name. One that is open, or whose path is known, is written on when it was
-/// moved or deleted; so its path is compared with it.
+/// Identity of a file or folder, whatever its name. Writes to an open file succeed even if it was moved or deleted, so
+/// the file at the path is compared with the open one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct FileId {
     device: u64,
@@ -15,10 +15,10 @@ pub struct FileId {
 }
 
 impl FileId {
-    /// The file at a path; `None`: there is none.
+    /// Returns the identity of the file at a path; `None`: there is none.
     ///
     /// # Errors
-    /// A sentence, where it cannot be looked at.
+    /// A message, if the path cannot be looked at.
     pub fn at(path: &Path) -> Result<Option<Self>, String> {
         match std::fs::metadata(path) {
             Ok(found) => Ok(Some(Self { device: found.dev(), inode: found.ino() })),
@@ -28,11 +28,10 @@ impl FileId {
     }
 }
 
-/// Checks that files can be made in a folder, which may be missing itself: then its nearest ancestor must
-/// take folders.
+/// Checks that files can be created in a folder. If the folder is missing, its nearest existing ancestor is checked.
 ///
 /// # Errors
-/// A sentence that names the folder, the cause and the way out.
+/// A message with the folder, the cause and the way out.
 pub fn check_writable(folder: &Path) -> Result<(), String> {
     let mut at = folder;
     loop {
@@ -49,7 +48,7 @@ pub fn check_writable(folder: &Path) -> Result<(), String> {
             Err(error) => return Err(format!("cannot look at {}: {error}", at.display())),
         }
     }
-    // A file without a name, which is gone when it is closed.
+    // The file has no name, and is gone when it is closed.
     tempfile::tempfile_in(at).map(drop).map_err(|error| {
         format!(
             "cannot write files in {}: {}: let this user write there, or name another folder",
@@ -62,11 +61,11 @@ pub fn check_writable(folder: &Path) -> Result<(), String> {
 /// Checks that an existing file can be written, by the rights that this process has.
 ///
 /// The file is not opened: a pipeline that runs may have it open as a database, and closing any descriptor of a
-/// file ends all locks that the process has on it (POSIX). The next program that opens and closes the database
-/// would take itself for the last one and delete the log, with the rows that are in it alone.
+/// file ends all locks that the process has on it (POSIX). The next program that opens and closes the database would
+/// consider itself the last one and delete the log, with rows that are in the log only.
 ///
 /// # Errors
-/// A sentence that names the file, the cause and the way out.
+/// A message with the file, the cause and the way out.
 pub fn check_writable_file(path: &Path) -> Result<(), String> {
     let may_write = match std::fs::metadata(path) {
         Ok(found) if found.is_file() => may_read_and_write(path),
@@ -83,9 +82,9 @@ pub fn check_writable_file(path: &Path) -> Result<(), String> {
 
 fn may_read_and_write(path: &Path) -> io::Result<()> {
     let name = CString::new(path.as_os_str().as_bytes())?;
-    // By the effective user, as `open` would; `access` alone asks for the real one.
+    // Checks the rights of the effective user, as `open` does; `access` checks those of the real user.
     let (rights, by) = (libc::R_OK | libc::W_OK, libc::AT_EACCESS);
-    // SAFETY: the call reads a text that ends with a zero and lives here.
+    // SAFETY: the call reads a text that ends with a zero byte and outlives the call.
     match unsafe { libc::faccessat(libc::AT_FDCWD, name.as_ptr(), rights, by) } {
         0 => Ok(()),
         _ => Err(io::Error::last_os_error()),

@@ -1,15 +1,16 @@
-//! How far a commit has come whose rows go out piece by piece, for sinks without transactions.
+//! Progress of a commit whose rows are sent in several requests, for sinks without transactions. When the commit is
+//! retried, rows with an outcome are not sent again.
 
 use shardmill_core::record::Position;
 use shardmill_core::sink::{Commit, Committed, Refusal};
 
-/// What became of each row of the commit under way.
+/// Outcome of each row of the current commit.
 #[derive(Debug, Default)]
 pub struct CommitProgress {
-    /// Where the commit ends; another end is another commit.
+    /// End of the commit. A commit with another end is another commit.
     to_inclusive: Option<Position>,
     rows: Vec<State>,
-    /// All rows before this have their outcome.
+    /// Index of the first row that may have no outcome.
     first_waiting: usize,
 }
 
@@ -21,7 +22,7 @@ enum State {
 }
 
 impl CommitProgress {
-    /// Takes a commit up: where it stood if it is tried again; true: it is new, from its beginning.
+    /// Begins a commit, or continues it if it is a retry. Returns true if it is new.
     pub fn enter(&mut self, commit: &Commit) -> bool {
         let is_new = self.to_inclusive.as_ref() != Some(&commit.range.to_inclusive);
         if is_new {
@@ -32,7 +33,7 @@ impl CommitProgress {
         is_new
     }
 
-    /// The rows without an outcome, ascending.
+    /// Returns the indexes of the rows without an outcome, ascending.
     pub fn waiting(&mut self) -> Vec<usize> {
         while self.rows.get(self.first_waiting).is_some_and(|state| *state != State::Waiting) {
             self.first_waiting += 1;
@@ -42,17 +43,17 @@ impl CommitProgress {
             .collect()
     }
 
-    /// The destination has the row.
+    /// Notes that the destination has the row.
     pub fn done(&mut self, place: usize) {
         self.rows[place] = State::Done;
     }
 
-    /// The destination will never take the row.
+    /// Notes that the destination refuses the row for good.
     pub fn refuse(&mut self, place: usize, reason: String) {
         self.rows[place] = State::Refused(reason);
     }
 
-    /// The rows that were refused, ascending.
+    /// Returns the refused rows, ascending.
     pub fn refusals(&self) -> Vec<Refusal> {
         let refused = |(row, state): (usize, &State)| match state {
             State::Refused(reason) => Some(Refusal { row, reason: reason.clone() }),
@@ -61,7 +62,7 @@ impl CommitProgress {
         self.rows.iter().enumerate().filter_map(refused).collect()
     }
 
-    /// What the commit did.
+    /// Returns the counts of the commit.
     pub fn committed(&self, commit: &Commit) -> Committed {
         let mut committed = Committed::default();
         for (state, row) in self.rows.iter().zip(&*commit.rows) {

@@ -1,10 +1,10 @@
-//! Rows for SQL sinks: a payload, which is one JSON object, spread over a table's columns.
+//! Rows for SQL sinks: spreads a payload, which is one JSON object, over the columns of a table.
 //!
-//! Pure: no I/O and no SQL. Nothing is copied here that can be borrowed: a value stays the JSON text
-//! that came, so that 64-bit integers and decimals of any precision keep their exact value until
-//! [`value`] reads them by the column's type. What cannot be a row is a fault of that row alone.
+//! No I/O and no SQL. Values are borrowed as the JSON text of the payload. So 64-bit integers and decimals of any
+//! precision keep their exact value until [`value`] reads them by the column's type. A payload that is not a row is
+//! refused alone.
 //!
-//! A key that comes twice is refused: to keep one of two values in silence would lose the other.
+//! A repeated key is refused: keeping one of the two values would silently lose the other.
 
 use std::borrow::Cow;
 use std::collections::{HashMap, HashSet};
@@ -30,10 +30,10 @@ pub mod fuzz;
 pub mod time;
 pub mod value;
 
-/// The characters of a refused value that its reason shows.
+/// Most characters of a refused value that its reason shows.
 const SHOWN_CHARS_MAX: usize = 60;
 
-/// The names of a table's columns, found by name.
+/// Names of a table's columns, with an index by name.
 #[derive(Debug, Default)]
 pub struct ColumnNames {
     names: Vec<String>,
@@ -41,24 +41,24 @@ pub struct ColumnNames {
 }
 
 impl ColumnNames {
-    /// Takes the names in the table's order.
+    /// Makes an index of names in the table's order.
     pub fn new(names: impl IntoIterator<Item = String>) -> Self {
         let names: Vec<String> = names.into_iter().collect();
         let places = names.iter().cloned().enumerate().map(|(place, name)| (name, place)).collect();
         Self { names, places }
     }
 
-    /// The name of a column, by its place.
+    /// Returns the name of a column, by its place.
     pub(super) fn name(&self, place: usize) -> &str {
         &self.names[place]
     }
 
-    /// How many columns there are.
+    /// Returns the number of columns.
     pub(crate) fn len(&self) -> usize {
         self.names.len()
     }
 
-    /// The place of a column; `likely` is tried first, since rows tend to keep the table's order.
+    /// Returns the place of a column. Tries `likely` first, since rows mostly have the table's order.
     fn find(&self, key: &str, likely: usize) -> Option<usize> {
         match self.names.get(likely) {
             Some(name) if name == key => Some(likely),
@@ -67,21 +67,20 @@ impl ColumnNames {
     }
 }
 
-/// Why a payload is no row of the table.
+/// Reason why a payload is not a row of the table.
 #[derive(Debug, PartialEq, Eq)]
 pub enum RowError {
-    /// The payload itself is at fault.
+    /// The payload is invalid.
     Refused(String),
-    /// The object has a key that is no column. Whether that is the row's fault or the table's is
-    /// the sink's to say.
+    /// The object has a key for which there is no column. The sink decides whether that is the fault of the row or of
+    /// the table.
     UnknownKey(String),
 }
 
-/// One row, as JSON values by column place; `None` where the object lacks the key.
+/// One row, as JSON values by column place; `None` where the object does not have the key.
 pub type Slots<'a> = [Option<RawJson<'a>>];
 
-/// Spreads a payload over `slots`, one per column; what they held before is cleared. `form` is what was
-/// learned from the rows before it.
+/// Spreads a payload over `slots`, one per column, which are cleared first. `form` was learned from earlier rows.
 pub fn spread<'a>(
     payload: &'a [u8],
     columns: &ColumnNames,
@@ -92,7 +91,7 @@ pub fn spread<'a>(
     slots.fill(None);
     let text = std::str::from_utf8(payload).map_err(|error| {
         RowError::Refused(format!(
-            "the row is no UTF-8 from byte {}: a JSON object is due",
+            "the row is not valid UTF-8 from byte {}: expected a JSON object",
             error.valid_up_to()
         ))
     })?;
@@ -101,7 +100,7 @@ pub fn spread<'a>(
     }
     slots.fill(None);
     if text.trim_ascii().is_empty() {
-        return Err(RowError::Refused("the row is empty: a JSON object is due".into()));
+        return Err(RowError::Refused("the row is empty: expected a JSON object".into()));
     }
     let (mut row_error, mut order) = (None, Vec::with_capacity(columns.len()));
     let mut json = serde_json::Deserializer::from_str(text);
@@ -110,7 +109,9 @@ pub fn spread<'a>(
         .and_then(|()| json.end());
     match (row_error, read) {
         (Some(row_error), _) => Err(row_error),
-        (None, Err(error)) => Err(RowError::Refused(format!("the row is no JSON object: {error}"))),
+        (None, Err(error)) => {
+            Err(RowError::Refused(format!("the row is not a JSON object: {error}")))
+        }
         (None, Ok(())) => {
             form.saw(order, columns);
             Ok(())
@@ -118,11 +119,11 @@ pub fn spread<'a>(
     }
 }
 
-/// Fills slots from a JSON object.
+/// Visitor that fills slots from a JSON object.
 struct Spread<'s, 'a> {
     columns: &'s ColumnNames,
     slots: &'s mut Slots<'a>,
-    /// The places of the columns as they come.
+    /// Places of the columns in the object's order.
     order: &'s mut Vec<usize>,
     row_error: &'s mut Option<RowError>,
 }
@@ -158,7 +159,7 @@ impl<'a> Visitor<'a> for Spread<'_, 'a> {
     }
 }
 
-/// Reads one key as a column's place, or as the text that names no column.
+/// Visitor that reads one key: as a column's place, or as a text without a column.
 struct Key<'s> {
     columns: &'s ColumnNames,
     likely: usize,
@@ -184,12 +185,12 @@ impl Visitor<'_> for Key<'_> {
     }
 }
 
-/// The reason for a value that does not fit its column.
+/// Makes the reason for a value that does not fit its column.
 pub fn misfit(column: &str, data_type: &str, raw: RawJson<'_>, why: &str) -> String {
     format!("column {column:?} of type {data_type} does not take {}: {why}", shortened(raw.get()))
 }
 
-/// The text's beginning, marked as such where it was cut.
+/// Returns the beginning of a text, with a mark if it was cut.
 pub(crate) fn shortened(text: &str) -> Cow<'_, str> {
     match text.char_indices().nth(SHOWN_CHARS_MAX) {
         None => Cow::Borrowed(text),
@@ -197,8 +198,8 @@ pub(crate) fn shortened(text: &str) -> Cow<'_, str> {
     }
 }
 
-/// Each column that a route declared or that the table once had, by all shards of a sink: when one
-/// of them is gone, that is the table's doing and no fault of the rows.
+/// Every column that a route has declared or that the table has had, for all shards of a sink. If one of them is
+/// missing, the table has changed, and rows that have it are not at fault.
 #[derive(Debug, Default)]
 pub struct KnownColumns(Mutex<HashSet<String>>);
 
@@ -213,13 +214,13 @@ impl KnownColumns {
         }
     }
 
-    /// Whether the column was ever there or declared.
+    /// Returns whether the column was ever in the table, or declared.
     pub fn contains(&self, name: &str) -> bool {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).contains(name)
     }
 }
 
-/// Checks that every route carries JSON.
+/// Checks that the format of every route is JSON.
 pub fn check_formats(sink: &SinkName, routes: &[BoundRoute]) -> Result<(), SinkError> {
     let is_json = |format: &str| {
         let essence = format.split(';').next().unwrap_or_default().trim();

@@ -1,25 +1,27 @@
-//! Rows to an HTTP endpoint, many in one POST; at least once.
+//! HTTP sink: posts rows to an endpoint, many in one request, at least once.
 //!
-//! Each request says what it holds, so that a receiver can tell what it has already:
+//! Each request says what it has, so that a receiver can recognise rows that it already has:
 //!
-//! | header | what |
+//! | header | value |
 //! |---|---|
 //! | `idempotency-key` | the same for the same rows of the same records, 32 hex digits |
-//! | `shardmill-shard` | the stream and shard |
-//! | `shardmill-first`, `shardmill-last` | the positions of the first and the last row's record |
+//! | `shardmill-shard` | stream and shard |
+//! | `shardmill-first`, `shardmill-last` | positions of the records of the first and the last row |
 //!
-//! Positions of a shard only grow, but for what is sent again after a crash: a receiver that keeps
-//! the last position per shard, and drops what lies at or before it, has each row once.
+//! Positions of a shard only grow, except when rows are sent again after a crash. So a receiver that keeps the last
+//! position per shard, and drops rows at or before it, has each row once. One exception: after a status that refuses
+//! rows, requests are halved, and the rows of one record may come in two requests with the same position.
 //!
-//! The status decides, and nothing else of an answer:
+//! Only the status of an answer decides:
 //!
 //! | status | rows |
 //! |---|---|
-//! | 2xx but 207, after the whole request was sent | are taken |
-//! | 400, 413, 415, 422, and those in `refuse` | halved until the one at fault is alone, which is refused |
+//! | 2xx except 207, after the whole request was sent | taken |
+//! | 400, 413, 415, 422, and those in `refuse` | halved until the culprit is alone, which is refused |
 //! | anything else, or no answer | wait, and are posted again; `Retry-After` is obeyed, up to 10 minutes |
 //!
-//! [`TYPE`] is what the program's registry lists: `settings` reads `type = "http"`, names its keys and makes the sink.
+//! [`TYPE`] is the entry in the program's registry of sinks: `settings` reads `type = "http"`, lists its keys and makes
+//! the sink.
 
 mod settings;
 
@@ -42,15 +44,15 @@ use shardmill_sinks_common::progress::CommitProgress;
 
 /// Hex digits of an idempotency key.
 const KEY_DIGITS: usize = 32;
-/// Characters of an answer that an error shows.
+/// Most characters of an answer that an error shows.
 const ANSWER_CHARS: usize = 200;
 
-/// An endpoint that rows are posted to.
+/// Sink of an endpoint that rows are posted to.
 pub struct HttpSink {
     shared: Arc<Shared>,
 }
 
-/// What the writers of all shards have in common.
+/// Parts that the writers of all shards share.
 struct Shared {
     sink: SinkName,
     target: HttpTarget,
@@ -59,11 +61,11 @@ struct Shared {
 }
 
 impl HttpSink {
-    /// A sink at an endpoint. Connects to nothing yet; connections live on the current runtime. Of its `values`, answers
-    /// show nothing.
+    /// Makes a sink at an endpoint. Connects to nothing yet; connections will use the current runtime. The text of
+    /// answers is shown without any of the `values`.
     ///
     /// # Errors
-    /// When the machine's certificates cannot be read, or a header is none.
+    /// When the machine's certificates cannot be read, or a header is invalid.
     pub fn new(name: SinkName, target: HttpTarget, values: Values) -> Result<Self, SinkError> {
         let runtime = tokio::runtime::Handle::current();
         match HttpGrant::new(std::slice::from_ref(&target.host), runtime) {
@@ -113,12 +115,12 @@ impl Sink for HttpSink {
     }
 }
 
-/// The meaning of an answer.
+/// Meaning of an answer.
 #[derive(Debug, PartialEq, Eq)]
 enum Outcome {
     /// The endpoint has the rows.
     Taken,
-    /// The rows are at fault: fewer of them may be taken.
+    /// The endpoint refuses the rows: fewer of them may be taken.
     Refused(String),
     /// The endpoint does not take rows now: they wait, with this cause.
     Unavailable(String),
@@ -128,17 +130,17 @@ struct HttpWriter {
     shared: Arc<Shared>,
     shard: ShardKey,
     progress: CommitProgress,
-    /// The rows of the commit under way that can be posted.
+    /// Indexes of the rows of the current commit that can be posted.
     sound: Arc<[usize]>,
-    /// The requests that are still to be made, the next one last, as ranges of `sound`. A request
-    /// that is tried again has the same rows, or its key would be another.
+    /// Remaining requests, the next one last, as ranges of `sound`. A request that is tried again has the same rows, so
+    /// that it has the same idempotency key.
     pieces: Vec<Range<usize>>,
-    /// How long the endpoint asked to be left alone when it last held the rows.
+    /// `Retry-After` of the last answer.
     asked_to_wait: Option<Duration>,
 }
 
 impl HttpWriter {
-    /// Looks which rows can be posted.
+    /// Finds the rows that can be posted, and refuses the others.
     fn sort_out(&mut self, rows: &[Row]) {
         let mut sound = Vec::new();
         for place in self.progress.waiting() {
@@ -152,7 +154,7 @@ impl HttpWriter {
         self.pieces.push(0..self.sound.len());
     }
 
-    /// Posts what is still to be posted; what is rejected is halved until the row at fault is alone.
+    /// Makes the remaining requests. Halves a request that is refused, until the culprit is alone.
     async fn post_all(&mut self, rows: &Arc<Vec<Row>>) -> Result<(), SinkError> {
         while let Some(piece) = self.pieces.last().cloned() {
             let outcome = match piece.is_empty() {
@@ -160,7 +162,7 @@ impl HttpWriter {
                 false => self.post(rows, piece.clone()).await?,
             };
             match outcome {
-                // The piece stays: it is posted again as it is.
+                // The piece stays: the retry posts it with the same rows.
                 Outcome::Unavailable(cause) => return Err(self.shared.unavailable(cause)),
                 Outcome::Taken => {
                     self.pieces.pop();
@@ -193,7 +195,7 @@ impl HttpWriter {
             shared.request(&shard, &rows)
         });
         let request = building.await.map_err(|error| {
-            self.shared.unavailable(format!("making a request was broken off: {error}"))
+            self.shared.unavailable(format!("making a request was interrupted: {error}"))
         })?;
         let deadline = Instant::now() + self.shared.target.timeout;
         let answer = self.shared.grant.deliver(request, deadline).await;
@@ -209,24 +211,24 @@ impl HttpWriter {
     }
 }
 
-/// What an answer means for the rows of its request. `refuse`: further statuses by which the endpoint
-/// says that rows are at fault; `said`: what it says of the body.
+/// Returns the meaning of an answer for the rows of its request. `refuse` has further statuses that refuse rows; `said`
+/// is the beginning of the answer's body.
 fn outcome(place: &str, answer: &ResponseHead, said: &str, refuse: &[u16]) -> Outcome {
     let status = answer.status;
     if refuse.contains(&status) {
         return Outcome::Refused(format!("answered {status}{said}"));
     }
     let hint = match status {
-        // 207 (Multi-Status) says of each part what became of it, in a form that only the two sides know.
-        207 => ": what became of each row cannot be read from that; let it answer 200, or 4xx",
+        // 207 (Multi-Status) has an outcome for each part, in a form that only the two sides know.
+        207 => ": the outcome of each row is unknown; make the endpoint answer 200, or 4xx",
         200..=299 => return Outcome::Taken,
         // RFC 9110: the content is malformed, too large, of another type, or not processable.
         400 | 413 | 415 | 422 => return Outcome::Refused(format!("answered {status}{said}")),
-        300..=399 => ": redirects are not followed; set `url` to where the rows belong",
-        401 | 403 => ": set `headers` to what it lets in",
-        404 | 410 => ": set `url` to a path that takes rows",
-        405 => ": set `url` to a path that takes POST",
-        409 => ": if the rows are at fault, add `refuse = [409]` to the sink",
+        300..=399 => ": redirects are not followed; set `url` to the new location",
+        401 | 403 => ": set `headers` to valid credentials",
+        404 | 410 => ": set `url` to a path that accepts rows",
+        405 => ": set `url` to a path that accepts POST",
+        409 => ": if it means that rows are refused, add `refuse = [409]` to the sink",
         _ => "",
     };
     let location = match &answer.location {
@@ -234,13 +236,14 @@ fn outcome(place: &str, answer: &ResponseHead, said: &str, refuse: &[u16]) -> Ou
         None => String::new(),
     };
     let wait = match answer.retry_after {
-        Some(wait) => format!("; it asks to wait {} s (Retry-After)", wait.as_secs()),
+        Some(wait) => format!("; the endpoint asks to wait {} s (Retry-After)", wait.as_secs()),
         None => String::new(),
     };
     Outcome::Unavailable(format!("{place} answered {status}{location}{said}{hint}{wait}"))
 }
 
-/// The beginning of a body, for a message. It may repeat the request, half a value of which would not be found.
+/// Returns the beginning of a body, for a message. It may repeat the request, so values are hidden before it is cut: a
+/// part of a value would not be found.
 fn said(body: &[u8], values: &Values) -> String {
     let text = values.hide_beginning(String::from_utf8_lossy(body).into_owned());
     let text: String = text.chars().take(ANSWER_CHARS).collect();
@@ -248,7 +251,7 @@ fn said(body: &[u8], values: &Values) -> String {
     if text.is_empty() { text } else { format!(": {text}") }
 }
 
-/// A stranger's text on one line.
+/// Returns a text of the endpoint as one line without control characters.
 fn one_line(text: &str) -> String {
     text.replace(char::is_control, " ").trim().to_owned()
 }
@@ -279,7 +282,7 @@ impl Shared {
         ]
     }
 
-    /// The same for the same rows of the same records.
+    /// Returns a key that is the same for the same rows of the same records.
     fn idempotency_key(&self, shard: &ShardKey, rows: &[&Row]) -> String {
         let mut hash = Sha256::new();
         let parts = [shard.pipeline.as_str(), self.sink.as_str(), &shard.stream.key()];
@@ -310,7 +313,7 @@ impl Shared {
             if index > 0 {
                 body.extend_from_slice(between);
             }
-            // Known to be JSON.
+            // The rows were checked to be JSON.
             body.extend_from_slice(&without_newlines(&row.payload));
         }
         body.extend_from_slice(close);
@@ -322,7 +325,7 @@ impl Shared {
     }
 }
 
-/// The endpoint without what could be a secret.
+/// Returns the endpoint's host, since the rest of the URL could be a secret.
 fn place(url: &url::Url) -> &str {
     url.host_str().unwrap_or("the endpoint")
 }

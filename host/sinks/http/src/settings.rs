@@ -1,4 +1,4 @@
-//! The settings of an HTTP sink, as `[[sink]]` with `type = "http"` has them.
+//! Settings of an HTTP sink: `[[sink]]` with `type = "http"`.
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -19,10 +19,10 @@ use shardmill_config::{
 };
 use shardmill_core::sink::Sink;
 
-/// The sink type.
+/// Sink type of HTTP endpoints.
 pub const TYPE: &dyn SinkType = &HttpType;
 
-/// Statuses that say who may ask, or when: no row is at fault.
+/// Statuses about permission, time or load: they cannot refuse rows.
 const NOT_OF_ROWS: [u16; 7] = [401, 403, 407, 408, 425, 429, 503];
 
 const TIMEOUT: Duration = Duration::from_secs(30);
@@ -33,28 +33,28 @@ struct HttpType;
 /// An HTTP endpoint that rows are posted to.
 #[derive(Clone, Debug, PartialEq)]
 pub struct HttpTarget {
-    /// The endpoint, `https://…`.
+    /// URL, `https://…`.
     pub url: Url,
-    /// Its host, with the headers that are sent.
+    /// Host of the URL, with the headers that are sent.
     pub host: HttpHostConfig,
-    /// What a request's body is.
+    /// Format of a request's body.
     pub body: HttpBody,
-    /// How long one request may take, up to the head of its answer.
+    /// Longest time of a request, up to the head of its answer.
     pub timeout: Duration,
-    /// Further statuses by which the endpoint says that rows are at fault.
+    /// Further statuses that refuse rows.
     pub refuse: Vec<u16>,
 }
 
-/// What the body of a request is.
+/// Format of a request's body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HttpBody {
     /// An array of the rows.
     Json,
-    /// A row a line.
+    /// One row per line.
     Ndjson,
 }
 
-/// `[[sink]]` with `type = "http"`
+/// `[[sink]]` with `type = "http"`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]
 struct RawHttp {
@@ -99,31 +99,31 @@ impl SinkType for HttpType {
                 name: "private",
                 form: KeyForm::Flag,
                 default: KeyDefault::Value("false"),
-                about: "The endpoint may have a private address, and be asked without TLS.",
+                about: "Whether the endpoint may have a private address, and may be used without TLS.",
             },
             Key {
                 name: "format",
                 form: KeyForm::Text,
                 default: KeyDefault::Value("\"json\""),
-                about: "The body of a request: `json`, an array of rows, or `ndjson`, a row a line.",
+                about: "The body of a request: `json`, an array of rows, or `ndjson`, one row per line.",
             },
             Key {
                 name: "timeout",
                 form: KeyForm::Duration,
                 default: KeyDefault::Value("\"30 s\""),
-                about: "The time until the answer begins.",
+                about: "The longest time until the answer begins.",
             },
             Key {
                 name: "refuse",
                 form: KeyForm::List,
                 default: KeyDefault::None,
-                about: "Statuses that refuse rows, beside 400, 413, 415 and 422.",
+                about: "Statuses that refuse rows, in addition to 400, 413, 415 and 422.",
             },
         ]
     }
 
     fn commit_policy(&self) -> CommitPolicy {
-        // An endpoint may be expected to take this in one request.
+        // Endpoints can usually take this much in one request.
         CommitPolicy::patient(1_000, 1 << 20, Duration::from_secs(1))
     }
 
@@ -155,7 +155,7 @@ fn target(raw: &RawHttp, check: &mut Check) -> Option<HttpTarget> {
     Some(HttpTarget { url, host, body, timeout, refuse })
 }
 
-/// Statuses by which an endpoint says that rows are at fault, beside those that always say so.
+/// Reads the statuses that refuse rows, in addition to those that always do.
 fn refused_statuses(raw: &[Spanned<Count>], check: &mut Check) -> Option<Vec<u16>> {
     let mut statuses = Vec::new();
     let mut sound = true;
@@ -166,8 +166,8 @@ fn refused_statuses(raw: &[Spanned<Count>], check: &mut Check) -> Option<Vec<u16
                 statuses.push(number);
             }
             _ => {
-                let help = "name a status of 400 to 599 that is an answer to rows, such as 409; 401, 403, \
-                            407, 408, 425, 429 and 503 are about who asks, or when";
+                let help = "set a status of 400 to 599 that refuses rows, such as 409; 401, 403, 407, 408, \
+                            425, 429 and 503 are about permission, time or load";
                 check.problem(status.span(), format!("{number} cannot refuse rows"), help);
                 sound = false;
             }
@@ -176,14 +176,14 @@ fn refused_statuses(raw: &[Spanned<Count>], check: &mut Check) -> Option<Vec<u16
     sound.then_some(statuses)
 }
 
-/// Where to post to.
+/// Reads the URL of the endpoint.
 fn endpoint_url(raw: &Spanned<Text>, private: bool, check: &mut Check) -> Option<Url> {
     let text = check.filled(raw, "URL")?;
     let help = "write for example \"https://api.example.com/events\"";
     let (message, help) = match Url::parse(&text) {
-        Err(cause) => (format!("this is no URL: {cause}"), help),
+        Err(cause) => (format!("invalid URL: {cause}"), help),
         Ok(url) if url.host_str().is_none() || !matches!(url.scheme(), "https" | "http") => {
-            (format!("`{}://` is no HTTP endpoint", url.scheme()), help)
+            (format!("expected an HTTP endpoint, found `{}://`", url.scheme()), help)
         }
         Ok(url) if !url.username().is_empty() || url.password().is_some() => {
             let help = "set headers = { authorization = \"Basic ${TOKEN}\" }";
@@ -191,7 +191,7 @@ fn endpoint_url(raw: &Spanned<Text>, private: bool, check: &mut Check) -> Option
         }
         Ok(url) if url.scheme() == "http" && !private => {
             let help = "use https://, or set private = true for a host of your own network";
-            ("rows would be sent in the clear".to_owned(), help)
+            ("rows would be sent without encryption".to_owned(), help)
         }
         Ok(url) => return Some(url),
     };

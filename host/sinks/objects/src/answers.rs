@@ -1,5 +1,5 @@
-//! How long an answer of a store may be. Its lists and errors are read whole before anything is made of them; objects
-//! are read piece by piece, up to the length that is expected of them ([`read`]).
+//! Bounds of the answers of a store. `object_store` reads lists and errors whole before it parses them, so their length
+//! is bounded in the HTTP client. Objects are read piece by piece, up to their expected length ([`read`]).
 
 use async_trait::async_trait;
 use bytes::{Bytes, BytesMut};
@@ -12,13 +12,13 @@ use object_store::client::{
 use object_store::path::Path;
 use object_store::{ClientOptions, GetResultPayload, ObjectStore, ObjectStoreExt as _};
 
-/// Bytes of an answer that is no object. A page of a list has a thousand keys of 1,024 characters.
+/// Most bytes of an answer that is not an object. A page of a list has a thousand keys of 1,024 characters.
 const ANSWER_BYTES_MAX: usize = 16 << 20;
 
 /// Reads an object of at most `bytes_max` bytes.
 ///
 /// # Errors
-/// The store's, or that it is longer.
+/// The store's error, or that the object is longer.
 pub(super) async fn read(
     store: &dyn ObjectStore,
     path: &Path,
@@ -36,7 +36,7 @@ pub(super) async fn read(
     if let GetResultPayload::File(..) = &found.payload {
         return found.bytes().await;
     }
-    // What a server says about a length need not be true.
+    // The length that a server reports may be wrong.
     let (mut pieces, mut bytes) = (found.into_stream(), BytesMut::new());
     while let Some(piece) = pieces.try_next().await? {
         if (bytes.len() + piece.len()) as u64 > bytes_max {
@@ -47,7 +47,7 @@ pub(super) async fn read(
     Ok(bytes.freeze())
 }
 
-/// Connects as a store does by itself; what it answers is bounded, but for objects.
+/// Connector that bounds the answers of the default connector, except objects.
 #[derive(Debug)]
 pub(super) struct Bounded;
 
@@ -82,8 +82,9 @@ impl HttpService for BoundedClient {
     }
 }
 
-/// Whether a query asks for a list. Source: the REST references of S3 and Cloud Storage (`list-type`) and of Azure
-/// (`comp`).
+/// Returns whether a query requests a list.
+///
+/// Source: the REST references of S3 and Cloud Storage (`list-type`) and of Azure (`comp`).
 fn is_list(query: &str) -> bool {
     url::form_urlencoded::parse(query.as_bytes())
         .any(|(name, value)| name == "list-type" || (name == "comp" && value == "list"))

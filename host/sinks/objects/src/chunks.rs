@@ -1,12 +1,12 @@
-//! Bytes of an object, in pieces: a buffer that grows as one piece holds up to twice as much as it is
-//! worth, and three times while it is moved.
+//! Bytes of an object, in pieces of one length. A buffer that grows as one piece uses up to twice its content in
+//! memory, and three times while it is moved.
 
 use std::io::{self, Write};
 
 use bytes::Bytes;
 use object_store::PutPayload;
 
-/// The bytes of a piece. Parts of an upload are whole pieces.
+/// Bytes of a piece. Parts of an upload are whole pieces.
 const CHUNK_BYTES: usize = 64 << 10;
 
 /// Bytes in pieces.
@@ -17,12 +17,12 @@ pub(super) struct Chunks {
 }
 
 impl Chunks {
-    /// The memory that it holds, in bytes.
+    /// Returns the memory that it uses, in bytes.
     pub(super) fn occupied_bytes(&self) -> usize {
         self.full.len() * (CHUNK_BYTES + size_of::<Bytes>()) + self.open.capacity()
     }
 
-    /// All of it.
+    /// Returns all bytes as a payload.
     pub(super) fn into_payload(mut self) -> PutPayload {
         if !self.open.is_empty() {
             self.full.push(self.open.into());
@@ -50,7 +50,7 @@ impl Write for Chunks {
     }
 }
 
-/// Parts of a payload that hold `part_bytes` each, the last one what is left.
+/// Splits a payload into parts of `part_bytes` each; the last one has the rest.
 pub(super) fn parts(payload: &PutPayload, part_bytes: usize) -> Vec<PutPayload> {
     let (mut parts, mut part, mut room) = (Vec::new(), Vec::new(), part_bytes);
     for piece in payload {

@@ -1,16 +1,42 @@
-//! The claim log of one shard: links that are written once, in order, and never altered.
+//! Claim log of one shard: links that are written once, in order, and never changed.
 //!
-//! A link says who owns the shard from here on and, when it is a claim, which data its owner is
-//! about to write. This module knows how links are stored, found and appended; what they mean for
-//! a commit is the writer's part.
+//! A link says who owns the shard from then on. A claim also says which data its owner is about to write. This module
+//! stores, finds and appends links; what they mean for a commit is in `writer`.
+//!
+//! Invariants:
+//! - Links have the numbers 1, 2, 3 … without a gap. A link is written with a conditional create, so each number
+//!   belongs to the first writer that used it. The number is the fence: the store itself refuses the second writer.
+//! - A claim that is not the last one is complete: its successor was appended after its data was written.
+//! - `from` of a link is `to` of the link before it, except on a link that gives up a claim or passes over a hole.
 //!
 //! | the last claim | its data | the sink's position |
 //! |---|---|---|
-//! | none | | none, or what the fences carry |
-//! | `(from, to]` | complete (or none promised) | `to` |
-//! | `(from, to]` | an object is missing | `from`; `(from, to]` is to be produced again |
+//! | none | | none, or the position in the last fence |
+//! | `(from, to]` | complete, or no object promised | `to` |
+//! | `(from, to]` | an object is missing | `from`; `(from, to]` must be produced again |
 //!
-//! A claim that is not the last one is complete: its successor was written after its data.
+//! | link | `from` | `to` | written by |
+//! |---|---|---|---|
+//! | fence | `to` of the link before it | the same | each acquisition of the shard |
+//! | claim | `to` of the link before it | end of its data | each commit |
+//! | `gives_up` | start of the claim that is given up | the same | `shardmill objects give-up` |
+//! | `hole` | start of what is missing, as far as known | the checkpoint | `shardmill objects skip` |
+//!
+//! The first link of a renamed sink's log is a fence or a claim that continues the log of the former name
+//! (`renamed_from`).
+//!
+//! Order of an acquisition: append a fence, then look whether the data of the last claim is complete. The other order
+//! would miss an earlier owner that claims in between. After the fence, an earlier owner cannot append; it can only
+//! finish the data of the claim that it has.
+//!
+//! Races:
+//! - Two processes acquire at the same time. One gets the number, the other tries the next one; the last fence owns.
+//! - An append succeeds and its answer is lost. The retry finds a link equal to its own (only `by` may differ) and
+//!   takes it as its own: the owner id is random for each acquisition.
+//! - A link is appended while [`ClaimLog::last`] searches. The result was the last link at some moment since the call;
+//!   an append after it then finds its number taken.
+//! - A bucket's lifecycle rule removes old links. The search by numbers ends at the first missing one, so a listing
+//!   looks for later links.
 
 use std::fmt;
 
@@ -29,28 +55,28 @@ use shardmill_core::record::REDRIVE_SHARD;
 use shardmill_core::record::{PipelineName, Position, RouteName, ShardKey};
 use shardmill_core::sink::SinkError;
 
-/// The version of the link format that this code writes, and the newest that it reads. Version 1 had
-/// no `format`, `folder` and `bytes`; version 2 had no `limits`, `gives_up` and `hole`.
+/// Version of the link format that this code writes, and the newest that it reads. Version 1 had no `format`, `folder`
+/// and `bytes`; version 2 had no `limits`, `gives_up` and `hole`.
 const LINK_VERSION: u32 = 3;
-/// How often an acquisition tries again because an earlier owner keeps appending.
+/// Most tries of an acquisition while an earlier owner keeps appending.
 const FENCE_ATTEMPTS_MAX: u32 = 100;
-/// Bytes of a link: a claim of as many objects as a commit may have, with the longest keys, has a tenth.
+/// Most bytes of a link. A claim with the most objects of a commit and the longest keys has a tenth of it.
 pub(super) const LINK_BYTES_MAX: u64 = 16 << 20;
-/// Links of a log: their numbers have 12 digits.
+/// Most links of a log: their numbers have 12 digits.
 const LINKS_MAX: u64 = 1_000_000_000_000;
 
-/// Who owns a shard: one id per acquisition, 32 hex digits.
+/// Owner of a shard: one id per acquisition, 32 hex digits.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub(super) struct OwnerId(String);
 
 impl OwnerId {
-    /// An id that no one else has.
+    /// Makes an id that no one else has.
     pub(super) fn random() -> Self {
         Self(Uuid::new_v4().simple().to_string())
     }
 
-    /// The id's digits.
+    /// Returns the id's digits.
     pub(super) fn as_str(&self) -> &str {
         &self.0
     }
@@ -65,48 +91,48 @@ impl fmt::Display for OwnerId {
 /// One link of a log.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct LogLink {
-    /// The format's version.
+    /// Version of the format.
     pub(super) version: u32,
-    /// The link's number, from 1, without gaps.
+    /// Number of the link, from 1, without gaps.
     pub(super) link: u64,
-    /// Who wrote it: one id per acquisition.
+    /// Owner that wrote it: one id per acquisition.
     pub(super) owner: OwnerId,
-    /// Where the log stood before, exclusive; null: before everything.
+    /// Position of the log before this link, exclusive; null: before everything.
     pub(super) from: Option<Position>,
-    /// Where it stands from here on, inclusive; a fence repeats `from`.
+    /// Position of the log after this link, inclusive; a fence repeats `from`.
     pub(super) to: Option<Position>,
-    /// On a fence: the number of the last claim before it.
+    /// On a fence: number of the last claim before it.
     pub(super) last_claim: Option<u64>,
-    /// What the owner is about to write; null: a fence, written on acquiring the shard.
+    /// Data that the owner is about to write; null: a fence, written on acquiring the shard.
     pub(super) claim: Option<Claim>,
-    /// The sink whose log goes on with this link: it was renamed. A claim is that log's own last one.
+    /// Former name of the sink whose log this link continues. If the link is a claim, it is the last one of that log.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) renamed_from: Option<String>,
-    /// On a link that a person had written: the claim before it that is not kept any more. The log
-    /// stands at the claim's beginning again.
+    /// On a link that an operator asked for: number of the claim that is given up. The log is at the start of that
+    /// claim again.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) gives_up: Option<u64>,
-    /// On a link that a person had written: why the positions from `from` to `to` are passed over.
+    /// On a link that an operator asked for: reason why the positions in `(from, to]` are passed over.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) hole: Option<String>,
-    /// The process that wrote it and the state by which it did; earlier versions do not say it.
+    /// Process that wrote the link, and its state; missing in links of earlier versions.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) by: Option<WrittenBy>,
 }
 
-/// A process, as links name it.
+/// Process that wrote a link, and its state at that time.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct WrittenBy {
-    /// The process, in the form of [`OwnerName::to_text`].
+    /// Process, in the form of [`OwnerName::to_text`].
     owner: String,
-    /// The id of its state database.
+    /// Id of its state database.
     state_id: String,
-    /// The number of the state's last durable write before the link.
+    /// Number of the state's last durable write before the link.
     state_number: i64,
 }
 
 impl WrittenBy {
-    /// The owner and its state as of now.
+    /// Returns the owner and its state at this moment.
     pub(super) fn now(ownership: &Ownership) -> Self {
         let mark = ownership.mark();
         Self {
@@ -116,104 +142,103 @@ impl WrittenBy {
         }
     }
 
-    /// The process.
+    /// Returns the process; `None`: the text is not valid.
     pub(super) fn owner(&self) -> Option<OwnerName> {
         OwnerName::parse(&self.owner)
     }
 
-    /// The state.
+    /// Returns the state.
     pub(super) fn mark(&self) -> StateMark {
         StateMark { state: self.state_id.as_str().into(), number: self.state_number }
     }
 }
 
-/// A promise to write data under keys that nobody else writes.
+/// Promise to write data under keys that nobody else uses.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Claim {
-    /// The revision (stages, digests, configuration) that makes the rows.
+    /// Revision (stages, digests, configuration) that makes the rows.
     #[serde(rename = "generation")]
     pub(super) revision: String,
-    /// How the data is laid out.
+    /// Layout of the data.
     #[serde(flatten)]
     pub(super) layout: ObjectLayout,
-    /// The lengths that its keys are bounded by: a row beyond them was refused. Claims of versions
-    /// before 3 refused none.
+    /// Longest names and keys: rows that need longer ones were refused. Claims of versions before 3 refused none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub(super) limits: Option<KeyLimits>,
-    /// The objects, by route name and folder; empty: the span has no rows.
+    /// Objects, by route name and folder; empty: the range has no rows.
     pub(super) data: Vec<Data>,
 }
 
 /// One promised object.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub(super) struct Data {
-    /// The route whose rows it holds.
+    /// Route of its rows.
     pub(super) route: RouteName,
-    /// Its key under the sink's URL.
+    /// Key under the sink's URL.
     pub(super) key: String,
-    /// How many rows it holds.
+    /// Number of its rows.
     pub(super) rows: u64,
-    /// The length of its rows before they are compressed, or become columns.
+    /// Length of its rows as lines, before they are compressed or become columns.
     pub(super) line_bytes: u64,
-    /// The SHA-256 of the same, in hex.
+    /// SHA-256 of these lines, in hex.
     pub(super) sha256: String,
-    /// The object's length; claims of version 1 do not say it.
+    /// Length of the object; missing in claims of version 1.
     #[serde(default)]
     pub(super) bytes: Option<u64>,
 }
 
 impl Data {
-    /// The object's folder below the sink's URL.
+    /// Returns the object's folder below the sink's URL.
     pub(super) fn folder(&self) -> &str {
         self.key.rsplit_once('/').map_or("", |(folder, _)| folder)
     }
 }
 
-/// What became of an append.
+/// Outcome of an append.
 #[derive(Debug)]
 pub(super) enum Appended {
-    /// The link is in the log, by this call or by an earlier one whose reply was lost.
+    /// The link is in the log, by this call or by an earlier one whose answer was lost.
     Ours,
-    /// Its number belongs to another link.
+    /// The number belongs to another link.
     Taken(Box<LogLink>),
 }
 
-/// Where a log stands.
+/// Position of a log, and its unfinished claim.
 #[derive(Debug)]
 pub(super) struct Standing {
-    /// The last position up to which all data exists.
+    /// Last position up to which all data exists.
     pub(super) position: Option<Position>,
-    /// The claim after that position whose data is not complete.
+    /// Claim after that position whose data is not complete.
     pub(super) unfinished: Option<UnfinishedClaim>,
 }
 
 /// A claim whose data is not complete.
 #[derive(Clone, Debug)]
 pub(super) struct UnfinishedClaim {
-    /// The claim's link number.
+    /// Number of the claim's link.
     pub(super) link: u64,
-    /// The start of its span, exclusive.
+    /// Start of its position range, exclusive.
     pub(super) from: Option<Position>,
-    /// The end of its span, inclusive.
+    /// End of its position range, inclusive.
     pub(super) to: Position,
-    /// What it promised.
+    /// Data that it promises.
     pub(super) claim: Claim,
 }
 
 impl UnfinishedClaim {
-    /// The ways out of a claim that can never be kept, for the end of an error.
+    /// Returns the commands that help if the claim can never be finished, as the end of an error text.
     pub(super) fn way_out(&self, place: &StorePlace, shard: &str) -> String {
         let log = format!("--sink {} --shard {shard}", place.sink);
         format!(
-            "; if that can never be done, stop the pipeline and give the claim up, so that its rows are \
+            "; if that is not possible, stop the pipeline and give up the claim, so that its rows are \
              claimed again: `shardmill objects give-up {log}`; if its objects were removed after they \
-             were written, go on at the checkpoint: `shardmill objects skip {log}`"
+             were written, continue at the checkpoint: `shardmill objects skip {log}`"
         )
     }
 }
 
-/// The log of how far the pipeline's newest redrive came: its links carry the newest mark of those that
-/// redrives left. `None`: there was none.
+/// Returns the last link of the pipeline's newest redrive, with its shard; `None`: there was no redrive. Of all links
+/// that redrives wrote, it has the newest mark of the state.
 pub(super) async fn newest_redrive(
     place: &StorePlace,
     pipeline: &PipelineName,
@@ -240,7 +265,7 @@ pub(super) async fn newest_redrive(
     Ok(log.last().await?.map(|link| (REDRIVE_SHARD.to_owned(), link)))
 }
 
-/// The claim log of one shard.
+/// Claim log of one shard.
 #[derive(Clone, Debug)]
 pub(super) struct ClaimLog {
     place: StorePlace,
@@ -248,7 +273,7 @@ pub(super) struct ClaimLog {
 }
 
 impl ClaimLog {
-    /// The log of a shard; touches nothing.
+    /// Makes the log of a shard, without a request.
     pub(super) fn new(place: StorePlace, shard: &ShardKey) -> Self {
         let folder = vec![
             LOG_FOLDER.into(),
@@ -260,22 +285,25 @@ impl ClaimLog {
         Self { place, folder }
     }
 
-    /// The last link; `None`: the log is empty. Another owner may append while we look: the
-    /// answer was the last link at some moment since the call.
+    /// Returns the last link; `None`: the log is empty. Another owner may append meanwhile: the result was the last
+    /// link at some moment since the call.
     pub(super) async fn last(&self) -> Result<Option<LogLink>, SinkError> {
         let mut number = self.gallop(0).await?;
-        // Links are never deleted by us, but a bucket may have a rule that expires old objects: a
-        // search that trusts every number to be there would then end too early.
+        // shardmill never deletes links, but a bucket may have a lifecycle rule that removes old objects. A search that
+        // expects every number would then end too early.
         while let Some(later) = self.newest_after(number).await? {
             number = self.gallop(later).await?;
         }
         if number == 0 {
             return Ok(None);
         }
-        self.read(number).await?.map(Some).ok_or_else(|| self.gone(number, "it was there just now"))
+        self.read(number)
+            .await?
+            .map(Some)
+            .ok_or_else(|| self.gone(number, "it existed a moment ago"))
     }
 
-    /// Appends a fence after the last link: from here on no earlier owner can claim.
+    /// Appends a fence after the last link. From then on no earlier owner can append a claim.
     pub(super) async fn fence(
         &self,
         owner: &OwnerId,
@@ -290,18 +318,18 @@ impl ClaimLog {
             }
         }
         Err(self.place.unavailable(format!(
-            "cannot take over {} in {}: another owner has appended {FENCE_ATTEMPTS_MAX} times \
+            "cannot acquire {} in {}: another owner has appended {FENCE_ATTEMPTS_MAX} times \
              meanwhile; stop the other process",
             self.folder_path(),
             self.place.url
         )))
     }
 
-    /// Goes on where the log of the sink's old name ended, which nobody can append to from here on. Does
-    /// nothing where that log is empty, or was gone on with before.
+    /// Continues the log of the sink's former name, to which nobody can append from then on. Does nothing if that log
+    /// is empty, or was continued before.
     ///
-    /// The first link is the old log's last claim where its data is not complete, and else a fence at the
-    /// position: a promise is kept under the keys that were promised.
+    /// The first link is a copy of the old log's last claim if its data is not complete, and otherwise a fence at the
+    /// old log's position. The copy keeps the keys, so that the data is finished under the keys that were promised.
     pub(super) async fn adopt(&self, old: &Self, owner: &OwnerId) -> Result<(), SinkError> {
         let name = old.place.sink.to_string();
         if let Some(last) = self.last().await? {
@@ -312,7 +340,7 @@ impl ClaimLog {
             }
             if last.to.is_some() {
                 return Err(self.place.unavailable(format!(
-                    "{} and {} in {} are both claim logs with claims: remove the one that does not count",
+                    "{} and {} in {} are both claim logs with claims: remove the wrong one",
                     self.folder_path(),
                     old.folder_path(),
                     self.place.url
@@ -341,14 +369,14 @@ impl ClaimLog {
         match self.append(&link).await? {
             Appended::Ours => Ok(()),
             Appended::Taken(_) => Err(self.place.unavailable(format!(
-                "cannot go on with {} in {}: another process appends to it; stop that one",
+                "cannot continue {} in {}: another process appends to it; stop the other process",
                 old.folder_path(),
                 self.folder_path()
             ))),
         }
     }
 
-    /// Writes a link under its number, unless the number is taken.
+    /// Writes a link under its number, unless the number is taken. A link that equals ours counts as ours.
     pub(super) async fn append(&self, link: &LogLink) -> Result<Appended, SinkError> {
         let json = serde_json::to_vec_pretty(link)
             .map_err(|error| self.place.unavailable(format!("cannot write a link: {error}")))?;
@@ -356,16 +384,16 @@ impl ClaimLog {
             return Ok(Appended::Ours);
         }
         match self.read(link.link).await? {
-            // The same commit, tried again: the state may have moved on between the tries.
+            // A retry of the same commit. `by` may differ: the state may have advanced between the tries.
             Some(found) if LogLink { by: link.by.clone(), ..found.clone() } == *link => {
                 Ok(Appended::Ours)
             }
             Some(found) => Ok(Appended::Taken(Box::new(found))),
-            None => Err(self.gone(link.link, "it was there just now")),
+            None => Err(self.gone(link.link, "it existed a moment ago")),
         }
     }
 
-    /// Where the log stands after a link.
+    /// Returns the position of the log after its last link, and its unfinished claim.
     pub(super) async fn standing(&self, last: &LogLink) -> Result<Standing, SinkError> {
         let Some(unfinished) = self.last_claim(last).await? else {
             return Ok(Standing { position: last.to.clone(), unfinished: None });
@@ -379,7 +407,7 @@ impl ClaimLog {
         }
     }
 
-    /// Whether all that a claim promised is there.
+    /// Returns whether all objects of a claim exist.
     async fn is_kept(&self, claim: &UnfinishedClaim) -> Result<bool, SinkError> {
         for data in &claim.claim.data {
             let found = self.place.exists(&self.data_path(&data.key)?).await;
@@ -391,7 +419,7 @@ impl ClaimLog {
         Ok(true)
     }
 
-    /// The last claim if its data is not complete, or cannot even be looked for.
+    /// Returns the last claim if its data is not complete, or if the store refuses even to look for it.
     pub(super) async fn unkept(
         &self,
         last: &LogLink,
@@ -401,7 +429,7 @@ impl ClaimLog {
         Ok(Some(claim).filter(|_| !is_kept))
     }
 
-    /// Whether the last claim's own link, which a fence points at, is gone.
+    /// Returns whether the link of the last claim, which a fence points at, is gone.
     pub(super) async fn is_claim_gone(&self, last: &LogLink) -> Result<bool, SinkError> {
         match (&last.claim, last.last_claim) {
             (None, Some(number)) => Ok(self.read(number).await?.is_none()),
@@ -409,7 +437,7 @@ impl ClaimLog {
         }
     }
 
-    /// A claim by its link.
+    /// Returns the claim with a link number.
     pub(super) async fn claim(&self, number: u64) -> Result<Option<UnfinishedClaim>, SinkError> {
         match self.read(number).await? {
             Some(link) => self.as_claim(link).map(Some),
@@ -421,24 +449,24 @@ impl ClaimLog {
         self.folder.last().map_or("", String::as_str)
     }
 
-    /// The path of a data key.
+    /// Returns the path of a data key.
     pub(super) fn data_path(&self, key: &str) -> Result<Path, SinkError> {
         self.place.below(key).ok_or_else(|| {
             self.place.unavailable(format!(
-                "a link in {} names {key:?}, which is no path",
+                "a link in {} has an invalid key: {key:?}",
                 self.folder_path()
             ))
         })
     }
 
-    /// The last claim up to a link: its own, or the one that a fence points at.
+    /// Returns the last claim up to a link: its own, or the one that the fence points at.
     async fn last_claim(&self, last: &LogLink) -> Result<Option<UnfinishedClaim>, SinkError> {
         if last.claim.is_some() {
             return self.as_claim(last.clone()).map(Some);
         }
         let Some(number) = last.last_claim else { return Ok(None) };
         let Some(link) = self.read(number).await? else {
-            return Err(self.gone(number, &format!("link {} points at it", last.link)));
+            return Err(self.gone(number, &format!("link {} refers to it", last.link)));
         };
         self.as_claim(link).map(Some)
     }
@@ -448,7 +476,7 @@ impl ClaimLog {
             (Some(to), Some(claim)) => {
                 Ok(UnfinishedClaim { link: link.link, from: link.from, to, claim })
             }
-            _ => Err(self.damaged(link.link, "it is no claim with an end")),
+            _ => Err(self.damaged(link.link, "expected a claim with an end")),
         }
     }
 
@@ -463,18 +491,19 @@ impl ClaimLog {
             .map_err(|error| self.damaged(number, &error.to_string()))?;
         if link.version > LINK_VERSION {
             return Err(self.place.unavailable(format!(
-                "{path} in {} has format {}, this shardmill reads up to {LINK_VERSION}: run the \
-                 newer one",
+                "{path} in {} has the unsupported format {}, expected at most {LINK_VERSION}: run the newer \
+                 version of shardmill that wrote it",
                 self.place.url, link.version
             )));
         }
         if link.link != number {
-            return Err(self.damaged(number, &format!("it says that it is link {}", link.link)));
+            return Err(self.damaged(number, &format!("its number is {}", link.link)));
         }
         Ok(Some(link))
     }
 
-    /// The last number of the unbroken run that starts after `present`, in O(log n) look-ups.
+    /// Returns the last number of the unbroken run after `present`, in O(log n) requests: doubles the step while links
+    /// exist, then halves the rest.
     async fn gallop(&self, present: u64) -> Result<u64, SinkError> {
         let (mut low, mut step) = (present, 1);
         while self.has(low + step).await? {
@@ -482,8 +511,8 @@ impl ClaimLog {
             step *= 2;
             if step > LINKS_MAX {
                 return Err(self.place.unavailable(format!(
-                    "expected a log of links in {} that ends, found that the store has every link that it is \
-                     asked for; check its `url` and its server",
+                    "expected an end of the claim log in {}, found that the store has every link that is \
+                     requested; check its `url` and its server",
                     self.place.url
                 )));
             }
@@ -504,7 +533,7 @@ impl ClaimLog {
         self.place.exists(&self.path(number)).await
     }
 
-    /// The highest link number above `number`, by listing.
+    /// Returns the highest link number above `number`, by listing.
     async fn newest_after(&self, number: u64) -> Result<Option<u64>, SinkError> {
         let folder = self.folder_path();
         let mut listing = self.place.store.list_with_offset(Some(&folder), &self.path(number));
@@ -530,7 +559,7 @@ impl ClaimLog {
         })
     }
 
-    /// Asks the store for something small.
+    /// Makes one small request, to see whether the store answers.
     pub(super) async fn reach(&self) -> Result<(), SinkError> {
         self.has(1).await.map(drop)
     }
@@ -539,14 +568,14 @@ impl ClaimLog {
         self.folder_path().join(format!("{number:012}.json"))
     }
 
-    /// The log's folder.
+    /// Returns the log's folder.
     pub(super) fn folder_path(&self) -> Path {
         self.place.path(self.folder.iter().map(String::as_str))
     }
 
     fn gone(&self, number: u64, why: &str) -> SinkError {
         self.place.unavailable(format!(
-            "{} in {} is gone ({why}): restore it, or stop the pipeline and go on from the checkpoint: \
+            "{} in {} is missing ({why}): restore it, or stop the pipeline and continue at the checkpoint: \
              `shardmill objects skip --sink {} --shard {}`",
             self.path(number),
             self.place.url,
@@ -565,7 +594,7 @@ impl ClaimLog {
 }
 
 impl LogLink {
-    /// The link that claims `(from, to]`.
+    /// Makes the link that claims `(from, to]`.
     pub(super) fn claim(
         number: u64,
         owner: OwnerId,
@@ -588,7 +617,7 @@ impl LogLink {
         }
     }
 
-    /// The link that gives an unfinished claim up: the log stands where it began.
+    /// Makes the link that gives up an unfinished claim: the log is at the start of that claim again.
     pub(super) fn giving_up(number: u64, owner: OwnerId, claim: &UnfinishedClaim) -> Self {
         Self {
             version: LINK_VERSION,
@@ -605,7 +634,7 @@ impl LogLink {
         }
     }
 
-    /// The link that passes over `(from, to]`.
+    /// Makes the link that passes over `(from, to]`.
     pub(super) fn passing_over(
         number: u64,
         owner: OwnerId,
@@ -649,7 +678,7 @@ fn fence_after(last: Option<&LogLink>, owner: &OwnerId) -> LogLink {
     }
 }
 
-/// The number of the link at a path; `None`: it is no link's, but some other file's.
+/// Returns the number of the link at a path; `None`: it is another file.
 pub(super) fn link_number(path: &Path) -> Option<u64> {
     let digits = path.filename()?.strip_suffix(".json")?;
     let number: u64 = digits.parse().ok()?;

@@ -1,8 +1,13 @@
-//! Rows to objects: one body per route and folder, compressed and hashed.
+//! Encodes rows as objects: one body per route and folder, compressed and hashed.
 //!
-//! A pure function of the rows: the same rows become the same bytes in the same order, which is
-//! what lets a claim be produced again. It uses the processor only; the writer runs it off the
-//! async threads.
+//! Invariant: the result is a pure function of the rows and the layout. The same rows give the same hashes in the same
+//! order, so a claim can be produced again. Therefore bodies are sorted by route and folder, and no header has a time.
+//!
+//! This uses the processor only; the writer runs it off the async threads.
+//!
+//! Memory: a commit is cut by the memory that its encoder uses, so what an open body uses beside its bytes is counted
+//! too (compressor, Parquet columns). Lines are gathered first, and a compressor is opened only for a body that is
+//! large enough, because an open one uses more memory than the lines.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::io::{self, Write};
@@ -22,80 +27,80 @@ use shardmill_core::record::{RouteName, Row, ShardKey, SinkName};
 use shardmill_core::sink::Refusal;
 use shardmill_sinks_common::line::LineFormat;
 
-/// zstd's own default: about 3:1 on JSON at several hundred MB/s.
+/// Compression level: zstd's default. About 3:1 on JSON, at several hundred MB/s.
 const ZSTD_LEVEL: i32 = 3;
 
-/// How much is hashed and compressed at once, in bytes.
+/// Bytes that are hashed and compressed at once.
 const LINES_BYTES: usize = 32 << 10;
-/// Lines that a body gathers before it opens a compressor, which holds as much by itself.
+/// Bytes of lines that a body gathers before it opens a compressor, which uses more memory than they do.
 const LINES_BYTES_GZIP: usize = 256 << 10;
 const LINES_BYTES_ZSTD: usize = 1 << 20;
-/// Bytes that a compressor holds.
+/// Bytes of memory that a compressor uses.
 ///
 /// Source: zlib's manual, `deflateInit2` (268 KiB at level 6); zstd's `ZSTD_estimateCStreamSize(3)`.
 const GZIP_BYTES: usize = 320 << 10;
 const ZSTD_BYTES: usize = 3_500 << 10;
-/// What an open body holds beside its bytes: hash, folder, places.
+/// Bytes of memory that an open body uses in addition to its content: hash, folder, indexes.
 const BODY_BYTES: usize = 512;
-/// What a cell of a Parquet column holds beside its bytes.
+/// Bytes of memory that a cell of a Parquet column uses in addition to its content.
 const CELL_BYTES: usize = 64;
-/// What a Parquet column of an open body holds, however few values it has: the place of its values, and room
-/// for the first four (32 bytes each, where they are texts) and their levels.
+/// Bytes of memory that a Parquet column of an open body uses even without values: its vectors, with room for the first
+/// four values (32 bytes each for texts) and their levels.
 const COLUMN_BYTES_OPEN: usize = 256;
-/// What a Parquet column adds to a file, however few values it has: headers of a dictionary page and a data
-/// page, the column's metadata with its statistics, its entries in both page indexes and in the schema: some
-/// 230 bytes. Its name is there twice.
+/// Bytes that a Parquet column adds to a file even without values: headers of a dictionary page and a data page, the
+/// column's metadata with its statistics, and its entries in both page indexes and in the schema. That is some 230
+/// bytes, plus its name twice.
 ///
 /// Source: Parquet format specification, "parquet.thrift".
 const COLUMN_BYTES_IN_FILE: usize = 384;
 
-/// What the rows of a commit became.
+/// Encoded rows of a commit.
 #[derive(Debug, Default)]
 pub struct Encoded {
-    /// One body per route and folder that has a row, in their order.
+    /// One body per route and folder that has a row, sorted by route and folder.
     pub(super) bodies: Vec<Body>,
-    /// The rows that cannot be written, by ascending row; in a commit whose rows were encoded as they
-    /// arrived, by their index among those that were kept.
+    /// Refused rows, in ascending order. If the rows were encoded as they arrived, the index is that among the kept
+    /// rows.
     pub(super) refusals: Vec<Refusal>,
 }
 
-/// The content of one object.
+/// Content of one object.
 #[derive(Debug)]
 pub(super) struct Body {
-    /// The route that its rows took.
+    /// Route of its rows.
     pub(super) route: RouteName,
-    /// Its folder below the sink's URL.
+    /// Folder below the sink's URL.
     pub(super) folder: Path,
-    /// How many rows it holds.
+    /// Number of its rows.
     pub(super) rows: u64,
-    /// The length of its rows before they are compressed, or become columns.
+    /// Length of its rows as lines, before they are compressed or become columns.
     pub(super) line_bytes: u64,
-    /// The SHA-256 of the same, in hex.
+    /// SHA-256 of these lines, in hex.
     pub(super) sha256: String,
-    /// The object's bytes.
+    /// Bytes of the object.
     pub(super) bytes: PutPayload,
 }
 
 impl Body {
-    /// The memory that it holds, in bytes.
+    /// Returns the memory that it uses, in bytes.
     pub(super) fn occupied_bytes(&self) -> usize {
         BODY_BYTES + self.bytes.content_length()
     }
 }
 
-/// What is known of a route's rows.
+/// Forms that the rows of a route can have.
 #[derive(Clone, Debug, Default)]
 pub(super) struct RouteForm {
-    /// How they become lines; `None`: they are none.
+    /// Format as lines; `None`: they cannot be lines.
     pub(super) line: Option<LineFormat>,
-    /// Their columns; `None`: no Parquet file can hold them.
+    /// Columns; `None`: they cannot be in a Parquet file.
     pub(super) schema: Option<Arc<ParquetSchema>>,
 }
 
 /// Encodes a shard's rows.
 ///
 /// # Errors
-/// What has no cause in a row: a sentence's end.
+/// An error that is not the fault of a row, as the end of a sentence.
 pub(super) fn encode(rows: &[Row], mut encoder: Encoder) -> Result<Encoded, String> {
     let mut refusals = Vec::new();
     for (index, row) in rows.iter().enumerate() {
@@ -105,7 +110,7 @@ pub(super) fn encode(rows: &[Row], mut encoder: Encoder) -> Result<Encoded, Stri
     Ok(Encoded { bodies: encoder.finish()?, refusals })
 }
 
-/// Encodes rows one after the other; a route without a known form is taken as text.
+/// Encoder of rows, one after the other. Rows of a route without a known form are text.
 pub(super) struct Encoder {
     forms: Arc<HashMap<RouteName, RouteForm>>,
     layout: ObjectLayout,
@@ -114,21 +119,21 @@ pub(super) struct Encoder {
     room: KeyRoom,
     folders_differ: bool,
     open: BTreeMap<RouteName, OpenRoute>,
-    /// How many bodies are open.
+    /// Number of open bodies.
     objects: usize,
-    /// The memory that they hold, in bytes.
+    /// Bytes of memory that they use.
     occupied_bytes: usize,
 }
 
 /// Bodies that rows would open.
 struct NewBodies {
     count: usize,
-    /// The memory that they would hold without a row, in bytes.
+    /// Bytes of memory that they would use without a row.
     occupied_bytes: usize,
 }
 
 impl Encoder {
-    /// For a shard's rows.
+    /// Makes an encoder of a shard's rows.
     pub(super) fn new(
         forms: Arc<HashMap<RouteName, RouteForm>>,
         layout: ObjectLayout,
@@ -141,13 +146,12 @@ impl Encoder {
         Self { forms, layout, shard, sink, room, folders_differ, open, objects, occupied_bytes }
     }
 
-    /// How many objects its rows become.
+    /// Returns the number of objects of its rows.
     pub(super) fn objects(&self) -> usize {
         self.objects
     }
 
-    /// Whether some rows can be taken without more than `objects_max` objects, and without holding more than
-    /// `occupied_bytes_max`.
+    /// Returns whether these rows fit into `objects_max` objects and `occupied_bytes_max` bytes of memory.
     pub(super) fn has_room_for(
         &self,
         rows: &[Row],
@@ -156,7 +160,7 @@ impl Encoder {
     ) -> bool {
         let rows_bytes: usize = rows.iter().map(|row| self.row_bytes(row)).sum();
         let (objects, occupied_bytes) = (self.objects, self.occupied_bytes + rows_bytes);
-        // As if each row made an object of its own: this costs less to know.
+        // A quick upper bound first: as if each row made an object of its own.
         let most_bytes: usize = rows.iter().map(|row| self.body_bytes(row.route.name())).sum();
         if objects + rows.len() <= objects_max && occupied_bytes + most_bytes <= occupied_bytes_max
         {
@@ -167,7 +171,7 @@ impl Encoder {
             && occupied_bytes + new.occupied_bytes <= occupied_bytes_max
     }
 
-    /// The bodies that some rows would open; counts no further than one above `most`.
+    /// Counts the bodies that these rows would open; stops at `most` + 1.
     fn new_bodies(&self, rows: &[Row], most: usize) -> NewBodies {
         let mut new: HashSet<(&RouteName, Option<Path>)> = HashSet::new();
         let mut occupied_bytes = 0;
@@ -196,7 +200,7 @@ impl Encoder {
         NewBodies { count: new.len(), occupied_bytes }
     }
 
-    /// The columns of a route's Parquet files; `None`: its rows become lines.
+    /// Returns the columns of a route's Parquet files; `None`: its rows become lines.
     fn columns(&self, route: &RouteName) -> Option<&ParquetSchema> {
         match self.layout.format {
             ObjectFormat::Parquet => self.forms.get(route)?.schema.as_deref(),
@@ -204,21 +208,21 @@ impl Encoder {
         }
     }
 
-    /// The memory that a body of a route holds before it has a row, in bytes.
+    /// Returns the memory that a body of a route uses before it has a row, in bytes.
     fn body_bytes(&self, route: &RouteName) -> usize {
         BODY_BYTES + self.columns(route).map_or(0, columns_bytes)
     }
 
-    /// The memory that a row holds in a body, in bytes.
+    /// Returns the memory that a row uses in a body, in bytes.
     fn row_bytes(&self, row: &Row) -> usize {
         let columns = self.columns(row.route.name()).map_or(0, ParquetSchema::width);
         row.payload.len() + 1 + columns * CELL_BYTES
     }
 
-    /// Takes a row; `Some`: why it is refused.
+    /// Encodes a row; `Some`: the reason why the row is refused.
     ///
     /// # Errors
-    /// What has no cause in the row: a sentence's end.
+    /// An error that is not the fault of the row, as the end of a sentence.
     pub(super) fn push(&mut self, row: &Row) -> Result<Option<String>, String> {
         let name = row.route.name();
         if !self.open.contains_key(name) {
@@ -250,15 +254,15 @@ impl Encoder {
         Ok(refused)
     }
 
-    /// The memory that it holds, in bytes, with what its columns will add to their files.
+    /// Returns the memory that it uses, in bytes, plus what Parquet columns will add to their files.
     pub(super) fn occupied_bytes(&self) -> usize {
         self.occupied_bytes
     }
 
-    /// The bodies of all that have a row.
+    /// Returns the bodies that have a row, sorted by route and folder.
     ///
     /// # Errors
-    /// A sentence's end.
+    /// An error as the end of a sentence.
     pub(super) fn finish(self) -> Result<Vec<Body>, String> {
         let mut bodies = Vec::new();
         for (route, mut open) in self.open {
@@ -271,16 +275,16 @@ impl Encoder {
     }
 }
 
-/// The bodies of one route.
+/// Open bodies of one route.
 #[derive(Default)]
 struct OpenRoute {
     bodies: Vec<(Path, OpenBody)>,
-    /// The places of folders in `bodies`.
+    /// Indexes of folders in `bodies`.
     places: HashMap<Path, usize>,
 }
 
 impl OpenRoute {
-    /// The body of a folder, which is made if it is new.
+    /// Returns the body of a folder, which is made if it is new.
     fn body(
         &mut self,
         folder: Path,
@@ -303,10 +307,10 @@ struct OpenBody {
     compression: Compression,
     rows: u64,
     line_bytes: u64,
-    /// Lines that are not hashed and compressed yet: many at once cost less, and a small body needs
-    /// no compressor until its end.
+    /// Lines that are not hashed and compressed yet. Many at once cost less time, and a small body needs no compressor
+    /// until its end.
     lines: Vec<u8>,
-    /// Without compression: the lines before them, hashed.
+    /// Without compression: the hashed lines before `lines`.
     plain: Chunks,
     hash: Sha256,
     compressor: Option<Compressor>,
@@ -345,7 +349,7 @@ impl OpenBody {
         })
     }
 
-    /// Takes a row; the inner error: why it is refused.
+    /// Encodes a row; the inner error is the reason why it is refused.
     fn push(&mut self, payload: &[u8]) -> Result<Result<(), String>, String> {
         match &mut self.format {
             BodyFormat::Lines(format) => match format.line(payload) {
@@ -389,7 +393,7 @@ impl OpenBody {
         BODY_BYTES + format + self.lines.capacity() + self.plain.occupied_bytes() + compressor
     }
 
-    /// Hashes the lines, and compresses them, where that is configured.
+    /// Hashes the gathered lines, and compresses them if that is configured.
     fn compress(&mut self) -> io::Result<()> {
         self.hash.update(&self.lines);
         self.line_bytes += self.lines.len() as u64;
@@ -406,7 +410,7 @@ impl OpenBody {
         };
         compressor.write_all(&self.lines)?;
         self.lines.clear();
-        // What was gathered before the compressor was opened is not needed again.
+        // So much memory was only needed before the compressor was opened.
         self.lines.shrink_to(2 * LINES_BYTES);
         Ok(())
     }
@@ -415,7 +419,7 @@ impl OpenBody {
         let bytes = match self.format {
             BodyFormat::Parquet(rows) => rows
                 .finish(self.compression)
-                .map_err(|error| format!("rows became no Parquet file: {error}"))?
+                .map_err(|error| format!("cannot encode rows as a Parquet file: {error}"))?
                 .into(),
             BodyFormat::Lines(_) | BodyFormat::Raw => {
                 self.compress().map_err(cannot_compress)?;
@@ -434,7 +438,7 @@ impl OpenBody {
     }
 }
 
-/// The memory that the columns of a body hold without a row, and that they add to its file, in bytes.
+/// Returns the memory that the columns of a body use without a row, plus what they add to its file, in bytes.
 fn columns_bytes(schema: &ParquetSchema) -> usize {
     let columns = schema.width() * (COLUMN_BYTES_OPEN + COLUMN_BYTES_IN_FILE);
     columns + 2 * schema.names_bytes()

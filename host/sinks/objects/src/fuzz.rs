@@ -1,4 +1,5 @@
-//! Claim logs as owners, people and lifecycle rules leave them, compared with a reading of all their links.
+//! Fuzz target of claim logs, as owners, operators and lifecycle rules leave them: compares the position of a log with
+//! one computed from all of its links.
 
 #![allow(clippy::expect_used, reason = "a finding is a panic")]
 
@@ -21,7 +22,7 @@ use shardmill_core::record::{
 
 pub use super::parquet::fuzz::COLUMNS as PARQUET_COLUMNS;
 
-/// Checks that a claim log says where it stands or what is damaged, and that a new owner continues from there.
+/// Target that checks that a claim log gives its position or reports damage, and that a new owner continues from there.
 pub const CLAIMS: FuzzTarget = FuzzTarget {
     name: "claims",
     run,
@@ -292,7 +293,7 @@ impl World {
         if self.is_intact {
             assert_eq!(position, Some(self.position.clone()), "the owners know where they are");
         }
-        // Whoever takes the shard over goes on from there.
+        // The next owner of the shard continues from there.
         let owner = OwnerId::random();
         let fence = self.log.fence(&owner, None).await.expect("nobody else appends");
         assert_eq!(fence.link, last.link + 1);
@@ -301,7 +302,7 @@ impl World {
         assert_eq!(after, expected, "a fence moves nothing");
     }
 
-    /// Computes where the log stands, by the table of the module `claim`. `None`: a link is damaged or gone.
+    /// Computes the position of the log, by the first table of the module `claim`. `None`: a link is damaged or gone.
     async fn reference(
         &self,
         links: &BTreeMap<u64, Option<LogLink>>,

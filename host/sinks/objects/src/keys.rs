@@ -1,5 +1,5 @@
-//! How long names and keys may be, counted as the store gets them: percent-encoded, so that a letter
-//! beyond ASCII counts six bytes or more, and a slash within a name three.
+//! Limits of the lengths of names and keys, counted as the store gets them: percent-encoded. A letter beyond ASCII
+//! counts six bytes or more, and a slash within a name three.
 
 use std::collections::BTreeMap;
 
@@ -11,28 +11,28 @@ use super::layout::{OWNER_DIGITS, file_name};
 use super::settings::ObjectLayout;
 use shardmill_core::record::RouteName;
 
-/// The longest name of a file or folder on usual file systems (NAME_MAX), in bytes.
+/// Longest name of a file or folder on usual file systems (NAME_MAX), in bytes.
 const FILE_NAME_BYTES: usize = 255;
-/// The longest path of a system call (PATH_MAX), less the NUL at its end and the slash at its beginning.
+/// Longest path of a system call (PATH_MAX), without the NUL at its end and the slash at its beginning.
 const FILE_PATH_BYTES: usize = 4_094;
-/// The longest key of S3 (user guide, "Naming Amazon S3 objects"), GCS and Azure.
+/// Longest key of S3 (user guide, "Naming Amazon S3 objects"), GCS and Azure.
 const KEY_BYTES: usize = 1_024;
 
-/// The longest names and keys of a store, in bytes as encoded.
+/// Longest names and keys of a store, in bytes as encoded.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct KeyLimits {
-    /// Of the part between two slashes.
+    /// Most bytes between two slashes.
     pub(super) name_bytes: usize,
-    /// Of the whole.
+    /// Most bytes of the whole key.
     pub(super) key_bytes: usize,
 }
 
 impl KeyLimits {
-    /// The limits of any object store. Servers that are no public cloud mostly keep objects as files
-    /// and have the limit of their names.
+    /// Limits that every object store accepts. Servers other than the public clouds mostly keep objects as files, so
+    /// file names limit them.
     pub(super) const ANY: Self = Self { name_bytes: FILE_NAME_BYTES, key_bytes: KEY_BYTES };
 
-    /// The limits at a URL with these options.
+    /// Returns the limits of the store at a URL, with these options.
     pub(super) fn of(url: &Url, options: &BTreeMap<String, String>) -> Self {
         let has_endpoint = options.keys().any(|key| key.to_ascii_lowercase().ends_with("endpoint"))
             || ["AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT"]
@@ -50,7 +50,7 @@ impl KeyLimits {
     /// Checks a whole key.
     ///
     /// # Errors
-    /// Which limit it exceeds, as the end of a sentence.
+    /// The limit that it exceeds, as the end of a sentence.
     pub(super) fn check(self, key: &Path) -> Result<(), String> {
         self.check_parts(key.parts().map(|part| part.as_ref().len()), key.as_ref().len())
     }
@@ -58,7 +58,7 @@ impl KeyLimits {
     /// Checks a folder below a prefix, with a file in it.
     ///
     /// # Errors
-    /// Which limit it exceeds, as the end of a sentence.
+    /// The limit that it exceeds, as the end of a sentence.
     pub(super) fn check_folder(
         self,
         prefix: &Path,
@@ -90,12 +90,12 @@ impl KeyLimits {
     }
 }
 
-/// The room that the keys of a sink's objects have.
+/// Prefix and limits of the keys of a sink's objects.
 #[derive(Clone, Debug)]
 pub(super) struct KeyRoom {
-    /// The sink's prefix.
+    /// Prefix of the sink.
     pub(super) prefix: Path,
-    /// The limits that the rows' claim is made under; `None`: it was made before there were any.
+    /// Limits of the claim that the rows are for; `None`: a claim of a version without limits.
     pub(super) limits: Option<KeyLimits>,
 }
 
@@ -103,7 +103,7 @@ impl KeyRoom {
     /// Checks the folder of a row.
     ///
     /// # Errors
-    /// Why the row can have no object there, as a fragment for a dead letter.
+    /// The reason why no object can be written there, as a fragment for a dead letter.
     pub(super) fn check(
         &self,
         folder: &Path,

@@ -1,7 +1,7 @@
-//! How rows lie in objects: their format, their compression, and the folders that a template names.
+//! Names of objects: the file name of a claim's object, and the folder of a row by its template.
 //!
-//! A claim keeps the layout that it was made with, so that a span can be produced again under the
-//! same keys after the configuration has changed.
+//! A claim keeps the layout that it was made with. So its rows can be produced again under the same keys after the
+//! configuration has changed.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -18,15 +18,15 @@ use shardmill_core::record::{RouteName, Row, ShardKey, SinkName};
 use shardmill_sinks_common::rows::value;
 pub use shardmill_sinks_common::rows::value::Json;
 
-/// What stands for a field that a row lacks or that is null, as Hive and its readers have it.
+/// Folder text for a field that is missing or null, as in Hive and its readers.
 const NO_VALUE: &str = "__HIVE_DEFAULT_PARTITION__";
-/// The bytes of a row's field that a key may hold, before they are encoded; `keys` bounds the rest.
+/// Most bytes of a row's field in a key, before encoding; `keys` limits the whole key.
 const FIELD_BYTES_MAX: usize = 200;
-/// Hex digits of the owner's id in an object's name: two logs that share a folder and a link
-/// number (other pipelines, a stream created again) then never share a key.
+/// Hex digits of the owner's id in an object's name. With them, two logs that share a folder and a link number (of two
+/// pipelines, or of a stream that was created again) never share a key.
 pub(super) const OWNER_DIGITS: usize = 12;
 
-/// The name of an object in its folder.
+/// Returns the name of an object in its folder.
 pub(super) fn file_name(
     layout: &ObjectLayout,
     link: u64,
@@ -35,14 +35,14 @@ pub(super) fn file_name(
 ) -> PathPart<'static> {
     let owner: String = owner.chars().take(OWNER_DIGITS).collect();
     let ending = layout.extension();
-    // Without their names in the folder, routes would meet in one object.
+    // If the folder does not have the route's name, two routes would have the same key.
     match layout.folder.names_route() {
         true => format!("{link:012}-{owner}.{ending}").into(),
         false => format!("{link:012}-{owner}-{route}.{ending}").into(),
     }
 }
 
-/// The fields of a payload that the template names.
+/// Returns the fields of a payload that the template uses.
 fn fields_of<'p>(
     template: &FolderTemplate,
     payload: &'p [u8],
@@ -52,15 +52,15 @@ fn fields_of<'p>(
         .and_then(|fields| json.end().map(|()| fields))
         .map_err(|error| {
             format!(
-                "the sink's folders are named by fields, and the payload is no JSON object: {error}"
+                "expected a JSON object, whose fields name the sink's folders, found another payload: {error}"
             )
         })
 }
 
-/// The folder of a row, as a path below the sink's URL.
+/// Returns the folder of a row, as a path below the sink's URL.
 ///
 /// # Errors
-/// Why the row has none, as a fragment for a dead letter.
+/// The reason why the row has no folder, as a fragment for a dead letter.
 pub(super) fn folder_of(
     template: &FolderTemplate,
     row: &Row,
@@ -102,13 +102,13 @@ pub(super) fn folder_of(
     }
     match folder.parts().next() {
         Some(first) if first.as_ref() == LOG_FOLDER => {
-            Err(format!("its folder would be {LOG_FOLDER}, which is the claim log's own"))
+            Err(format!("its folder would be {LOG_FOLDER}, which is reserved for the claim log"))
         }
         _ => Ok(folder),
     }
 }
 
-/// Keeps the fields that a template names: all fields of a payload could take many times its bytes.
+/// Visitor that keeps only the fields that a template uses: all fields could use many times the payload's bytes.
 struct NamedFields<'t>(&'t FolderTemplate);
 
 impl<'p> Visitor<'p> for NamedFields<'_> {
@@ -129,7 +129,7 @@ impl<'p> Visitor<'p> for NamedFields<'_> {
     }
 }
 
-/// The text of a field, for a folder's name.
+/// Returns the text of a field for a folder's name.
 fn field<'f>(
     fields: &BTreeMap<Cow<'_, str>, &'f RawValue>,
     name: &str,
@@ -215,7 +215,7 @@ mod tests {
         let long = format!(r#"{{"a":"{}"}}"#, "x".repeat(201));
         assert!(folder("{row.a}", &long).is_err_and(|why| why.contains("201 bytes")));
         assert!(folder("{row.a}", r#"{"a":[1]}"#).is_err_and(|why| why.contains("\"a\"")));
-        assert!(folder("{row.a}", "[1]").is_err_and(|why| why.contains("no JSON object")));
+        assert!(folder("{row.a}", "[1]").is_err_and(|why| why.contains("expected a JSON object")));
     }
 
     #[test]
@@ -224,9 +224,9 @@ mod tests {
             ("", "\"\""),
             ("a//b", "\"\""),
             ("a/../b", "\"..\""),
-            ("{route", "not closed"),
-            ("{rout}", "no field {rout}"),
-            ("{row.}", "no field {row.}"),
+            ("{route", "without its"),
+            ("{rout}", "unknown field {rout}"),
+            ("{row.}", "unknown field {row.}"),
             ("_shardmill/x", "claim log"),
         ] {
             let error = FolderTemplate::try_from(text.to_owned()).expect_err(text);

@@ -1,5 +1,4 @@
-//! Objects in a bucket or a folder, exactly once by a claim log: one object per route, folder and
-//! commit.
+//! Sink of objects in a bucket or a folder, exactly once by a claim log: one object per route, folder and commit.
 //!
 //! ```text
 //! <url>/<folder>/<link>-<owner>.ndjson[.gz|.zst]                                 the data
@@ -7,13 +6,13 @@
 //! <url>/_shardmill/.tmp/…                        in a folder: files that are being written
 //! ```
 //!
-//! Readers of the data need not know the log: an object appears whole or not at all, and each row
-//! is in one object. They must leave the newest object of a shard where it is until a newer one
-//! follows; without it the sink takes its last claim for unfinished and writes it again. The same holds
-//! for a bucket's lifecycle rules: on a quiet shard they remove the last link or object in the end.
-//! `recovery` is the way on from there.
+//! Readers of the data need not know the log: an object appears whole or not at all, and each row is in one object. But
+//! they must not remove the newest object of a shard before a newer one follows. Without it, the sink considers its
+//! last claim unfinished and writes it again. The same is true for lifecycle rules of a bucket: on a quiet shard they
+//! remove the last link or object after some time. `recovery` repairs a log after that.
 //!
-//! [`TYPE`] is what the program's registry lists: `settings` reads `type = "objects"`, names its keys and makes the sink.
+//! [`TYPE`] is the entry in the program's registry of sinks: `settings` reads `type = "objects"`, lists its keys and
+//! makes the sink.
 
 mod answers;
 mod chunks;
@@ -61,12 +60,12 @@ use shardmill_core::sink::{Acquired, KeptPosition, Sink, SinkError};
 use shardmill_sinks_common::line::{LINE_MEDIA_TYPES, LineFormat};
 use shardmill_sinks_common::local;
 
-/// The object by which `prepare` proves that the store can create without overwriting.
+/// Name of the object that `prepare` creates to verify that the store does not overwrite.
 const PROBE: &str = "conditional-create-probe.txt";
 const PROBE_TEXT: &str =
     "shardmill wrote this to learn whether the store refuses to overwrite it.\n";
 
-/// Claim logs that are read at the same time.
+/// Most claim logs that are read at the same time.
 const LOGS_AT_ONCE: usize = 16;
 
 /// A sink of objects.
@@ -76,16 +75,16 @@ pub struct ObjectsSink {
     forms: RwLock<HashMap<RouteName, RouteForm>>,
     /// Whether leftovers of earlier versions were looked for.
     swept: AtomicBool,
-    /// Who writes; unset in a sink that only answers questions.
+    /// Process that writes; unset in a sink that is only read from.
     ownership: OnceLock<Ownership>,
 }
 
 impl ObjectsSink {
-    /// A sink at a URL: `file:///…`, `s3://bucket/prefix`, `gs://…`, `az://…`. Connects to nothing
-    /// yet. Options are `object_store`'s, and win over the environment.
+    /// Makes a sink at a URL: `file:///…`, `s3://bucket/prefix`, `gs://…`, `az://…`. Connects to nothing yet. Options
+    /// are those of `object_store`, and take precedence over the environment.
     ///
     /// # Errors
-    /// A URL or an option that no store knows.
+    /// For a URL or an option that no store knows.
     pub fn new(
         name: SinkName,
         url: &Url,
@@ -95,7 +94,7 @@ impl ObjectsSink {
         Ok(Self::at(StorePlace::open(name, url, options)?, layout.into()))
     }
 
-    /// A sink on a store that is open already.
+    /// Makes a sink on a store that is open already.
     pub fn with_store(
         name: SinkName,
         store: Arc<dyn ObjectStore>,
@@ -116,7 +115,7 @@ impl ObjectsSink {
         }
     }
 
-    /// Removes what writers that were killed left in a folder. That it fails stops nobody.
+    /// Removes files that killed writers left in a folder. A failure is only logged.
     async fn sweep(&self, log: &ClaimLog, unfinished: &[Path]) {
         let Some(staged) = &self.place.staged else { return };
         let (staging, beside) =
@@ -127,7 +126,7 @@ impl ObjectsSink {
             match swept {
                 Ok(removed) => count += removed,
                 Err(error) => {
-                    tracing::warn!(sink = %self.place.sink, %error, "leftover files stay");
+                    tracing::warn!(sink = %self.place.sink, %error, "cannot remove leftover files");
                 }
             }
         }
@@ -139,21 +138,21 @@ impl ObjectsSink {
         }
     }
 
-    /// Makes sure that claim logs can be written: their keys are as long as those of any shard.
+    /// Checks that claim logs can be written, by a key as long as that of a usual shard.
     fn check_log_path(&self) -> Result<(), SinkError> {
         const SHARD: &str = "x@1700000000000/shardId-000000000000/000000000001.json";
         let folder = self.place.path([LOG_FOLDER, "x", self.place.sink.as_str()]);
         let key = SHARD.split('/').fold(folder, |path, part| path.join(part));
         self.place.limits.check(&key).map_err(|why| {
             self.place.unavailable(format!(
-                "claim logs in {} cannot be written: {why}: set `url` to a place with a shorter path",
+                "cannot write claim logs in {}: {why}: set `url` to a place with a shorter path",
                 self.place.url
             ))
         })
     }
 
-    /// Creates one object twice: the second time must be refused, or no claim would hold. (There
-    /// are servers that ignore the condition and overwrite.)
+    /// Creates one object twice. The second create must be refused: on a server that ignores the condition and
+    /// overwrites (there are such servers), two owners could claim the same number.
     async fn probe(&self) -> Result<(), SinkError> {
         let path = self.place.path([LOG_FOLDER, PROBE]);
         if self.place.create(&path, PROBE_TEXT).await? == Created::Exists {
@@ -187,12 +186,12 @@ impl ObjectsSink {
         routes.iter().map(check).collect()
     }
 
-    /// What the route's rows can become, which is to include what is configured.
+    /// Returns the forms that the route's rows can have. The configured format must be one of them.
     fn form(&self, route: &BoundRoute) -> Result<RouteForm, String> {
         let name = &route.name;
         if self.layout.folder.names_route() && matches!(name.as_str(), "" | LOG_FOLDER) {
             return Err(format!(
-                "route {name:?} cannot be a folder: the name is empty or the claim log's own"
+                "route {name:?} cannot be a folder: the name is empty or reserved for the claim log"
             ));
         }
         let line = LineFormat::of_media_type(&route.format);
@@ -237,14 +236,14 @@ impl Sink for ObjectsSink {
             local::check_writable(&folder).map_err(|cause| self.place.unavailable(cause))?;
             return Ok(Vec::new());
         }
-        // That the bucket is there and can be read. Nothing is written.
+        // Shows that the bucket exists and can be read. Writes nothing.
         let probe = self.place.path([LOG_FOLDER, PROBE]);
         let known = self.place.exists(&probe).await?;
         Ok(match known {
             true => Vec::new(),
             false => vec![format!(
-                "whether {} takes objects was not tried, since that would write one: `shardmill check \
-                 --write` does",
+                "writing to {} was not tried, since that would create an object: `shardmill check \
+                 --write` tries it",
                 self.place.url
             )],
         })
@@ -297,7 +296,7 @@ impl Sink for ObjectsSink {
     }
 
     fn set_ownership(&self, ownership: Ownership) {
-        // The first stays: a sink has one owner as long as it lives.
+        // The first one stays: a sink has the same owner for its whole life.
         let _ = self.ownership.set(ownership);
     }
 

@@ -1,8 +1,9 @@
-//! Rows as a Parquet file: one row group, with the columns that the route declares.
+//! Encodes rows as a Parquet file: one row group, with the columns that the route declares.
 //!
-//! Values are read as a SQL table's would be: exactly, or the row is refused alone. The crate's
-//! column writers are used without Arrow, which would double the build for nothing.
-//! Types: Parquet format specification, "LogicalTypes.md".
+//! Values are read as for a SQL table: exactly, or only that row is refused. This uses the crate's column writers
+//! without Arrow, which would double the build time without a benefit here.
+//!
+//! Source of the types: Parquet format specification, "LogicalTypes.md".
 
 use std::io;
 use std::sync::Arc;
@@ -30,16 +31,16 @@ use shardmill_sinks_common::rows::value;
 pub use shardmill_sinks_common::rows::value::{Json, RawJson, Why};
 use shardmill_sinks_common::rows::{ColumnNames, RowError};
 
-/// Digits of a decimal that 64 bits hold.
+/// Most digits of a decimal in 64 bits.
 const DECIMAL_I64_DIGITS_MAX: u32 = 18;
-/// Digits of a decimal that readers take: those of 128 bits.
+/// Most digits of a decimal that readers accept: those of 128 bits.
 const DECIMAL_DIGITS_MAX: u32 = 38;
 /// Microseconds of a day.
 const MICROS_PER_DAY: i64 = 86_400_000_000;
-/// The bytes of such a decimal.
+/// Bytes of a decimal of more than [`DECIMAL_I64_DIGITS_MAX`] digits.
 const DECIMAL_BYTES: usize = 16;
 
-/// What a column's values are.
+/// Kind of a column's values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Bool,
@@ -48,7 +49,7 @@ enum Kind {
     Int64,
     Float,
     Double,
-    /// Any number, as the text that came.
+    /// Any number, as the text in the payload.
     Number,
     Decimal {
         digits: u32,
@@ -63,7 +64,7 @@ enum Kind {
     Bytes,
 }
 
-/// The columns of a route, as a file has them.
+/// Columns of a route in a file.
 #[derive(Debug)]
 pub(super) struct ParquetSchema {
     names: ColumnNames,
@@ -94,20 +95,20 @@ enum Cell {
 }
 
 impl ParquetSchema {
-    /// The schema of declared columns.
+    /// Makes the schema of declared columns.
     ///
     /// # Errors
-    /// The column that no Parquet file can hold, or that there is none.
+    /// The column that cannot be in a Parquet file, or that there are no columns.
     pub(super) fn of(columns: &[Column]) -> Result<Self, String> {
         if columns.is_empty() {
-            return Err("it declares no columns, and a Parquet file needs them".into());
+            return Err("it declares no columns, which a Parquet file needs".into());
         }
         let columns: Vec<ParquetColumn> = columns
             .iter()
             .map(|column| {
                 let kind = Kind::of(&column.data_type).ok_or_else(|| {
                     format!(
-                        "column {:?} of type {} has no form in Parquet",
+                        "column {:?} has type {}, which is unsupported in Parquet",
                         column.name, column.data_type
                     )
                 })?;
@@ -124,12 +125,12 @@ impl ParquetSchema {
         Ok(Self { names, names_bytes, columns, root })
     }
 
-    /// How many columns it has.
+    /// Returns the number of columns.
     pub(super) fn width(&self) -> usize {
         self.columns.len()
     }
 
-    /// The length of their names together, in bytes.
+    /// Returns the length of all names together, in bytes.
     pub(super) fn names_bytes(&self) -> usize {
         self.names_bytes
     }
@@ -137,7 +138,7 @@ impl ParquetSchema {
     /// Reads a payload as one value per column.
     ///
     /// # Errors
-    /// Why it is no row, as a fragment for a dead letter.
+    /// The reason why the payload is not a row, as a fragment for a dead letter.
     fn cells(&self, payload: &[u8], form: &mut RowForm) -> Result<Vec<Cell>, String> {
         let mut slots = vec![None; self.columns.len()];
         rows::spread(payload, &self.names, form, &mut slots).map_err(|fault| match fault {
@@ -208,9 +209,11 @@ impl ParquetColumn {
             Kind::Uuid => Cell::Fixed(value::uuid(json)?.as_bytes().to_vec().into()),
             Kind::Date => Cell::Int32(time::date(value::time_text(json)?)?),
             Kind::Time => match time::time(value::time_text(json)?)? {
-                // PostgreSQL's 24:00, which Arrow and its readers do not take.
+                // PostgreSQL's 24:00, which Arrow and its readers do not accept.
                 MICROS_PER_DAY.. => {
-                    return Err("the last time in Parquet is 23:59:59.999999".into());
+                    return Err(
+                        "expected a time up to 23:59:59.999999, the last one in Parquet".into()
+                    );
                 }
                 micros => Cell::Int64(micros),
             },
@@ -220,14 +223,14 @@ impl ParquetColumn {
     }
 }
 
-/// A number as an integer of its last digits' unit, exactly.
+/// Makes the cell of a decimal: the number multiplied by 10^scale, as an exact integer.
 fn decimal_cell(json: &Json<'_>, digits: u32, scale: u32) -> Result<Cell, Why> {
     let number = value::decimal(json)?;
     let unscaled = number
         .to_unscaled(scale)
         .filter(|unscaled| 10_i128.checked_pow(digits).is_some_and(|max| unscaled.abs() < max))
         .ok_or_else(|| {
-            format!("a number of {digits} digits, {scale} of them behind the point, is due")
+            format!("expected a number of {digits} digits, {scale} of them after the point")
         })?;
     match i64::try_from(unscaled) {
         Ok(unscaled) if digits <= DECIMAL_I64_DIGITS_MAX => Ok(Cell::Int64(unscaled)),
@@ -239,7 +242,7 @@ fn decimal_cell(json: &Json<'_>, digits: u32, scale: u32) -> Result<Cell, Why> {
 }
 
 impl Kind {
-    /// The kind of a SQL type's name; `None`: there is none.
+    /// Returns the kind of a SQL type by its name; `None`: the type is not supported.
     fn of(data_type: &str) -> Option<Self> {
         let lower = data_type.trim().to_ascii_lowercase();
         let (name, arguments) = match lower.split_once('(') {
@@ -304,19 +307,19 @@ impl Kind {
     }
 }
 
-/// A small number as the crate wants it.
+/// Converts a small number to the type that the crate expects.
 fn signed(number: u32) -> i32 {
     i32::try_from(number).unwrap_or(i32::MAX)
 }
 
-/// Rows on their way into a file, column by column.
+/// Rows of a file, column by column.
 pub(super) struct ParquetRows {
     schema: Arc<ParquetSchema>,
     form: RowForm,
     columns: Vec<Values>,
 }
 
-/// The values of a column and, by row, whether there is one.
+/// Values of a column and, for each row, whether there is one.
 struct Values {
     present: Vec<i16>,
     cells: Cells,
@@ -333,7 +336,7 @@ enum Cells {
 }
 
 impl ParquetRows {
-    /// No rows yet.
+    /// Makes a file without rows.
     pub(super) fn new(schema: Arc<ParquetSchema>) -> Self {
         let values = |column: &ParquetColumn| {
             let cells = match column.kind.types().0 {
@@ -351,15 +354,15 @@ impl ParquetRows {
         Self { schema, form: RowForm::default(), columns }
     }
 
-    /// Its columns.
+    /// Returns the columns.
     pub(super) fn schema(&self) -> &ParquetSchema {
         &self.schema
     }
 
-    /// Takes a row.
+    /// Adds a row.
     ///
     /// # Errors
-    /// Why it is none, as a fragment for a dead letter; nothing of it is kept.
+    /// The reason why the payload is not a row, as a fragment for a dead letter. Nothing of it is kept.
     pub(super) fn push(&mut self, payload: &[u8]) -> Result<(), String> {
         let cells = self.schema.cells(payload, &mut self.form)?;
         for (column, cell) in self.columns.iter_mut().zip(cells) {
@@ -379,13 +382,13 @@ impl ParquetRows {
         Ok(())
     }
 
-    /// The file's bytes.
+    /// Returns the bytes of the file.
     ///
     /// # Errors
-    /// What the crate says; it has no cause in the rows.
+    /// An error of the crate, which is not the fault of a row.
     pub(super) fn finish(self, compression: Compression) -> io::Result<Vec<u8>> {
         let mut file = self.write(compression).map_err(io::Error::other)?;
-        // It grew by doubling, and waits for its commit beside many others.
+        // The vector grew by doubling. It waits for its commit beside many others, so its unused capacity is freed.
         file.shrink_to_fit();
         Ok(file)
     }
@@ -398,7 +401,7 @@ impl ParquetRows {
         };
         let properties = WriterProperties::builder()
             .set_compression(codec)
-            // The default names the crate's version, so that another release would give other bytes.
+            // The default has the crate's version, so another release of the crate would give other bytes.
             .set_created_by("shardmill".into())
             .build();
         let root = self.schema.root.clone();

@@ -1,9 +1,15 @@
-//! Ways on for a claim log that cannot go on by itself: a person asks for them, and the log says so.
+//! Repairs a claim log that cannot continue by itself. An operator asks for it, and the log records it.
 //!
-//! | the log | the way on | what becomes of rows |
+//! | state of the log | repair | outcome for the rows |
 //! |---|---|---|
-//! | its last claim can never be kept (a key too long, a revision that is gone) | [`ObjectsSink::give_up`] | they are run and claimed again from the claim's beginning |
-//! | a link or the last object is gone (a lifecycle rule) | [`ObjectsSink::skip`] | the log goes on at the checkpoint; what lies between is recorded as a hole |
+//! | its last claim can never be finished | [`ObjectsSink::give_up`] | they run again and are claimed again |
+//! | a link or the last object is gone | [`ObjectsSink::skip`] | those up to the checkpoint are a recorded hole |
+//!
+//! A claim can never be finished if a key is too long for the store, or if its revision is gone. Links and objects are
+//! removed by a bucket's lifecycle rule, or by a person.
+//!
+//! Order: the link is appended first, then objects are removed. After the link, no owner writes under the claim any
+//! more. In the other order, an owner could still write an object that nobody would remove.
 
 use object_store::ObjectStoreExt as _;
 
@@ -13,29 +19,28 @@ use shardmill_core::boxed;
 use shardmill_core::record::{Position, ShardKey};
 use shardmill_core::sink::SinkError;
 
-/// What was done to a log.
+/// Report of a repair.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Recovered {
-    /// The link that says so.
+    /// Number of the link that records it.
     pub link: u64,
-    /// Where the log stood.
+    /// Position of the log before.
     pub from: Option<Position>,
-    /// Where it stands now.
+    /// Position of the log after.
     pub to: Option<Position>,
-    /// Objects that were removed.
+    /// Keys of the objects that were removed.
     pub objects_removed: Vec<String>,
 }
 
 impl ObjectsSink {
-    /// Gives the last claim of a shard up, and removes those of its objects that are written: the rows
-    /// are claimed again by the next run. The pipeline must not run.
+    /// Gives up the last claim of a shard, and removes those of its objects that exist. The next run claims the rows
+    /// again. The pipeline must not run.
     ///
-    /// The link comes first: from there on nobody writes under the claim. A call that was broken off
-    /// after it is finished by another one.
+    /// A call that was interrupted after it appended the link is finished by the next call.
     ///
     /// # Errors
-    /// When the last claim is complete, when nothing would say from where its rows are read again (it is
-    /// the log's first, and the `checkpoint` has passed it), or when the store cannot be written.
+    /// When the last claim is complete, when its rows would not be read again (it is the first of the log, and the
+    /// `checkpoint` has passed it), or when the store cannot be written.
     #[boxed]
     pub async fn give_up(
         &self,
@@ -56,8 +61,8 @@ impl ObjectsSink {
                 let claim = log.unkept(&last).await?.ok_or_else(nothing)?;
                 if claim.from.is_none() && checkpoint >= Some(&claim.to) {
                     return Err(self.place.unavailable(format!(
-                        "the first claim of {} was kept once, since the checkpoint has passed it: its \
-                         rows would not be read again; go on at the checkpoint by `shardmill objects \
+                        "the first claim of {} was complete before, since the checkpoint has passed it: its \
+                         rows would not be read again; continue at the checkpoint: `shardmill objects \
                          skip`",
                         shard.shard
                     )));
@@ -70,12 +75,12 @@ impl ObjectsSink {
         Ok(Recovered { link: link.link, from: Some(claim.to), to: link.to, objects_removed })
     }
 
-    /// Lets the log of a shard whose link or last object is gone go on at the checkpoint. The pipeline
-    /// must not run. `why` is kept in the log.
+    /// Continues the log of a shard at the checkpoint, if a link or its last object is gone. The log keeps `why`. The
+    /// pipeline must not run.
     ///
     /// # Errors
-    /// When the log is sound, when the checkpoint lies before what the log still has (rows would come
-    /// twice), or when the store cannot be written.
+    /// When nothing is missing, when the checkpoint is before the end of the last claim (its rows could come twice), or
+    /// when the store cannot be written.
     #[boxed]
     pub async fn skip(
         &self,
@@ -93,7 +98,7 @@ impl ObjectsSink {
             Some(last) => {
                 let claim = log.unkept(last).await?.ok_or_else(|| {
                     self.place.unavailable(format!(
-                        "the claim log of {} is sound: nothing is skipped",
+                        "the claim log of {} is complete: nothing is skipped",
                         shard.shard
                     ))
                 })?;
@@ -133,7 +138,7 @@ impl ObjectsSink {
         }
     }
 
-    /// Removes what is there of a claim's data.
+    /// Removes the objects of a claim that exist; returns their keys.
     async fn remove_data(
         &self,
         log: &ClaimLog,
@@ -142,7 +147,7 @@ impl ObjectsSink {
         let mut removed = Vec::new();
         for data in &claim.claim.data {
             let path = log.data_path(&data.key)?;
-            // What cannot be looked for, for the length of its name, cannot be there either.
+            // An object whose name is too long to look for cannot exist.
             if !self.place.exists(&path).await.unwrap_or(false) {
                 continue;
             }

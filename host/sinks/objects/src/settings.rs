@@ -1,4 +1,4 @@
-//! The settings of an objects sink, as `[[sink]]` with `type = "objects"` has them.
+//! Settings of an objects sink: `[[sink]]` with `type = "objects"`.
 
 mod layout;
 
@@ -26,11 +26,10 @@ use shardmill_config::{
 use shardmill_core::record::SinkName;
 use shardmill_core::sink::{Sink, SinkError};
 
-/// The sink type.
+/// Sink type of objects.
 pub const TYPE: &dyn SinkType = &ObjectsType;
 
-/// The schemes of `url` whose stores can create an object only if it is not there, which the
-/// claim log rests on.
+/// Schemes of `url` whose stores have conditional creation, which the claim log needs.
 const SCHEMES: [&str; 9] = ["file", "s3", "s3a", "gs", "az", "adl", "azure", "abfs", "abfss"];
 
 /// Options of `object_store` that name another server.
@@ -55,11 +54,11 @@ pub struct ObjectsTarget {
     pub url: Url,
     /// Options for `object_store`, for example `aws_endpoint`.
     pub options: BTreeMap<String, String>,
-    /// What the objects hold, and where they lie.
+    /// Format, compression and folders.
     pub layout: ObjectLayout,
 }
 
-/// `[[sink]]` with `type = "objects"`
+/// `[[sink]]` with `type = "objects"`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]
 struct RawObjects {
@@ -95,7 +94,7 @@ impl SinkType for ObjectsType {
                 name: "format",
                 form: KeyForm::Text,
                 default: KeyDefault::Value("\"ndjson\""),
-                about: "What objects hold: `ndjson`, one row, one line; `raw`, payloads as they are; `parquet`, which \
+                about: "Format of objects: `ndjson`, one row per line; `raw`, payloads as they are; `parquet`, which \
                         needs JSON and the columns that the plugin declares.",
             },
             Key {
@@ -121,7 +120,7 @@ impl SinkType for ObjectsType {
     }
 
     fn commit_policy(&self) -> CommitPolicy {
-        // Few large objects; rows are bounded because each costs memory beside its bytes.
+        // Few large objects. Rows are bounded because each uses memory in addition to its bytes.
         CommitPolicy::patient(100_000, 64 << 20, Duration::from_secs(300))
     }
 
@@ -167,7 +166,7 @@ fn target(raw: &RawObjects, base: &Path, check: &mut Check) -> Option<ObjectsTar
     Some(ObjectsTarget { url: url?, options, layout })
 }
 
-/// A URL, or a folder's path made one.
+/// Reads a URL, or makes one of a folder's path.
 fn object_url(raw: &Spanned<Text>, base: &Path, check: &mut Check) -> Option<Url> {
     let text = check.filled(raw, "folder or URL")?;
     if !text.contains("://") {
@@ -186,23 +185,23 @@ fn object_url(raw: &Spanned<Text>, base: &Path, check: &mut Check) -> Option<Url
         }
         Ok(url) if SCHEMES.contains(&url.scheme()) => Some(url),
         Ok(url) => {
-            let message = format!("there is no object store for `{}://`", url.scheme());
+            let message = format!("unsupported object store `{}://`", url.scheme());
             check.problem(raw.span(), message, suggest(url.scheme(), "allowed", &SCHEMES));
             None
         }
         Err(cause) => {
             let help = "write for example \"s3://bucket/logs\" or a folder's path";
-            check.problem(raw.span(), format!("this is no URL: {cause}"), help);
+            check.problem(raw.span(), format!("invalid URL: {cause}"), help);
             None
         }
     }
 }
 
 impl ObjectsTarget {
-    /// The sink of this name. Connects to nothing yet.
+    /// Makes the sink with this name. Connects to nothing yet.
     ///
     /// # Errors
-    /// A URL or an option that no store knows.
+    /// For a URL or an option that no store knows.
     pub fn sink(&self, name: SinkName) -> Result<ObjectsSink, SinkError> {
         ObjectsSink::new(name, &self.url, &self.options, self.layout.clone())
     }
@@ -217,7 +216,7 @@ impl SinkSettings for ObjectsTarget {
             .map(|(_, value)| format!(" at {}", without_user(value)));
         let server = server.next().unwrap_or_default();
         let mut url = self.url.clone();
-        // What a URL cannot carry, it does not.
+        // A URL that cannot have a user or a password returns an error, and has none.
         let _ = url.set_password(None);
         let _ = url.set_username("");
         url.set_query(None);

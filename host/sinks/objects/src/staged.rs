@@ -1,11 +1,25 @@
-//! Objects as files of a folder: written beside the data, then linked into it under their name.
+//! Creates objects as files of a folder: a file is written in a staging folder, then hard-linked under its own name.
 //!
-//! `object_store` writes `NAME#1` beside `NAME` first, which readers of the folder see, and which stays
-//! when the process is killed. Here a file is written below the claim logs, where no reader looks, with a
-//! lock on it for as long as its writer lives. A file without a lock is left over and may go: whoever is
-//! wrong about that makes a writer fail and try again, since only the writer links the file.
+//! Invariant: a file appears under its name whole and durable, or not at all. `object_store` does not give this for
+//! conditional creation: it writes `NAME#1` beside `NAME` first; readers of the folder see that file, and it stays when
+//! the process is killed.
 //!
-//! Leftovers of the other kind are removed too, where the name before the `#` is one of ours.
+//! Order of the steps, and the reason for each:
+//! 1. Write the file below the claim logs, where no reader looks, and lock it. A file without a lock has no writer any
+//!    more, and a sweep removes it.
+//! 2. Sync the file: a name must never lead to a file without its content.
+//! 3. Hard-link it under its name. The link fails if the name exists: that is the conditional create.
+//! 4. Sync the folder, so that the name is durable before the commit goes on.
+//! 5. Remove the name in the staging folder.
+//!
+//! Races:
+//! - A sweep removes a staging file that has a writer (a file system without locks). The writer's link fails, and the
+//!   commit is tried again; only the writer links its file, so nothing wrong can appear.
+//! - Two writers create the same name. One link succeeds, the other gets [`Created::Exists`].
+//! - The sink's folder is moved or replaced while the pipeline runs. The folders would be created again without the
+//!   earlier claims, so [`check_place`] compares the file id of the logs' folder and refuses.
+//!
+//! Files `NAME#1` that earlier versions left are removed too, if `NAME` is a name that this sink gives.
 
 use std::fmt;
 use std::fs::{self, File, OpenOptions};
@@ -22,18 +36,18 @@ use super::settings::LOG_FOLDER;
 use shardmill_core::record::SinkName;
 use shardmill_sinks_common::local::FileId;
 
-/// The folder below the claim logs that holds files which are being written.
+/// Folder below the claim logs for files that are being written.
 pub(super) const STAGING_FOLDER: &str = ".tmp";
 
-/// How files come into a folder.
+/// Creator of files below a prefix.
 #[derive(Clone, Debug)]
 pub struct Staged {
     prefix: Key,
-    /// The folder of the claim logs as it was first written to.
+    /// File id of the claim logs' folder, as of the first write.
     known: Arc<OnceLock<FileId>>,
 }
 
-/// Why a file was not written.
+/// Error of a file that was not written.
 #[derive(Debug)]
 pub(super) enum StagedError {
     Io { action: &'static str, place: PathBuf, cause: io::Error },
@@ -64,16 +78,16 @@ fn failed<'p>(action: &'static str, place: &'p Path) -> impl FnOnce(io::Error) -
     move |cause| StagedError::Io { action, place: place.to_owned(), cause }
 }
 
-/// What a conditional create found.
+/// Outcome of a conditional create.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Created {
-    /// The object is there and we wrote it.
+    /// The object was created by this call.
     New,
-    /// An object with that key was there before, by us or by another.
+    /// An object with that key existed, written by us or by another.
     Exists,
 }
 
-/// A file that is being written; gone when dropped.
+/// A file in the staging folder, removed when dropped.
 struct Staging {
     path: PathBuf,
     file: File,
@@ -81,19 +95,18 @@ struct Staging {
 
 impl Drop for Staging {
     fn drop(&mut self) {
-        // What cannot be removed is removed at the next acquisition.
+        // If it cannot be removed now, the sweep of the next acquisition removes it.
         let _ = fs::remove_file(&self.path);
     }
 }
 
 impl Staged {
-    /// For files below a prefix.
+    /// Makes a creator of files below a prefix.
     pub(super) fn below(prefix: &Key) -> Self {
         Self { prefix: prefix.clone(), known: Arc::default() }
     }
 
-    /// Writes a file unless one of that name is there. It appears whole, and is on the disk when this
-    /// returns.
+    /// Writes a file, unless one of that name exists. The file appears whole, and is durable when this returns.
     pub(super) async fn create(
         &self,
         key: &Key,
@@ -112,18 +125,18 @@ impl Staged {
         .await
     }
 
-    /// The folder for files that are being written.
+    /// Returns the folder for files that are being written.
     pub(super) fn folder(&self) -> Result<PathBuf, StagedError> {
         file_path(&self.prefix.clone().join(LOG_FOLDER).join(STAGING_FOLDER))
     }
 
-    /// Removes what writers that are gone left in the staging folder; gives the number of files.
+    /// Removes files from the staging folder that have no writer any more; returns their number.
     pub(super) async fn sweep(&self) -> Result<usize, StagedError> {
         let folder = self.folder()?;
         on_thread(move || sweep(&folder)).await
     }
 
-    /// Removes `KEY#1` and the like of keys that nobody else writes any more.
+    /// Removes `KEY#1`, `KEY#2` and so on, for keys that nobody else writes any more.
     pub(super) async fn sweep_beside(&self, keys: Vec<Key>) -> Result<usize, StagedError> {
         let files = keys.iter().map(file_path).collect::<Result<Vec<_>, _>>()?;
         on_thread(move || {
@@ -136,7 +149,7 @@ impl Staged {
         .await
     }
 
-    /// Removes `LINK.json#1` and the like from a log's folder, whose only writer asks.
+    /// Removes `LINK.json#1` and so on from a log's folder. Only the owner of the log calls this.
     pub(super) async fn sweep_log(&self, folder: &Key) -> Result<usize, StagedError> {
         let folder = file_path(folder)?;
         on_thread(move || {
@@ -146,7 +159,7 @@ impl Staged {
         .await
     }
 
-    /// Finds `NAME#1` and the like everywhere below the prefix.
+    /// Finds `NAME#1` and so on everywhere below the prefix.
     pub(super) async fn leftovers(&self) -> Result<Vec<PathBuf>, StagedError> {
         let folder = file_path(&self.prefix)?;
         on_thread(move || {
@@ -162,19 +175,19 @@ impl Staged {
         .await
     }
 
-    /// Removes `NAME#1` and the like everywhere below the prefix, where `NAME` is an object of ours that
-    /// is there: it is only ever created, so whatever was to become it is of no use.
+    /// Removes `NAME#1` and so on everywhere below the prefix, if `NAME` is an object of ours that exists. Objects are
+    /// never overwritten, so such a file has no use any more.
     ///
-    /// There may be many folders, so no shard waits for it, and neither does the end of the process: it
-    /// has a thread of its own, which no runtime waits for.
+    /// There may be many folders. So this runs on a thread of its own: no shard waits for it, and no runtime waits for
+    /// it at the end of the process.
     pub(super) fn sweep_all_aside(self, sink: SinkName) {
         let sweep = move || match file_path(&self.prefix).and_then(|folder| sweep_all(&folder)) {
             Ok(0) => {}
             Ok(files) => tracing::info!(%sink, files, "removed leftover files"),
-            Err(error) => tracing::warn!(%sink, %error, "leftover files stay"),
+            Err(error) => tracing::warn!(%sink, %error, "cannot remove leftover files"),
         };
         if let Err(error) = std::thread::Builder::new().name("sweep".into()).spawn(sweep) {
-            tracing::warn!(%error, "leftover files stay");
+            tracing::warn!(%error, "cannot remove leftover files");
         }
     }
 }
@@ -198,26 +211,26 @@ async fn on_thread<T: Send + 'static>(
 ) -> Result<T, StagedError> {
     tokio::task::spawn_blocking(work)
         .await
-        .unwrap_or_else(|error| Err(StagedError::Path(format!("it was broken off: {error}"))))
+        .unwrap_or_else(|error| Err(StagedError::Path(format!("interrupted: {error}"))))
 }
 
-/// Where `object_store` has the file of a key.
+/// Returns the path at which `object_store` has the file of a key.
 fn file_path(key: &Key) -> Result<PathBuf, StagedError> {
     LocalFileSystem::new()
         .path_to_filesystem(key)
         .map_err(|error| StagedError::Path(error.to_string()))
 }
 
-/// Refuses to go on in another folder than the one that this process began in: the folders on the way would be
-/// made anew, and the claims and objects of before would not be among the new ones.
+/// Refuses a folder that is not the one this process began with. The missing folders would be created again, without
+/// the earlier claims and objects.
 fn check_place(logs: &Path, known: &OnceLock<FileId>) -> Result<(), StagedError> {
     let Some(known) = known.get() else { return Ok(()) };
     if FileId::at(logs).map_err(StagedError::Path)?.as_ref() == Some(known) {
         return Ok(());
     }
     Err(StagedError::Path(format!(
-        "the folder {} is gone: it was moved, deleted or replaced while the pipeline writes there; put it \
-         back, or restart the pipeline, which then says what is missing",
+        "the folder {} is missing: it was moved, deleted or replaced while the pipeline writes there; put it \
+         back, or restart the pipeline, which then reports what is missing",
         logs.display()
     )))
 }
@@ -248,7 +261,7 @@ fn create(to: &Path, folder: &Path, payload: &PutPayload) -> Result<Created, Sta
     }
 }
 
-/// A new file in the staging folder, with a lock that says that its writer lives.
+/// Creates a file in the staging folder, and locks it to show that it has a writer.
 fn stage(folder: &Path) -> Result<Staging, StagedError> {
     let path = folder.join(Uuid::new_v4().simple().to_string());
     let mut options = OpenOptions::new();
@@ -259,12 +272,13 @@ fn stage(folder: &Path) -> Result<Staging, StagedError> {
         opened = options.open(&path);
     }
     let file = opened.map_err(failed("create", &path))?;
-    // Without locks, a sweep of another process may take the file away: then this one tries again.
+    // On a file system without locks, a sweep of another process may remove the file. Then the link fails, and the
+    // commit is tried again.
     let _ = file.try_lock();
     Ok(Staging { path, file })
 }
 
-/// Creates a folder and those above it, each durable in the one above.
+/// Creates a folder and those above it. Each name is durable in its parent when this returns.
 fn create_folders(folder: &Path) -> io::Result<()> {
     match fs::create_dir(folder) {
         Ok(()) => {}
@@ -287,7 +301,7 @@ fn sync_folder(folder: &Path) -> io::Result<()> {
 
 fn sweep(folder: &Path) -> Result<usize, StagedError> {
     remove_if(folder, |path, _| {
-        // Whoever writes the file holds its lock.
+        // The writer of the file has its lock.
         File::open(path).is_ok_and(|file| file.try_lock().is_ok())
     })
 }
@@ -302,7 +316,7 @@ fn remove(folder: &Path, is_left: impl Fn(&str) -> bool) -> Result<usize, Staged
     remove_if(folder, |_, name| is_left(name))
 }
 
-/// Removes files of one folder.
+/// Removes the files of one folder for which `is_left` returns true; returns their number.
 fn remove_if(folder: &Path, is_left: impl Fn(&Path, &str) -> bool) -> Result<usize, StagedError> {
     let entries = match fs::read_dir(folder) {
         Ok(entries) => entries,
@@ -329,7 +343,7 @@ fn remove_file(path: &Path) -> Result<(), StagedError> {
     }
 }
 
-/// Visits the files below a folder; links are not followed.
+/// Visits the files below a folder. Does not follow links.
 fn walk(folder: &Path, visit: &mut impl FnMut(&Path, &str)) -> Result<(), StagedError> {
     let mut folders = vec![folder.to_owned()];
     while let Some(folder) = folders.pop() {
@@ -350,7 +364,7 @@ fn walk(folder: &Path, visit: &mut impl FnMut(&Path, &str)) -> Result<(), Staged
     Ok(())
 }
 
-/// The name of which a file is a leftover: `NAME` of `NAME#1`.
+/// Returns the name that a leftover file was to get: `NAME` of `NAME#1`.
 fn leftover_of(name: &str) -> Option<&str> {
     name.rsplit_once('#').filter(|(_, number)| is_number(number)).map(|(own, _)| own)
 }
@@ -359,7 +373,7 @@ fn is_number(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-/// Whether a file's name is one that claims give: `<link>-<owner>…`, or a link's own.
+/// Returns whether a name is one that this sink gives: `<link>-<owner>…` for data, or that of a link.
 fn is_own(name: &str) -> bool {
     if name.strip_suffix(".json").is_some_and(|number| number.len() == 12 && is_number(number)) {
         return true;

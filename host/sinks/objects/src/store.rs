@@ -1,7 +1,7 @@
-//! From a URL to a store: `file://`, `s3://`, `gs://`, `az://`, and what goes wrong there in words.
+//! Opens the store of a URL (`file://`, `s3://`, `gs://`, `az://`), creates objects in it, and words its errors.
 //!
-//! Options come from the pipeline file and win over the environment (`AWS_…`, `GOOGLE_…`,
-//! `AZURE_…`); an option that the store does not know is an error, never ignored.
+//! Options of the pipeline file take precedence over the environment (`AWS_…`, `GOOGLE_…`, `AZURE_…`). An option that
+//! the store does not know is an error, never ignored.
 
 use std::collections::BTreeMap;
 use std::fmt::Display;
@@ -31,42 +31,42 @@ use shardmill_core::record::SinkName;
 use shardmill_core::retry::RetryPolicy;
 use shardmill_core::sink::SinkError;
 
-/// One request may take this long: a large object on a slow line. Override with `timeout`.
+/// Longest time of one request: a large object on a slow line. The option `timeout` overrides it.
 const REQUEST_TIMEOUT: &str = "120 seconds";
-/// Retries inside one request are few: the delivery backs off where it can be seen.
+/// Most retries inside one request. Few, because the delivery's own backoff is visible to users, and this one is not.
 const RETRIES_MAX: usize = 3;
-/// After this long a request is not retried any more.
+/// Time after which a request is not retried any more.
 const RETRY_TIMEOUT: Duration = Duration::from_secs(60);
-/// S3 answers 409 while another conditional write of the same key is under way, and `object_store`
-/// reports that as "already exists".
+/// Retries of a conditional write. S3 answers 409 while another conditional write of the same key is under way, and
+/// `object_store` reports that as "already exists".
 const CONFLICT_RETRY: RetryPolicy =
     RetryPolicy::doubling(Duration::from_millis(20), Duration::from_millis(320)).tries(6);
 
-/// Larger objects go up in parts of this length. S3 takes 5 MiB to 5 GiB a part, and 10,000 parts
-/// (user guide, "Amazon S3 multipart upload limits").
+/// Bytes of a part: larger objects are uploaded in parts. S3 accepts parts of 5 MiB to 5 GiB, and 10,000 of them (user
+/// guide, "Amazon S3 multipart upload limits").
 const PART_BYTES: usize = 32 << 20;
-/// Parts of one object that are under way at the same time.
+/// Most parts of one object that are uploaded at the same time.
 const PARTS_AT_ONCE: usize = 4;
 
-/// A store, the place in it that belongs to a sink, and how to speak of both.
+/// A store, a sink's place in it, and the names of both for messages.
 #[derive(Clone, Debug)]
 pub struct StorePlace {
-    /// The sink.
+    /// Sink.
     pub sink: SinkName,
-    /// The store.
+    /// Store.
     pub store: Arc<dyn ObjectStore>,
-    /// The folder in it.
+    /// Folder in the store.
     pub prefix: Path,
-    /// Names the place in error texts; holds no secret.
+    /// URL for error texts; without secrets.
     pub url: Arc<str>,
-    /// How long a key may be there.
+    /// Longest keys of the store.
     pub limits: KeyLimits,
-    /// How files are written, where the store is a folder.
+    /// Creator of files, if the store is a folder.
     pub staged: Option<Staged>,
 }
 
 impl StorePlace {
-    /// A place in a store that is open already.
+    /// Makes a place in a store that is open already.
     pub fn over(sink: SinkName, store: Arc<dyn ObjectStore>, prefix: Path, url: Arc<str>) -> Self {
         Self { sink, store, prefix, url, limits: KeyLimits::ANY, staged: None }
     }
@@ -92,22 +92,21 @@ impl StorePlace {
         }
     }
 
-    /// The path of parts under the sink's prefix; each part is percent-encoded where needed.
+    /// Returns the path of these parts under the sink's prefix. Each part is percent-encoded where needed.
     pub fn path<'a>(&self, parts: impl IntoIterator<Item = &'a str>) -> Path {
         parts.into_iter().fold(self.prefix.clone(), |path, part| path.join(part))
     }
 
-    /// The path of an encoded key under the sink's prefix; `None`: it is no path.
+    /// Returns the path of an encoded key under the sink's prefix; `None`: the key is not a valid path.
     pub(super) fn below(&self, key: &str) -> Option<Path> {
         let key = Path::parse(key).ok()?;
         Some(key.parts().fold(self.prefix.clone(), |path, part| path.join(part)))
     }
 
-    /// Writes a data object unless it is there: in parts when it is large, which can be tried again
-    /// one by one.
+    /// Writes a data object unless it exists. A large one is uploaded in parts, each of which can be retried alone.
     ///
-    /// Between the look and the end of such an upload another owner of the same claim may have
-    /// written the object; then it is replaced by one of the same rows.
+    /// An upload in parts is not a conditional create: another owner of the same claim may write the object between the
+    /// look and the end of the upload. Then it is replaced by an object with the same rows.
     pub async fn create_data(
         &self,
         path: &Path,
@@ -131,17 +130,19 @@ impl StorePlace {
             Err(error) => Err(error),
         };
         if let Err(error) = ended {
-            // What is not given up costs money until a rule of the bucket does it.
+            // Parts that are not removed cost money until a lifecycle rule of the bucket removes them.
             if let Err(left) = upload.abort().await {
                 let error = quoted(&sanitized(left));
-                tracing::warn!(sink = %self.sink, %path, %error, "an upload is left over");
+                tracing::warn!(sink = %self.sink, %path, %error, "cannot abort an upload, its parts stay");
             }
             return Err(failed(error));
         }
         Ok(())
     }
 
-    /// Writes an object unless one with that key is there.
+    /// Writes an object unless one with that key exists.
+    ///
+    /// "Already exists" followed by "not found" is S3's 409 for a write that is under way, so it is retried.
     pub(super) async fn create(
         &self,
         path: &Path,
@@ -169,13 +170,13 @@ impl StorePlace {
             tokio::time::sleep(pause).await;
         }
         Err(self.unavailable(format!(
-            "cannot write {path} in {}: the store says that it exists, and that it does not; \
-             another writer may be busy with it",
+            "cannot write {path} in {}: the store reports both that it exists and that it does not; \
+             another writer may be writing it",
             self.url
         )))
     }
 
-    /// Whether an object is there.
+    /// Returns whether an object exists.
     pub(super) async fn exists(&self, path: &Path) -> Result<bool, SinkError> {
         match self.store.head(path).await {
             Ok(_) => Ok(true),
@@ -184,7 +185,7 @@ impl StorePlace {
         }
     }
 
-    /// The error of a failed request, with a hint where the cause is a usual one.
+    /// Makes the error of a failed request, with a hint for a usual cause.
     pub(super) fn failed(
         &self,
         action: &str,
@@ -200,17 +201,17 @@ impl StorePlace {
             NotImplemented { .. } => "; the claim log needs conditional creation",
             _ => "",
         };
-        // The error holds the body of the answer.
+        // The error contains the body of the server's answer.
         let said = sanitized(error);
         self.unavailable(format!("cannot {action} {path} in {}: {said}{way_out}", self.url))
     }
 
-    /// The error of a file that was not written.
+    /// Makes the error of a file that was not written.
     fn not_staged(&self, path: &Path, error: &StagedError) -> SinkError {
         self.unavailable(format!("cannot write {path} in {}: {error}", self.url))
     }
 
-    /// The same error with a way out of it.
+    /// Adds a way out to an error.
     pub(super) fn with_way_out(&self, error: SinkError, way_out: &str) -> SinkError {
         match error {
             SinkError::Unavailable { cause, .. } => self.unavailable(format!("{cause}{way_out}")),
@@ -218,7 +219,7 @@ impl StorePlace {
         }
     }
 
-    /// An error of this sink.
+    /// Makes an error of this sink.
     pub fn unavailable(&self, cause: impl Display) -> SinkError {
         SinkError::Unavailable { sink: self.sink.clone(), cause: cause.to_string() }
     }
@@ -271,7 +272,7 @@ fn open_local(
     options: &BTreeMap<String, String>,
 ) -> Result<(Arc<dyn ObjectStore>, Path), String> {
     if let Some(name) = options.keys().next() {
-        return Err(format!("option {name:?} is not known: a folder takes no options"));
+        return Err(format!("unknown option {name:?}: a folder takes no options"));
     }
     let folder = url
         .to_file_path()
@@ -280,7 +281,7 @@ fn open_local(
     Ok((Arc::new(LocalFileSystem::new().with_fsync(true)), prefix))
 }
 
-/// Sets our defaults, then each option; one that the store does not know is an error.
+/// Sets our defaults, then each option. An option that the store does not know is an error.
 fn configure<Builder, Key: FromStr>(
     mut builder: Builder,
     set: impl Fn(Builder, Key, String) -> Builder,
@@ -291,9 +292,7 @@ fn configure<Builder, Key: FromStr>(
     for (name, value) in options {
         let lower = name.to_ascii_lowercase();
         let key = lower.parse().map_err(|_| {
-            format!(
-                "option {name:?} is not known to this store; see object_store's configuration keys"
-            )
+            format!("unknown option {name:?} of this store; see object_store's configuration keys")
         })?;
         if lower.ends_with("endpoint") && value.starts_with("http://") {
             builder = set(builder, client_key(ClientConfigKey::AllowHttp), "true".into());
@@ -303,7 +302,7 @@ fn configure<Builder, Key: FromStr>(
     Ok(builder)
 }
 
-/// Checks addresses of servers, which a store's errors repeat.
+/// Checks the addresses of servers. Errors of a store repeat them, so they must not have a password.
 fn check_endpoints(endpoints: impl IntoIterator<Item = Option<String>>) -> Result<(), String> {
     for endpoint in endpoints.into_iter().flatten() {
         let url: Url = endpoint.parse().map_err(|error| {
@@ -322,12 +321,12 @@ fn retry() -> RetryConfig {
     RetryConfig { max_retries: RETRIES_MAX, retry_timeout: RETRY_TIMEOUT, ..RetryConfig::default() }
 }
 
-/// The URL without what could be a secret.
+/// Returns the URL without parts that could be a secret.
 fn shown(url: &Url) -> String {
     let mut url = url.clone();
     url.set_query(None);
     if url.password().is_some() {
-        // Fails only on URLs that cannot have a password.
+        // Fails only for URLs that cannot have a password.
         let _ = url.set_password(None);
     }
     url.to_string()

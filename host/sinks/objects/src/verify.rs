@@ -1,8 +1,18 @@
-//! Walks the claim logs below a sink's URL and the objects beside them: what is missing, doubled, or
-//! nobody's.
+//! Checks the claim logs below a sink's URL against the objects: reports what is missing, claimed twice, or claimed by
+//! nobody.
 //!
-//! Reads only. A run that goes on meanwhile may show as an object that nobody claims or a claim that
-//! has no object yet.
+//! Reads only. It lists first and reads the links afterwards, so a pipeline that runs meanwhile may show as an object
+//! that nobody claims, or as a claim that has no object yet.
+//!
+//! | found | reported as |
+//! |---|---|
+//! | an object of the last claim of a log is missing | `unfinished`: a run writes it |
+//! | an object of an earlier claim is missing, or numbers or positions are | gap |
+//! | two claims with the same key, or a link that begins before the end of the one before it | overlap |
+//! | an object in no claim, or only in a claim that was given up | orphan |
+//! | another length or content than claimed, or an unreadable link | damaged |
+//! | `NAME#1` beside the data, in a folder | leftover |
+//! | a link with a reason why positions are passed over | hole, which is not a problem |
 
 use std::collections::{BTreeMap, HashMap};
 use std::fmt;
@@ -23,54 +33,53 @@ use super::{ObjectsSink, PROBE};
 use shardmill_core::record::Position;
 use shardmill_core::sink::SinkError;
 
-/// Links, or objects, that are read at the same time.
+/// Most links that are read at the same time.
 const READS_MAX: usize = 16;
 
-/// What a walk found.
+/// Result of a check.
 #[derive(Debug, Default, Serialize)]
 pub struct Audit {
-    /// Claim logs: one per pipeline, sink and shard.
+    /// Number of claim logs: one per pipeline, sink and shard.
     pub logs: u64,
-    /// Links in them: claims, and the fences of owners.
+    /// Number of their links: claims, fences of owners, and repairs.
     pub links: u64,
-    /// Objects that are claimed and there.
+    /// Number of objects that are claimed and exist.
     pub objects: u64,
-    /// Rows in these objects, as claimed.
+    /// Number of rows in these objects, as claimed.
     pub rows: u64,
-    /// Their length, in bytes.
+    /// Length of these objects, in bytes.
     pub bytes: u64,
-    /// Logs whose last claim has no object yet: a run will make it again.
+    /// Number of logs whose last claim misses an object: a run writes it.
     pub unfinished: u64,
-    /// Files that are being written, or were when their writer was killed: no data, and seen by no
-    /// reader.
+    /// Number of files in the staging folder: being written, or left by a killed writer. No reader sees them.
     pub temporary: u64,
-    /// Positions that were passed over, by the word of a person.
+    /// Positions that an operator has passed over.
     pub holes: Vec<LogHole>,
-    /// What is wrong.
+    /// Problems.
     pub problems: Vec<AuditProblem>,
 }
 
-/// Positions of a shard of which no rows are in the objects.
+/// Positions of a shard whose rows are in no object.
 #[derive(Debug, Serialize)]
 pub struct LogHole {
-    /// The log, as a key in the store.
+    /// Log, as a key in the store.
     pub log: String,
-    /// The end of what is there before it, exclusive.
+    /// Start, exclusive.
     pub from: Option<String>,
-    /// Its end, inclusive.
+    /// End, inclusive.
     pub to: Option<String>,
-    /// Why it was left.
+    /// Reason.
     pub why: String,
 }
 
-/// Something that is wrong.
+/// A problem.
 #[derive(Debug, Serialize)]
 pub struct AuditProblem {
-    /// Which kind of wrong.
+    /// Kind.
     pub kind: ProblemKind,
-    /// The log or the object, as a key in the store.
+    /// Log or object, as a key in the store.
     pub place: String,
-    /// What was found there.
+    /// Description.
     pub detail: String,
 }
 
@@ -82,7 +91,7 @@ impl LogHole {
     }
 }
 
-/// The kinds of problems.
+/// Kind of a problem.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ProblemKind {
@@ -90,12 +99,11 @@ pub enum ProblemKind {
     Gap,
     /// Two claims have the same positions or the same key.
     Overlap,
-    /// An object that no claim names.
+    /// No claim names an object.
     Orphan,
-    /// A link or an object has another content than it should have.
+    /// A link or an object does not have the expected content.
     Damaged,
-    /// A file of a write that was broken off, beside the data: readers of the folder may take it for
-    /// data.
+    /// A file of an interrupted write is beside the data. Readers of the folder may read it as data.
     Leftover,
 }
 
@@ -111,19 +119,19 @@ impl fmt::Display for ProblemKind {
     }
 }
 
-/// What lies below the URL.
+/// Objects below the URL.
 #[derive(Default)]
 struct Listing {
-    /// The links' numbers and keys, by log.
+    /// Numbers and keys of the links, by log.
     logs: BTreeMap<String, BTreeMap<u64, Path>>,
-    /// The lengths of the data objects, by key.
+    /// Lengths of the data objects, by key.
     data: BTreeMap<Path, u64>,
-    /// Files that are being written.
+    /// Number of files in the staging folder.
     temporary: u64,
 }
 
 impl ObjectsSink {
-    /// Walks all claim logs below the sink's URL; with `content`, reads every object too.
+    /// Checks all claim logs below the sink's URL. With `content`, reads every object too.
     ///
     /// # Errors
     /// [`SinkError::Unavailable`] when the store cannot be read.
@@ -140,7 +148,7 @@ impl ObjectsSink {
             for link in links.iter().filter(|link| !given_up.contains(&link.link)) {
                 let Some(claim) = &link.claim else { continue };
                 if link.renamed_from.is_some() {
-                    // It is the last claim of the log that this one goes on with.
+                    // A copy of the last claim of the former name's log, where it is checked.
                     continue;
                 }
                 let is_last = last == Some(link.link);
@@ -150,7 +158,7 @@ impl ObjectsSink {
                         let detail = format!("{log} and {other} both claim it");
                         audit.problem(ProblemKind::Overlap, &key, detail);
                     }
-                    // One of another length is named already.
+                    // An object of another length was reported already.
                     let bytes = listing.data[&key];
                     let has_length = data.bytes.is_none_or(|expected| bytes == expected);
                     if content && has_length {
@@ -165,8 +173,8 @@ impl ObjectsSink {
         if let Some(staged) = &self.place.staged {
             let leftovers = staged.leftovers().await;
             for file in leftovers.map_err(|error| self.place.unavailable(error))? {
-                let detail = "a write that was broken off left it: it is no data, remove it; a run \
-                              removes those that it knows to be its own";
+                let detail = "left by an interrupted write, not data: remove it; a run removes those \
+                              with names that the sink gives";
                 audit.problem(ProblemKind::Leftover, file.display(), detail.into());
             }
         }
@@ -206,7 +214,7 @@ impl ObjectsSink {
         }
     }
 
-    /// The links that can be read, by number.
+    /// Returns the links that can be read, by number. Reports the others.
     async fn read_links(
         &self,
         log: &str,
@@ -224,7 +232,7 @@ impl ObjectsSink {
             match serde_json::from_slice::<LogLink>(&bytes) {
                 Ok(link) if link.link == number => found.push(link),
                 Ok(link) => {
-                    let detail = format!("link {number} says that it is link {}", link.link);
+                    let detail = format!("expected link {number}, found link {}", link.link);
                     audit.problem(ProblemKind::Damaged, log, detail);
                 }
                 Err(error) => {
@@ -240,7 +248,7 @@ impl ObjectsSink {
         read.map_err(|error| self.place.failed("read", path, &error))
     }
 
-    /// Looks for a claim's objects; gives those that are there.
+    /// Looks for a claim's objects; returns those that exist.
     fn check_claim<'c>(
         &self,
         log: &str,
@@ -254,7 +262,7 @@ impl ObjectsSink {
         let mut missing = Vec::new();
         for data in &claim.data {
             let Some(key) = self.place.below(&data.key) else {
-                let detail = format!("link {} names {:?}, which is no path", link.link, data.key);
+                let detail = format!("link {} has an invalid key: {:?}", link.link, data.key);
                 audit.problem(ProblemKind::Damaged, log, detail);
                 continue;
             };
@@ -263,7 +271,7 @@ impl ObjectsSink {
                 continue;
             };
             if let Some(expected) = data.bytes.filter(|expected| expected != bytes) {
-                let detail = format!("it has {bytes} bytes, {expected} are claimed");
+                let detail = format!("expected {expected} bytes as claimed, found {bytes}");
                 audit.problem(ProblemKind::Damaged, &key, detail);
             }
             audit.objects += 1;
@@ -275,7 +283,7 @@ impl ObjectsSink {
             true => {}
             false if is_last => audit.unfinished += 1,
             false => {
-                let detail = format!("link {} claims {missing:?}, which is not there", link.link);
+                let detail = format!("link {} claims {missing:?}, which is missing", link.link);
                 audit.problem(ProblemKind::Gap, log, detail);
             }
         }
@@ -299,16 +307,16 @@ impl ObjectsSink {
                 let rows = file.metadata().file_metadata().num_rows();
                 match u64::try_from(rows) == Ok(expected_rows) {
                     true => Ok(()),
-                    false => Err(format!("it has {rows} rows, {expected_rows} are claimed")),
+                    false => Err(format!("expected {expected_rows} rows as claimed, found {rows}")),
                 }
             }
             ObjectFormat::Ndjson | ObjectFormat::Raw => {
                 let found = hash(&bytes, layout.compression).map_err(|error| error.to_string())?;
                 match found == expected_hash {
                     true => Ok(()),
-                    false => {
-                        Err(format!("its content hashes to {found}, {expected_hash} is claimed"))
-                    }
+                    false => Err(format!(
+                        "expected a content hash of {expected_hash} as claimed, found {found}"
+                    )),
                 }
             }
         });
@@ -320,7 +328,7 @@ impl ObjectsSink {
     }
 }
 
-/// The SHA-256 of what an object holds once it is decompressed, in hex.
+/// Returns the SHA-256 of an object's decompressed content, in hex.
 fn hash(bytes: &[u8], compression: Compression) -> std::io::Result<String> {
     let mut content: Box<dyn Read + '_> = match compression {
         Compression::None => Box::new(bytes),
@@ -337,7 +345,7 @@ fn hash(bytes: &[u8], compression: Compression) -> std::io::Result<String> {
     }
 }
 
-/// Each link begins where the one before it ended.
+/// Checks that each link begins where the one before it ended.
 fn check_chain(log: &str, links: &[LogLink], audit: &mut Audit) {
     let shown = |at: &Option<Position>| {
         at.as_ref().map_or_else(|| "the beginning".to_owned(), Position::to_string)
@@ -355,11 +363,11 @@ fn check_chain(log: &str, links: &[LogLink], audit: &mut Audit) {
             audit.holes.push(LogHole::of(log, link));
             continue;
         }
-        // The log goes on where the claim began that was given up.
+        // The log continues at the start of the claim that was given up.
         if link.gives_up.is_some() {
             continue;
         }
-        // A log begins wherever its pipeline stood.
+        // The first claim of a log begins at the position of its pipeline, whatever that is.
         let kind = match link.from.cmp(&before.to) {
             std::cmp::Ordering::Equal => continue,
             std::cmp::Ordering::Greater if before.to.is_none() => continue,
@@ -367,10 +375,10 @@ fn check_chain(log: &str, links: &[LogLink], audit: &mut Audit) {
             std::cmp::Ordering::Less => ProblemKind::Overlap,
         };
         let detail = format!(
-            "link {} begins behind {}, the one before it ended at {}",
+            "expected link {} to begin after {}, where the one before it ended, found {}",
             link.link,
-            shown(&link.from),
-            shown(&before.to)
+            shown(&before.to),
+            shown(&link.from)
         );
         audit.problem(kind, log, detail);
     }

@@ -1,7 +1,27 @@
-//! One shard's commits: claim, write the data under the claimed keys, done.
+//! Writer of one shard's commits: it claims the position range, then writes the data under the claimed keys.
 //!
-//! A commit can stop after any step and be tried again, by this writer or by the next owner: the
-//! claim and the objects are created, never overwritten, so each step finds what is there already.
+//! Invariants:
+//! - A claim is appended before the first byte of its data is written, and no claim follows one whose data is not
+//!   complete. So only the last claim of a log can be unfinished.
+//! - The claim and the objects are created, never overwritten; only an upload in parts may replace an object by one with
+//!   the same rows. So a commit can stop after any step, and each step finds what an earlier try has done.
+//! - The keys have the link's number and the owner's id. Only owners of the claim know them: the one that appended it,
+//!   and a later one that produces it again.
+//! - A commit starts at the sink's position. While a claim is unfinished, the commit must end where the claim ends.
+//!
+//! | the commit stopped | this writer tries again | the next owner |
+//! |---|---|---|
+//! | before the claim was in the log | appends the same link | starts at `from`, and claims its own data |
+//! | after the claim, or its answer was lost | finds its own link | produces the claim again, from `from` |
+//! | after some objects | finds them, and writes the others | produces the claim again, from `from` |
+//! | after all objects | finds them all | starts at `to` |
+//!
+//! Races:
+//! - An earlier owner is still running. The fence of the next owner has the number that the earlier owner's next claim
+//!   would have, so its append fails ([`SinkError::Fenced`]) before it writes data.
+//! - Both write the data of the same claim. Both create objects from the same records and the same revision; the first
+//!   one stays. If a stage is not deterministic, the contents differ: then objects of both runs must not be mixed
+//!   (`check_differing`).
 
 use std::any::Any;
 use std::collections::HashMap;
@@ -25,22 +45,22 @@ use shardmill_core::sink::{
     SinkError, SinkWriter,
 };
 
-/// Objects of one commit: with more, it is cut before the next record. Each is a request, and has a place in
-/// the claim, which is one object itself.
+/// Most objects of one commit; it is cut before the record that would need more. Each object is a request, and is
+/// listed in the claim, which is one object itself.
 const OBJECTS_MAX: usize = 256;
-/// Objects of one commit that are written at the same time.
+/// Most objects of one commit that are written at the same time.
 const UPLOADS_MAX: usize = 4;
 
-/// What a sink's writers share.
+/// Parts that a sink's writers share.
 pub(super) struct Shared {
     pub(super) place: StorePlace,
     pub(super) layout: ObjectLayout,
     pub(super) forms: Arc<HashMap<RouteName, RouteForm>>,
-    /// Who writes; `None` in a sink that only answers questions.
+    /// Process that writes; `None` in a sink that is only read from.
     pub(super) ownership: Option<Ownership>,
 }
 
-/// Commits one shard's rows as the owner of the last fence.
+/// Writer of one shard's rows, as the owner of the last fence.
 pub(super) struct ObjectsWriter {
     shared: Arc<Shared>,
     shard: ShardKey,
@@ -51,7 +71,7 @@ pub(super) struct ObjectsWriter {
     unfinished: Option<UnfinishedClaim>,
 }
 
-/// Makes encoders of the rows of one shard.
+/// Maker of encoders for the rows of one shard.
 struct Arriving {
     shared: Arc<Shared>,
     shard: ShardKey,
@@ -75,13 +95,13 @@ impl EncodeRows for Arriving {
     }
 }
 
-/// The rows of one commit, encoded as they arrive.
+/// Rows of one commit, encoded as they arrive.
 struct ArrivingRows {
     /// `None` once it has failed.
     encoder: Option<Encoder>,
     failed: Option<String>,
     rows: usize,
-    /// Rows that are refused: their dead letters have the records.
+    /// Refused rows, kept because their dead letters need the records.
     kept: Vec<Row>,
     numbers: Vec<usize>,
     refusals: Vec<Refusal>,
@@ -89,7 +109,7 @@ struct ArrivingRows {
 }
 
 impl ArrivingRows {
-    /// Takes the rows of one record.
+    /// Encodes the rows of one record.
     fn push_record(&mut self, rows: &[Row]) {
         for row in rows {
             let number = self.rows;
@@ -113,7 +133,8 @@ impl ArrivingRows {
         }
     }
 
-    /// Whether the rows of one more record are too many for one commit. Those of one record are never.
+    /// Returns whether the commit has no room for the rows of one more record. An empty commit has room for any record,
+    /// since a position range cannot end inside one.
     fn is_full_for(&self, rows: &[Row], occupied_bytes_max: usize) -> bool {
         let Some(encoder) = &self.encoder else { return false };
         let bytes_max = occupied_bytes_max.saturating_sub(self.kept_bytes);
@@ -156,7 +177,7 @@ impl RowEncoder for ArrivingRows {
     }
 }
 
-/// What the engine keeps until the commit.
+/// Hides the type of encoded rows from the engine, which keeps them until the commit.
 fn boxed(encoded: Encoded) -> Box<dyn Any + Send + Sync> {
     Box::new(encoded)
 }
@@ -174,7 +195,7 @@ impl Shared {
 }
 
 impl ObjectsWriter {
-    /// A writer that goes on after its own fence.
+    /// Makes a writer that appends after its own fence.
     pub(super) fn new(
         shared: Arc<Shared>,
         shard: ShardKey,
@@ -187,7 +208,7 @@ impl ObjectsWriter {
         Self { shared, shard, log, owner, last_link, position, unfinished }
     }
 
-    /// Claims the commit's span and writes its data.
+    /// Claims the commit's position range, then writes its data.
     async fn claim_and_write(
         &mut self,
         commit: &Commit,
@@ -209,7 +230,7 @@ impl ObjectsWriter {
         Ok(committed)
     }
 
-    /// Produces an earlier owner's claim again, under its keys.
+    /// Writes the data of an earlier owner's claim, under the claimed keys.
     async fn produce_promised(
         &self,
         promised: &UnfinishedClaim,
@@ -238,15 +259,15 @@ impl ObjectsWriter {
             committed.bytes_written += body.bytes.content_length() as u64;
             puts.push(self.put(self.log.data_path(&key)?, body.bytes.clone()));
         }
-        // All end before an error returns: nothing is written behind the back of a retry.
+        // All uploads end before an error is returned, so that none of them runs beside a retry.
         let results: Vec<_> =
             futures::stream::iter(puts).buffer_unordered(UPLOADS_MAX).collect().await;
         results.into_iter().collect::<Result<(), _>>()?;
         Ok(committed)
     }
 
-    /// An object that is there already holds these rows: only owners of this claim know its key,
-    /// and they write what the same revision made of the same records.
+    /// Writes an object. One that exists already has these rows: only owners of this claim know its key, and they write
+    /// what the same revision made of the same records.
     async fn put(&self, path: Path, bytes: PutPayload) -> Result<(), SinkError> {
         self.shared.place.create_data(&path, bytes).await
     }
@@ -281,7 +302,7 @@ impl ObjectsWriter {
         body.folder.clone().join(file).to_string()
     }
 
-    /// Makes sure that every key can be written, before it is promised.
+    /// Checks that every key can be written, before a claim promises it.
     fn check_keys(&self, link: &LogLink) -> Result<(), SinkError> {
         for data in link.claim.iter().flat_map(|claim| &claim.data) {
             let limits = self.shared.place.limits;
@@ -292,7 +313,8 @@ impl ObjectsWriter {
         Ok(())
     }
 
-    /// What the commit's rows become. Those that were encoded as they arrived are in the layout of now.
+    /// Encodes the commit's rows. Rows that were encoded as they arrived are in the configured layout already; rows of
+    /// an unfinished claim are encoded here, in the layout of that claim.
     async fn encode(
         &self,
         commit: &Commit,
@@ -312,11 +334,11 @@ impl ObjectsWriter {
             occupied_bytes: 0,
         };
         tokio::task::spawn_blocking(encode).await.map(Arc::new).map_err(|error| {
-            self.shared.place.unavailable(format!("encoding rows was broken off: {error}"))
+            self.shared.place.unavailable(format!("encoding rows was interrupted: {error}"))
         })
     }
 
-    /// The commit must go on where the sink stands, and end where an unfinished claim ends.
+    /// Checks that the commit starts at the sink's position, and ends where an unfinished claim ends.
     fn check_range(&self, commit: &Commit) -> Result<(), SinkError> {
         let (from, to) = (&commit.range.from_exclusive, &commit.range.to_inclusive);
         if let Some(promised) = &self.unfinished
@@ -324,7 +346,7 @@ impl ObjectsWriter {
         {
             return Err(self.shared.place.unavailable(format!(
                 "the commit of {} ends at {to}, but link {} of its claim log promises data up to \
-                 {}: that span must be produced again first, cut exactly there{}",
+                 {}: expected a commit that ends exactly there{}",
                 self.shard.shard,
                 promised.link,
                 promised.to,
@@ -333,8 +355,8 @@ impl ObjectsWriter {
         }
         if self.position.is_some() && *from != self.position {
             return Err(self.shared.place.unavailable(format!(
-                "the commit of {} starts after {}, but the sink stands at {}: take the shard over \
-                 again and start there",
+                "the commit of {} starts after {}, expected after {}, the sink's position: acquire the \
+                 shard again",
                 self.shard.shard,
                 shown(from.as_ref()),
                 shown(self.position.as_ref())
@@ -343,7 +365,9 @@ impl ObjectsWriter {
         Ok(())
     }
 
-    /// Compares what was made now with what an earlier owner promised.
+    /// Compares the encoded objects with those that an earlier owner's claim promises.
+    ///
+    /// Routes and folders must be the same: they are part of the keys. Contents may differ, within limits.
     async fn check_content(
         &self,
         promised: &UnfinishedClaim,
@@ -356,8 +380,8 @@ impl ObjectsWriter {
             let expected = data.iter().map(|data| data.route.as_str()).collect::<Vec<_>>();
             let made = bodies.iter().map(|body| body.route.as_str()).collect::<Vec<_>>();
             return Err(self.shared.place.unavailable(format!(
-                "link {} of {} promises rows of routes {expected:?} up to {}, the records now gave \
-                 {made:?}, or other folders: run generation {} for this span again{}",
+                "link {} of {} promises rows of routes {expected:?} up to {}, but the records gave {made:?}, \
+                 or other folders: rerun revision {} for this range{}",
                 promised.link,
                 self.shard.shard,
                 promised.to,
@@ -373,8 +397,14 @@ impl ObjectsWriter {
         self.check_differing(promised, &differing).await
     }
 
-    /// Other content than promised (a stage that is not deterministic) is sound as long as all of
-    /// it comes from one run. An object of the earlier run beside objects of this one is not.
+    /// Decides about contents that differ from the claim, since a stage is not deterministic. All objects of a claim
+    /// must come from one run: a row could otherwise be in two of them, or in none.
+    ///
+    /// | objects of the claim that exist | outcome |
+    /// |---|---|
+    /// | none | all are written from this run, with a warning |
+    /// | all | nothing is written: the earlier owner is still running, and has finished its claim |
+    /// | some | an error: the revision of the claim must run again |
     async fn check_differing(
         &self,
         promised: &UnfinishedClaim,
@@ -387,7 +417,7 @@ impl ObjectsWriter {
             }
         }
         if written.len() == promised.claim.data.len() {
-            // The earlier owner lives still and has kept its promise meanwhile.
+            // The earlier owner is still running, and has finished its claim meanwhile.
             return Ok(());
         }
         if written.is_empty() {
@@ -397,14 +427,14 @@ impl ObjectsWriter {
                 link = promised.link,
                 generation = promised.claim.revision,
                 objects = ?differing,
-                "a span that is produced again has other content than promised: \
+                "a claim that is produced again has other content than promised: \
                  a stage is not deterministic"
             );
             return Ok(());
         }
         Err(self.shared.place.unavailable(format!(
-            "link {} of {} promised other content than the records now gave for {differing:?}, and \
-             {written:?} is written already: run generation {} for this span again{}",
+            "link {} of {} promises other content than the records gave for {differing:?}, and \
+             {written:?} exists already: rerun revision {} for this range{}",
             promised.link,
             self.shard.shard,
             promised.claim.revision,
@@ -414,8 +444,8 @@ impl ObjectsWriter {
 
     fn promised_otherwise(&self, found: &LogLink) -> SinkError {
         self.shared.place.unavailable(format!(
-            "link {} of {} already promises data up to {}, by this owner: that commit must be \
-             tried again as it was, or the shard taken over again",
+            "link {} of {} already promises data up to {}, by this owner: retry that commit \
+             unchanged, or acquire the shard again",
             found.link,
             self.shard.shard,
             shown(found.to.as_ref())
@@ -500,7 +530,7 @@ mod tests {
         ShardKey { pipeline: "mart".into(), stream: Arc::new(stream), shard: "shard".into() }
     }
 
-    /// Records of one row each, every one for a folder of its own.
+    /// Makes records of one row each, each row for a folder of its own.
     fn rows(count: u32) -> Vec<Row> {
         let position = |number: u32| Position {
             sequence: SequenceNumber::from(u64::from(number) + 1),
@@ -527,7 +557,7 @@ mod tests {
         (0..count).map(row).collect()
     }
 
-    /// Rows as they arrive, on their way into Parquet files of `k` and further columns.
+    /// Makes an encoder of arriving rows for Parquet files with `k` and this number of further columns.
     fn arriving(columns: usize) -> ArrivingRows {
         let column = |name: String, data_type: &str| Column {
             name,
@@ -556,7 +586,7 @@ mod tests {
         }
     }
 
-    /// How many objects each commit of some rows has, cut at `occupied_bytes_max`.
+    /// Returns the number of objects of each commit of these rows, cut at `occupied_bytes_max`.
     fn commits(columns: usize, mut rows: Vec<Row>, occupied_bytes_max: usize) -> Vec<usize> {
         let mut commits = Vec::new();
         loop {

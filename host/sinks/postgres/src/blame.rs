@@ -1,4 +1,4 @@
-//! Whose fault an error is, by its SQLSTATE: a row's, the sink's, or either's.
+//! Decides by its SQLSTATE whether an error is the fault of a row, of the sink, or of either.
 //!
 //! Source: PostgreSQL, appendix "PostgreSQL Error Codes".
 
@@ -6,33 +6,33 @@ use tokio_postgres::error::Severity;
 
 use shardmill_pg::ServerError;
 
-/// Who may have caused an error while rows were written.
+/// Who can have caused an error while rows were written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Blame {
     /// A row: it is refused if it fails alone.
     Row,
-    /// A row, or the table with all that hangs on it: a row is refused if it fails alone while another
-    /// row goes in.
+    /// A row, or the table with its triggers and constraints. A row is refused only if it fails alone while another row
+    /// is accepted.
     Either,
     /// The server, the connection, the table or its triggers. No row is refused.
     Sink,
 }
 
-/// Classes that never blame a row: connection, transaction state, authorisation, database, transaction
-/// rollback (serialisation, deadlock), resources, operator, system, internal.
+/// Classes that never blame a row: connection, transaction state, authorisation, database, transaction rollback
+/// (serialisation, deadlock), resources, operator, system, internal.
 const SINK_CLASSES: [&str; 9] = ["08", "25", "28", "3D", "40", "53", "57", "58", "XX"];
 
-/// Lock not available; table and column that are not there.
+/// Lock not available; missing table; missing column.
 const SINK_CODES: [&str; 3] = ["55P03", "42P01", "42703"];
 
 /// Data exception and integrity constraint.
 const ROW_CLASSES: [&str; 2] = ["22", "23"];
 
-/// A trigger's `RAISE EXCEPTION`; and a value that is too large for its index or page, or nested too
-/// deep, which would otherwise block its shard for good.
+/// A trigger's `RAISE EXCEPTION`; and a value that is too large for its index or page, or nested too deep. Without the
+/// latter two, such a row would block its shard forever.
 const ROW_CODES: [&str; 3] = ["P0001", "54000", "54001"];
 
-/// All codes that PostgreSQL itself has. Any other was made by somebody's own code.
+/// All codes of PostgreSQL itself. Any other code comes from user code.
 const APPENDIX: &str = "\
     00000 01000 01003 01004 01006 01007 01008 0100C 01P01 02000 02001 03000 08000 08001 08003 \
     08004 08006 08007 08P01 09000 0A000 0B000 0F000 0F001 0L000 0LP01 0P000 0Z000 0Z002 10608 \
@@ -54,7 +54,7 @@ const APPENDIX: &str = "\
     P0001 P0002 P0003 P0004 XX000 XX001 XX002";
 
 impl Blame {
-    /// Judges an error.
+    /// Classifies an error.
     pub(super) fn of(error: &ServerError) -> Self {
         match error.as_db_error() {
             Some(said) if said.parsed_severity() != Some(Severity::Fatal) => {
@@ -64,7 +64,7 @@ impl Blame {
         }
     }
 
-    /// Judges an SQLSTATE.
+    /// Classifies an SQLSTATE.
     fn by_code(code: &str) -> Self {
         let class = code.get(..2).unwrap_or(code);
         if SINK_CLASSES.contains(&class) || SINK_CODES.contains(&code) {
@@ -87,7 +87,7 @@ mod tests {
             ("23505", Blame::Row),
             ("P0001", Blame::Row),
             ("54000", Blame::Row),
-            // Nobody but a trigger raises these.
+            // Only triggers raise these.
             ("CAR01", Blame::Row),
             ("U0001", Blame::Row),
             ("99999", Blame::Row),
@@ -114,7 +114,7 @@ mod tests {
             ("XX000", Blame::Sink),
             ("42P01", Blame::Sink),
             ("42703", Blame::Sink),
-            // One that a user's code made within a class of the server's.
+            // User code chose a code in a class of the server.
             ("53ABC", Blame::Sink),
         ] {
             assert_eq!(Blame::by_code(code), blame, "{code}");

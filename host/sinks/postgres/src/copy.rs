@@ -1,11 +1,20 @@
-//! Sends encoded rows by COPY inside the commit's transaction, and finds the rows that the table
-//! refuses.
+//! Sends encoded rows by COPY inside the transaction of a commit, and finds the rows that the table refuses.
 //!
-//! A COPY that fails loses all its rows. It runs behind a savepoint, so its failure undoes nothing
-//! else; then its rows are cut in parts and each part is tried again. The server mostly names the
-//! line at fault, which then is a part of its own; else the rows are cut in half. Whether the hint
-//! is right does not matter for the outcome: only a row that fails alone is refused, and where its
-//! error may be the table's as well ([`Blame::Either`]), only if another row goes in.
+//! A COPY that fails loses all its rows. So each one runs after a savepoint, which limits what its failure undoes. Then
+//! its rows are split, and each part is tried again. The server mostly names the line that failed, which then becomes a
+//! part of its own; otherwise the rows are split in half. A wrong line number only costs time: a row is refused only if
+//! it fails alone.
+//!
+//! | a part fails with | what follows |
+//! |---|---|
+//! | a key that exists, in a plain COPY of a mode that merges | the same part is merged |
+//! | an error of the sink ([`Blame::Sink`]) | the commit fails, no row is refused |
+//! | any other error, and the part has several rows | split |
+//! | an error of the row ([`Blame::Row`]), one row | refused |
+//! | an error of either ([`Blame::Either`]), one row | a suspect: refused if another row is accepted |
+//!
+//! The search ends early when the limit of refusals is exceeded, or when there are [`SUSPECTS_MAX`] suspects and no row
+//! was accepted: then the table is at fault.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -24,44 +33,43 @@ use shardmill_core::sink::{Refusal, SinkError};
 use shardmill_pg::name::{TableName, quoted};
 use shardmill_pg::{CopyIn, Link, ServerError};
 
-/// What opens binary COPY data: signature, flags, length of the header's extension.
+/// Start of binary COPY data: signature, flags, length of the header's extension.
 const HEADER: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0";
 
-/// What ends it: a tuple of -1 fields.
+/// End of binary COPY data: a tuple of -1 fields.
 const TRAILER: &[u8] = b"\xff\xff";
 
-/// Keeps what was copied, and sets the savepoint for what comes next.
+/// Keeps what was copied, and sets the savepoint for the next COPY.
 const NEXT: &str = "RELEASE copy; SAVEPOINT copy";
 
-/// Bytes in one CopyData message: large enough that framing does not count.
+/// Bytes in one CopyData message: large enough that the cost of framing does not matter.
 const CHUNK_BYTES: usize = 256 * 1024;
 
-/// Rows that fail alone, with errors that may be the table's, until the search ends when no row has
-/// gone in. Limits of rejections mostly end it before.
+/// Number of suspects after which the search ends if no row was accepted. The limits of refusals mostly end it earlier.
 const SUSPECTS_MAX: usize = 1_000;
 
-/// Tries to get any row of the next commit in.
+/// Tries to get any row of the next commit accepted.
 const PROBES_MAX: u32 = 32;
 
-/// What is known of the transaction's staging table.
+/// State of the transaction's staging table.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Staging {
-    /// It is not there.
+    /// It does not exist.
     Missing,
-    /// It is there and has no row.
+    /// It exists and has no rows.
     Empty,
     /// It has rows.
     Used,
 }
 
-/// A transaction under way, with all that must not outlive it.
+/// Transaction in progress, with everything that must not outlive it.
 pub(super) struct Transaction<'l> {
     pub(super) link: &'l Link,
     staging: Staging,
-    /// Prepared COPYs, by whether they go into the staging table and by the places of their columns.
+    /// Prepared COPY statements, by whether they write into the staging table, and by the indexes of their columns.
     /// Dropped before the transaction ends, which closes them in the server's session.
     statements: HashMap<(bool, Box<[u16]>), Statement>,
-    /// Whether rows are likely to have keys that are new.
+    /// Whether plain COPY is worth trying.
     pub(super) plain_copy_backoff: PlainCopyBackoff,
 }
 
@@ -70,14 +78,14 @@ impl<'l> Transaction<'l> {
         Self { link, staging: Staging::Missing, statements: HashMap::new(), plain_copy_backoff }
     }
 
-    /// Goes back to before the first row, for a table that has other columns than was thought.
+    /// Returns to the state before the first row, because the table has other columns than expected.
     pub(super) async fn restart(&mut self) -> Result<(), ServerError> {
         self.statements.clear();
         self.staging = Staging::Missing;
         self.link.run_in_step("ROLLBACK TO rows; SAVEPOINT copy").await
     }
 
-    /// The statement that copies rows with these columns.
+    /// Prepares the statement that copies rows with these columns, or returns the one prepared before.
     async fn prepared(
         &mut self,
         (table, live): (&TableName, &LiveTable),
@@ -97,7 +105,7 @@ impl<'l> Transaction<'l> {
     }
 }
 
-/// Where rows go, and how.
+/// Table and mode of a COPY.
 #[derive(Clone, Copy)]
 pub(super) struct CopyTarget<'t> {
     pub(super) name: &'t TableName,
@@ -105,30 +113,30 @@ pub(super) struct CopyTarget<'t> {
     pub(super) mode: &'t WriteMode,
 }
 
-/// A COPY under way. It takes rows while others are still being encoded, so that the server has its
-/// part of the work from the first ones on.
+/// COPY in progress. It receives rows while others are still being encoded, so that the server works in parallel from
+/// the first rows on.
 ///
-/// Dropped before its end, it fails on the server: roll back to a savepoint then.
+/// If it is dropped before its end, the server aborts it; the caller must then roll back to a savepoint.
 pub(super) struct RunningCopy {
     copy: CopyIn,
-    /// Merges what is staged; `None`: rows go straight into the table.
+    /// Statement that merges the staged rows; `None`: rows go straight into the table.
     merge: Option<String>,
-    /// Straight into the table of a mode that merges, in the hope that no row has its like.
+    /// Plain COPY of a mode that merges, which succeeds if all keys are new.
     is_plain: bool,
     sent: usize,
 }
 
 impl RunningCopy {
-    /// Begins to copy rows that bring these columns. The caller has just set the savepoint `copy`.
+    /// Starts to copy rows with these columns. The caller has just set the savepoint `copy`.
     ///
-    /// No row was sent when this fails, so its errors blame none.
+    /// If this fails, no row was sent, so no row is blamed.
     pub(super) async fn begin(
         transaction: &mut Transaction<'_>,
         target: CopyTarget<'_>,
         columns: &[u16],
     ) -> Result<Self, ServerError> {
         let CopyTarget { name, live, mode } = target;
-        // Most rows are new: then they need no merge, which takes three times as long.
+        // Mostly all keys are new. Then no merge is needed, which takes three times as long.
         let merges = *mode != WriteMode::Append;
         let is_plain = merges && transaction.plain_copy_backoff.should_try();
         let staged = merges && !is_plain;
@@ -156,7 +164,7 @@ impl RunningCopy {
         Ok(Self { copy, merge, is_plain, sent: 0 })
     }
 
-    /// Sends what is new in `tuples`, all that the rows are so far.
+    /// Sends the new part of `tuples`, which contains all rows so far.
     pub(super) async fn send(&mut self, tuples: &[u8]) -> Result<(), ServerError> {
         for chunk in tuples[self.sent..].chunks(CHUNK_BYTES) {
             self.copy.feed(Bytes::copy_from_slice(chunk)).await?;
@@ -165,7 +173,7 @@ impl RunningCopy {
         Ok(())
     }
 
-    /// Ends the COPY. With `read`, the table's fingerprint is read after it, without waiting in between.
+    /// Ends the COPY. With `read`, the table's fingerprint is requested in the same round trip.
     async fn finish(
         mut self,
         transaction: &mut Transaction<'_>,
@@ -174,7 +182,7 @@ impl RunningCopy {
         self.copy.feed(Bytes::from_static(TRAILER)).await?;
         let table = match (&self.merge, read) {
             (None, Some(table)) => {
-                // The connection asks nothing else before it has sent all of the COPY.
+                // The connection sends nothing else before it has sent all of the COPY.
                 let read = Fingerprint::read(transaction.link, table);
                 let (finished, fingerprint) = futures::join!(self.copy.finish(), read);
                 finished?;
@@ -197,27 +205,27 @@ impl RunningCopy {
     }
 }
 
-/// What the search for rows that the table refuses has found.
+/// Result of the search for rows that the table refuses.
 #[derive(Default)]
 pub(super) struct Search {
-    /// Rows that are refused whatever becomes of the others.
+    /// Rows that are refused in any case.
     pub(super) refusals: Vec<Refusal>,
-    /// Rows that fail alone with errors that may be the table's as well.
+    /// Rows that failed alone, with errors that may also be the table's.
     pub(super) suspects: Vec<Refusal>,
-    /// The first of these errors.
+    /// First of these errors.
     pub(super) first_suspected: Option<ServerError>,
-    /// Whether any row has gone in.
+    /// Whether any row was accepted.
     pub(super) went_in: bool,
-    /// Why the search was ended early: then rows are left that were not tried.
+    /// Reason why the search ended early: some rows were not tried.
     pub(super) limit: Option<SinkError>,
-    /// It was ended early because no row has gone in so far.
+    /// Whether the search ended early because no row was accepted.
     pub(super) nothing_goes_in: bool,
-    /// The table as it was behind the last row, where it could be asked on the way.
+    /// Table after the last row, if it was read in the same round trip.
     pub(super) read_after: Option<Fingerprint>,
 }
 
 impl Search {
-    /// All rows that are refused or suspected, ascending.
+    /// Returns all rows that are refused or suspected, ascending.
     fn rows(&self) -> Vec<usize> {
         let both = self.refusals.iter().chain(&self.suspects);
         let mut rows: Vec<usize> = both.map(|refusal| refusal.row).collect();
@@ -226,11 +234,11 @@ impl Search {
     }
 }
 
-/// Copies rows in groups; those that the table refuses are added to those that `search` has already, the
-/// others stand. `running` is a COPY that has taken some rows of the first group, or all. `within` says
-/// whether so many rows, ascending, may be refused.
+/// Copies rows in groups. Refused rows are added to those in `search`; the other rows stay in the table. `running` is a
+/// COPY that has already received some or all rows of the first group. `within` checks that these rows, ascending, may
+/// be refused.
 ///
-/// The caller has just set the savepoint `copy`. After an error the transaction is not usable.
+/// The caller has just set the savepoint `copy`. After an error the transaction is unusable.
 pub(super) async fn copy_groups(
     transaction: &mut Transaction<'_>,
     target: CopyTarget<'_>,
@@ -240,7 +248,7 @@ pub(super) async fn copy_groups(
     within: &(dyn Fn(&[usize]) -> Result<(), SinkError> + Sync),
 ) -> Result<Search, Failure> {
     let failed = |error| Failure::server(format!("cannot write to table {}", target.name), error);
-    // From the last part to the first: the next one is popped off the end.
+    // In reverse: the next part is popped off the end.
     let mut pending: Vec<(&Group, Range<usize>)> =
         groups.iter().rev().map(|group| (group, 0..group.rows.len())).collect();
     let mut is_after_savepoint = false;
@@ -275,6 +283,8 @@ pub(super) async fn copy_groups(
             return Err(failed(error));
         }
         transaction.link.run_in_step("ROLLBACK TO copy").await.map_err(failed)?;
+        // Probably a key that exists, which the mode allows. The part is merged next; if another unique index refuses
+        // a row, that is found then.
         if is_conflict {
             transaction.plain_copy_backoff.failed();
             pending.push((group, part));
@@ -294,6 +304,7 @@ pub(super) async fn copy_groups(
                 search.first_suspected.get_or_insert(error);
             }
         }
+        // Asked after each refusal, so that a table that refuses everything ends the search early.
         search.limit = within(&search.rows()).err().map(|limit| match limit {
             SinkError::TooManyRefused { sink, cause } => {
                 let cause = format!("{cause}; the last reason: {reason}");
@@ -309,7 +320,7 @@ pub(super) async fn copy_groups(
     Ok(search)
 }
 
-/// Whether any of these rows, which are not of the transaction's commit, goes in. Leaves no trace.
+/// Whether the table accepts any of these rows, which belong to the next commit. All changes are undone.
 pub(super) async fn any_goes_in(
     transaction: &mut Transaction<'_>,
     target: CopyTarget<'_>,
@@ -336,6 +347,7 @@ pub(super) async fn any_goes_in(
             pending.extend(parts(part, None).into_iter().rev().map(|part| (group, part)));
         }
     }
+    // The rollback below also undoes changes to the staging table.
     transaction.staging = staging;
     transaction.link.run_in_step("ROLLBACK TO probe; RELEASE probe").await?;
     Ok(goes_in)
@@ -346,7 +358,7 @@ fn names<'t>(live: &'t LiveTable, places: &[u16]) -> Vec<&'t str> {
     places.map(|place| live.columns[place].name.as_str()).collect()
 }
 
-/// Cuts rows around the one that the server named, or in half; never returns them whole.
+/// Splits rows around the one that the server named, or in half. Never returns all of them as one part.
 fn parts(rows: Range<usize>, named: Option<usize>) -> Vec<Range<usize>> {
     let Range { start, end } = rows;
     let cuts = match named.map(|line| start + line).filter(|row| *row < end) {
@@ -356,8 +368,8 @@ fn parts(rows: Range<usize>, named: Option<usize>) -> Vec<Range<usize>> {
     cuts.windows(2).map(|cut| cut[0]..cut[1]).filter(|part| !part.is_empty()).collect()
 }
 
-/// The row that the server names, from 0: `COPY cars, line 3, column id`. Servers that speak another
-/// language give none.
+/// Returns the row that the server names, from 0, as in `COPY cars, line 3, column id`. Servers with another message
+/// language name none that can be parsed.
 fn named_line(error: &ServerError) -> Option<usize> {
     let context = error.as_db_error()?.where_()?;
     let line = context.lines().find(|line| line.starts_with("COPY "))?;

@@ -1,10 +1,10 @@
-//! Rows as PostgreSQL's binary COPY has them, grouped by the columns that they bring.
+//! Encodes rows for PostgreSQL's binary COPY, grouped by their columns.
 //!
-//! A COPY names its columns; the others take their defaults. So rows with the same set of keys go
-//! together, in the order in which they came. Where rows replace each other, only neighbours go
-//! together. Pure: no I/O.
+//! A COPY names its columns; the other columns get their defaults. So rows with the same set of columns form a group,
+//! in the order of arrival. In modes that merge, only neighbours form a group, because a later row with the same key
+//! must win. Pure: no I/O.
 //!
-//! Wire forms: the `…_recv` functions of PostgreSQL's `src/backend/utils/adt/`.
+//! Wire formats: the `…_recv` functions in PostgreSQL's `src/backend/utils/adt/`.
 
 mod array;
 
@@ -31,35 +31,35 @@ use shardmill_sinks_common::rows::{RowError, Slots};
 /// Days from 1970-01-01 to 2000-01-01.
 const EPOCH_DAYS: i32 = 10_957;
 
-/// PostgreSQL keeps 63 bytes of a `name`; a longer one is an error that would not blame the row.
+/// PostgreSQL stores 63 bytes of a `name`. A longer one would be an error that does not blame the row.
 const NAME_BYTES_MAX: usize = 63;
 
-/// The version that precedes a `jsonb` document.
+/// Version number at the start of a `jsonb` document.
 const JSONB_VERSION: u8 = 1;
 
 /// Length of a NULL.
 const NULL: i32 = -1;
 
-/// Rows that bring the same columns, encoded.
+/// Encoded rows with the same columns.
 pub(super) struct Group {
-    /// The places of the columns in the table.
+    /// Indexes of the columns in the table.
     pub(super) columns: Box<[u16]>,
-    /// The rows' indexes in the commit, ascending.
+    /// Indexes of the rows in the commit, ascending.
     pub(super) rows: Vec<usize>,
-    /// Where each row ends in `tuples`.
+    /// Ends of the rows in `tuples`.
     ends: Vec<usize>,
     tuples: Vec<u8>,
 }
 
 impl Group {
-    /// The encoded tuples of some of its rows.
+    /// Returns the encoded tuples of some rows.
     pub(super) fn tuples(&self, rows: Range<usize>) -> &[u8] {
         let end_of = |row: usize| row.checked_sub(1).map_or(0, |row| self.ends[row]);
         &self.tuples[end_of(rows.start)..end_of(rows.end)]
     }
 }
 
-/// Encoded rows, and those that cannot be.
+/// Encoded rows, and those that cannot be encoded.
 #[derive(Default)]
 pub(super) struct Encoded {
     pub(super) groups: Vec<Group>,
@@ -67,10 +67,10 @@ pub(super) struct Encoded {
     pub(super) refusals: Vec<Refusal>,
 }
 
-/// A key that is no column now and was one before, or was declared.
+/// Key without a column that was a column before, or is declared.
 pub(super) struct GoneColumn(pub(super) String);
 
-/// Encodes rows for a table.
+/// Encoder of rows for a table.
 pub(super) struct Encoder<'t, 'r> {
     table: &'t LiveTable,
     table_name: &'t str,
@@ -81,18 +81,18 @@ pub(super) struct Encoder<'t, 'r> {
     places: HashMap<Box<[u16]>, usize>,
     last: usize,
     refusals: Vec<Refusal>,
-    /// The places of columns that each row must bring.
+    /// Indexes of columns that each row must have.
     required: Vec<usize>,
-    /// Whether rows with other columns may overtake each other.
+    /// Whether rows must stay in order, also those with different columns.
     keeps_order: bool,
-    /// The columns that say where a row came from, if it is to say so.
+    /// Lineage columns to fill.
     lineage: Lineage,
-    /// Room for the first group, which mostly is the only one.
+    /// Capacity of the first group, which is mostly the only one.
     bytes_expected: usize,
 }
 
 impl<'t, 'r> Encoder<'t, 'r> {
-    /// For rows whose payloads have `bytes_expected` together: encoded, they hardly have more.
+    /// Makes an encoder for rows whose payloads have `bytes_expected` in all; encoded, they are hardly larger.
     pub(super) fn new(
         table: &'t LiveTable,
         table_name: &'t str,
@@ -118,8 +118,8 @@ impl<'t, 'r> Encoder<'t, 'r> {
         }
     }
 
-    /// Encodes the row at `index` of the commit, or notes why it is refused. `was_column` says of a
-    /// key that is no column whether it once was one or is declared.
+    /// Encodes the row at `index` of the commit, or notes why it is refused. `was_column` says for a key without a
+    /// column whether it was one before or is declared.
     pub(super) fn add(
         &mut self,
         index: usize,
@@ -144,8 +144,8 @@ impl<'t, 'r> Encoder<'t, 'r> {
         Ok(())
     }
 
-    /// Encodes a row that has the form and brings the columns of the one before, straight from its payload. False: it
-    /// is another one, or has a fault; nothing was done then.
+    /// Encodes a row straight from its payload if it has the same form and columns as the previous one. Returns false,
+    /// without any effect, if it has another form or an error.
     fn add_by_form(&mut self, index: usize, payload: &[u8]) -> bool {
         let Some(group) = self.open.get_mut(self.last) else { return false };
         let places = group.columns.iter().map(|place| usize::from(*place));
@@ -164,13 +164,13 @@ impl<'t, 'r> Encoder<'t, 'r> {
         true
     }
 
-    /// The columns of the group that goes first, and what it has so far.
+    /// Returns the columns of the first group, and its tuples so far.
     pub(super) fn first_group(&self) -> Option<(&[u16], &[u8])> {
         let first = self.open.first().filter(|group| !group.rows.is_empty());
         first.map(|group| (&*group.columns, &*group.tuples))
     }
 
-    /// The rows so far.
+    /// Returns the rows so far.
     pub(super) fn finish(mut self) -> Encoded {
         self.open.retain(|group| !group.rows.is_empty());
         Encoded { groups: self.open, refusals: self.refusals }
@@ -190,16 +190,14 @@ impl<'t, 'r> Encoder<'t, 'r> {
         for place in &self.required {
             if self.slots[*place].is_none_or(|raw| raw.get() == "null") {
                 let column = &self.table.columns[*place].name;
-                return Err(format!(
-                    "column {column:?} is missing or null, by which rows find their like"
-                ));
+                return Err(format!("key column {column:?} is missing or null"));
             }
         }
         for place in &self.lineage.places {
             if self.slots[usize::from(*place)].is_some() {
                 let column = &self.table.columns[usize::from(*place)].name;
                 return Err(format!(
-                    "column {column:?} says where a row came from: no row brings it"
+                    "unexpected lineage column {column:?} in the row: the sink fills it"
                 ));
             }
             self.present.push(*place);
@@ -221,12 +219,12 @@ impl<'t, 'r> Encoder<'t, 'r> {
         Ok(())
     }
 
-    /// The group for the columns in `present`, which is mostly the last one.
+    /// Finds the group for the columns in `present`, which is mostly the last one.
     fn group(&mut self) -> usize {
         if self.open.get(self.last).is_some_and(|group| *group.columns == *self.present) {
             return self.last;
         }
-        // Of two rows with one key the later one counts, whichever columns they bring.
+        // With merges the later of two rows with one key wins, whatever columns they have.
         let known = self.places.get(self.present.as_slice()).filter(|_| !self.keeps_order);
         self.last = match known {
             Some(place) => *place,
@@ -246,8 +244,8 @@ impl<'t, 'r> Encoder<'t, 'r> {
     }
 }
 
-/// Writes a tuple: the field count, then each field behind its length, but for those of columns that
-/// have no slot, which come last.
+/// Writes a tuple: the field count, then each field after its length. Fields without a slot are left to the caller;
+/// they come last.
 fn put_tuple(
     out: &mut Vec<u8>,
     table: &LiveTable,
@@ -267,8 +265,8 @@ fn put_tuple(
     Ok(())
 }
 
-/// Writes the tuple of a row of this form, whose columns are in the table's order; those in `required` are not null.
-/// `None`: the row is of another form or has a fault, and something may be written.
+/// Writes the tuple of a row of this form, whose columns are in the table's order; those in `required` must not be
+/// null. `None`: the row has another form or an error, and something may have been written.
 fn put_by_form(
     out: &mut Vec<u8>,
     table: &LiveTable,
@@ -333,7 +331,7 @@ fn put_int4(out: &mut Vec<u8>, value: i32) {
     out.extend_from_slice(&field);
 }
 
-/// Writes a value behind its length.
+/// Writes a value after its length.
 pub(super) fn put_field(out: &mut Vec<u8>, kind: Kind, raw: RawJson<'_>) -> Result<(), Why> {
     if put_plain(out, kind, raw).is_some() {
         return Ok(());
@@ -352,8 +350,7 @@ pub(super) fn put_field(out: &mut Vec<u8>, kind: Kind, raw: RawJson<'_>) -> Resu
     Ok(())
 }
 
-/// Writes the usual values of the usual columns behind their lengths. `None`: it is another, and nothing
-/// was written.
+/// Writes common values of common types after their lengths. `None`: it is another value, and nothing was written.
 #[inline]
 fn put_plain(out: &mut Vec<u8>, kind: Kind, raw: RawJson<'_>) -> Option<()> {
     match kind {
@@ -385,7 +382,7 @@ fn put_value(out: &mut Vec<u8>, kind: Kind, json: &Json<'_>, raw: RawJson<'_>) -
         Kind::Text | Kind::Enum => out.put_slice(value::text(json)?.as_bytes()),
         Kind::Name => match value::text(json)? {
             name if name.len() <= NAME_BYTES_MAX => out.put_slice(name.as_bytes()),
-            _ => return Err(format!("a name has at most {NAME_BYTES_MAX} bytes").into()),
+            _ => return Err(format!("expected a name of at most {NAME_BYTES_MAX} bytes").into()),
         },
         Kind::Json => out.put_slice(value::document(raw)?.as_bytes()),
         Kind::Jsonb => {
@@ -399,7 +396,7 @@ fn put_value(out: &mut Vec<u8>, kind: Kind, json: &Json<'_>, raw: RawJson<'_>) -
         Kind::Timestamptz => put_timestamp(out, json, Zone::Instant)?,
         Kind::Bytea => out.put_slice(&value::bytes(json)?),
         Kind::Array(element) => array::put(out, element, raw)?,
-        Kind::Unsupported => return Err("rows cannot fill a column of that type yet".into()),
+        Kind::Unsupported => return Err("unsupported column type".into()),
     }
     Ok(())
 }

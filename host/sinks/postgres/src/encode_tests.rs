@@ -73,7 +73,7 @@ fn table(generated: Option<usize>) -> LiveTable {
     }
 }
 
-/// A payload that mostly brings the usual values of all columns.
+/// Makes a payload that mostly has common values for all columns.
 fn payload(random: &mut fastrand::Rng) -> Vec<u8> {
     let mut order: Vec<usize> = (0..COLUMNS.len()).collect();
     if random.u8(..10) == 0 {
@@ -121,7 +121,7 @@ fn rows(payloads: Vec<Vec<u8>>) -> Vec<Row> {
     payloads.into_iter().map(row).collect()
 }
 
-/// A row as encoded: its columns and its tuple; or the reason for its refusal.
+/// Encoded row: its columns and its tuple, or the reason of its refusal.
 type Outcome = Result<(Box<[u16]>, Vec<u8>), String>;
 
 fn outcomes(encoder: Encoder<'_, '_>, count: usize) -> Vec<Option<Outcome>> {
@@ -139,7 +139,7 @@ fn outcomes(encoder: Encoder<'_, '_>, count: usize) -> Vec<Option<Outcome>> {
     found
 }
 
-/// Each row, with whatever rows came before it, is encoded as it is alone.
+/// A row is encoded in the same way alone and after any other rows.
 #[test]
 fn rows_of_the_form_are_encoded_as_any_row_is() {
     let by_id = WriteMode::Upsert { key: vec!["id".into()], newest_by: Some("hex".into()) };

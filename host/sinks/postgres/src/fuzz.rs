@@ -1,4 +1,4 @@
-//! Values read back from PostgreSQL's binary form, as the server's `…_recv` functions do.
+//! Reads values back from PostgreSQL's binary form, like the server's `…_recv` functions.
 
 #![allow(
     missing_docs,
@@ -99,7 +99,7 @@ impl<'w> Wire<'w> {
             Kind::Bool => match self.number::<1>() {
                 [0] => Value::Bool(false),
                 [1] => Value::Bool(true),
-                [other] => panic!("{other} is no truth value"),
+                [other] => panic!("not a boolean: {other}"),
             },
             Kind::Int2 => Value::Integer(i16::from_be_bytes(self.number()).into()),
             Kind::Int4 => Value::Integer(self.int4().into()),
@@ -131,7 +131,7 @@ impl<'w> Wire<'w> {
         Value::Text(String::from_utf8(self.rest().to_vec()).expect("UTF-8"))
     }
 
-    /// Reads a number as `numeric_recv` does.
+    /// Reads a number like `numeric_recv`.
     fn numeric(&mut self) -> Value {
         let [count, weight, sign, scale] =
             [(); 4].map(|()| i64::from(i16::from_be_bytes(self.number())));
@@ -148,7 +148,7 @@ impl<'w> Wire<'w> {
         Value::Decimal(Number::of(sign != 0, &digits, exponent), scale)
     }
 
-    /// Reads an array as `array_recv` does.
+    /// Reads an array like `array_recv`.
     fn array(&mut self, element: Element) -> Value {
         let (dimensions, has_nulls) = (self.int4(), self.int4());
         assert_eq!(u32::from_be_bytes(self.number()), element.oid);

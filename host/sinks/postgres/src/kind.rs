@@ -1,12 +1,12 @@
-//! The column types that rows can fill, as families that share a wire form.
+//! Column types that rows can fill, grouped by their wire form.
 
 use tokio_postgres::types::{Oid, Type};
 use tokio_postgres::{Error, Row};
 
-/// Microseconds from 1970-01-01 to 2000-01-01, where PostgreSQL's timestamps begin.
+/// Microseconds from 1970-01-01 to 2000-01-01, the epoch of PostgreSQL's timestamps.
 pub(super) const EPOCH_MICROS: i64 = 946_684_800_000_000;
 
-/// How a column's values are written.
+/// Wire form of a column's values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Bool,
@@ -20,7 +20,7 @@ pub(super) enum Kind {
     Text,
     /// `name`: text of at most 63 bytes.
     Name,
-    /// An enum: its binary form is its label.
+    /// Enum: its binary form is its label.
     Enum,
     Json,
     Jsonb,
@@ -30,36 +30,36 @@ pub(super) enum Kind {
     Timestamp,
     Timestamptz,
     Bytea,
-    /// An array of any depth.
+    /// Array of any depth.
     Array(Element),
-    /// Ranges, `inet`, `interval` and the rest: no row can fill it yet.
+    /// Ranges, `inet`, `interval` and others, which rows cannot fill yet.
     Unsupported,
 }
 
-/// What an array is of.
+/// Element type of an array.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Element {
-    /// The type that an array names on the wire.
+    /// Type that the wire form of an array names.
     pub(super) oid: Oid,
     form: ElementForm,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum ElementForm {
-    /// That of a type that each server has; for a domain, its base type.
+    /// Form of a built-in type; for a domain, of its base type.
     Known(Oid),
     Enum,
     Text,
 }
 
 impl Element {
-    /// An element of a type that each server has.
+    /// Makes an element of a built-in type.
     #[cfg(any(test, feature = "fuzzing"))]
     pub(super) fn known(oid: Oid) -> Self {
         Self { oid, form: ElementForm::Known(oid) }
     }
 
-    /// How each element is written.
+    /// Returns the form of each element.
     pub(super) fn kind(self) -> Kind {
         match self.form {
             ElementForm::Known(oid) => Kind::of(oid, "", false),
@@ -69,13 +69,13 @@ impl Element {
     }
 }
 
-/// What [`Kind::read`] needs of a type, to be selected `FROM` [`FROM_TYPE`].
+/// Columns that [`Kind::read`] needs, selected `FROM` [`FROM_TYPE`].
 pub(super) const TYPE_COLUMNS: &str =
     "b.oid, b.typname, b.typtype = 'e', e.oid, eb.oid, eb.typname, eb.typtype = 'e'";
-/// How many columns these are.
+/// Number of these columns.
 pub(super) const TYPE_COLUMN_COUNT: usize = 7;
 
-/// The type below all domains of a type: a domain may be over a domain.
+/// SQL expression for the base type of a type. A domain may be based on a domain.
 macro_rules! base_type {
     ($of:literal) => {
         concat!(
@@ -97,8 +97,7 @@ macro_rules! base_type {
     };
 }
 
-/// Joins to a type `t` what it is: a domain's base type in its place, and of an array the elements' type,
-/// likewise.
+/// Joins to a type `t`: its base type if it is a domain, and the element type of an array, also as its base type.
 pub(super) const FROM_TYPE: &str = concat!(
     " LEFT JOIN pg_catalog.pg_type AS b ON b.oid = ",
     base_type!("t"),
@@ -108,7 +107,7 @@ pub(super) const FROM_TYPE: &str = concat!(
 );
 
 impl Kind {
-    /// Reads the family of a type from [`TYPE_COLUMNS`], which begin at column `at`.
+    /// Reads the kind of a type from [`TYPE_COLUMNS`], which begin at column `at`.
     pub(super) fn read(row: &Row, at: usize) -> Result<Self, Error> {
         let Some(element) = row.try_get::<_, Option<u32>>(at + 3)? else {
             return Ok(Self::of(row.try_get(at)?, row.try_get(at + 1)?, row.try_get(at + 2)?));
@@ -123,7 +122,7 @@ impl Kind {
         Ok(Self::Array(Element { oid: element, form }))
     }
 
-    /// The family of a type that is no array, a domain's base type standing for the domain.
+    /// Returns the kind of a type that is not an array. For a domain, its base type is given.
     fn of(oid: u32, name: &str, is_enum: bool) -> Self {
         match Type::from_oid(oid) {
             Some(Type::BOOL) => Self::Bool,
@@ -149,7 +148,7 @@ impl Kind {
         }
     }
 
-    /// Whether a column of this kind holds every value that the declared kind may bring.
+    /// Whether a column of this kind can store every value of the declared kind.
     pub(super) fn accepts(self, declared: Self) -> bool {
         match self {
             Self::Int4 => matches!(declared, Self::Int2 | Self::Int4),
@@ -162,7 +161,7 @@ impl Kind {
                 matches!(declared, Self::Int2 | Self::Int4 | Self::Float4 | Self::Float8)
             }
             Self::Float4 => matches!(declared, Self::Int2 | Self::Float4),
-            // A text keeps what is written; which texts an enum or a name takes, only a row shows.
+            // A text column stores any text. Whether an enum or a name accepts a text is known only for each row.
             Self::Text => {
                 let needs_form = matches!(declared, Self::Json | Self::Jsonb | Self::Bytea);
                 !needs_form && !matches!(declared, Self::Array(_) | Self::Unsupported)

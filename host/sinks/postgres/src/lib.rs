@@ -1,17 +1,22 @@
 //! The PostgreSQL sink: a table, exactly once.
 //!
-//! Rows and position move in one transaction. [`session`] is what it begins with, [`table`] the live
-//! table, [`prepare`] checks or creates it, [`rights`] what the role may do with it, [`encode`] turns rows into binary COPY, [`copy`]
-//! sends them and finds the ones that the table refuses, [`blame`] judges errors, [`merge`] matches
-//! rows by key,
-//! [`lineage`] is what says where a row came from, [`position`] keeps the place,
-//! [`writer`] is the commit on one screen. Reading JSON by column type is `rows`' work; buffering and
-//! retries are the delivery's.
+//! The invariant: rows and position change in one transaction, and the position changes only under the epoch of the
+//! current owner. The modules:
 //!
-//! The position table lies in the schema of the data table if that is named, else in the first of
-//! the `search_path`, as the data table does.
+//! - [`writer`]: the commit on one screen; [`position`]: the position table and its epochs; [`session`]: the start of
+//!   each transaction.
+//! - [`table`]: the live table; [`prepare`] checks or creates it; [`rights`]: what the role may do with it.
+//! - [`encode`]: rows to binary COPY; [`copy`]: sends them and finds those that the table refuses; [`blame`]: whether a
+//!   row or the sink is at fault; [`merge`]: matches rows by key.
+//! - [`lineage`]: columns that store where a row came from; [`window`] and [`writers`]: replacing a time window.
 //!
-//! [`TYPE`] is what the program's registry lists: `settings` reads `type = "postgres"`, names its keys and makes the sink.
+//! JSON is read by column type in `rows`. The engine buffers rows (deliveries) and retries commits (committers).
+//!
+//! The position table is in the schema of the data table if that is named, or else in the first schema of the
+//! `search_path`, like the data table.
+//!
+//! [`TYPE`] is listed in the program's registry: `settings` reads `type = "postgres"`, names its keys and makes the
+//! sink.
 
 mod blame;
 mod copy;
@@ -51,31 +56,31 @@ pub(crate) use shardmill_pg::name::TableName;
 use shardmill_pg::{Lent, PoolShare, PostgresServer, ServerError};
 use shardmill_sinks_common::rows;
 
-/// A table in PostgreSQL.
+/// Sink that writes to a table in PostgreSQL.
 pub struct PostgresSink {
     shared: Arc<Shared>,
     create: bool,
 }
 
-/// What the writers of all shards have in common.
+/// Parts that the writers of all shards share.
 struct Shared {
     sink: SinkName,
     sessions: PoolShare,
     table: TableName,
     mode: WriteMode,
-    /// Whether each row says from which record it came.
+    /// Whether each row stores from which record it came.
     lineage: bool,
-    /// What they say about the sink: its name in the pipeline, also while another runs in its place.
+    /// Sink name in the lineage: its name in the pipeline, also while a replay's sink writes in its place.
     lineage_name: SinkName,
     position: PositionTable,
-    /// Who writes; unset in a sink that only answers questions.
+    /// Process that writes; unset in a sink that only answers questions.
     ownership: OnceLock<Ownership>,
     known_columns: rows::KnownColumns,
-    /// The live table as last read, until something suggests that it is another.
+    /// Live table as last read; unset when it may have changed.
     live: Mutex<Option<Arc<LiveTable>>>,
 }
 
-/// Why something did not happen: the server's error, which decides over its connection, or another.
+/// Reason of a failure: an error of the server, which decides what happens to the connection, or another.
 enum Failure {
     Server { doing: String, error: ServerError },
     Sink(SinkError),
@@ -98,10 +103,10 @@ impl Shared {
         SinkError::Unavailable { sink: self.sink.clone(), cause: cause.into() }
     }
 
-    /// An error of the server or of the connection, as the sink's failure.
+    /// Converts an error of the server or the connection.
     fn failed(&self, doing: &str, error: &ServerError) -> SinkError {
         let place = match error {
-            // The server did not say anything, its name included.
+            // A silent server has not said its name.
             ServerError::Silent(_) => format!(" from {}", self.sessions.server().place()),
             _ => String::new(),
         };
@@ -112,7 +117,7 @@ impl Shared {
         SinkError::Fenced { sink: self.sink.clone(), shard: shard.shard.to_string(), detail, by }
     }
 
-    /// A connection, once one is free.
+    /// Takes a connection, and waits until one is free.
     async fn session(&self) -> Result<Lent<'_>, SinkError> {
         self.sessions.take().await.map_err(|cause| self.unavailable(cause))
     }
@@ -123,14 +128,14 @@ impl Shared {
 }
 
 impl PostgresSink {
-    /// A table, `table` or `schema.table`, in the database that the target's URL leads to, and how rows
-    /// go into it. With `create`, [`Sink::prepare`] makes it from the columns that the routes declare if
-    /// it is missing, with the mode's key as its primary key.
+    /// Makes a sink for a table, `table` or `schema.table`, in the database of the target's URL. With `create`,
+    /// [`Sink::prepare`] creates a missing table from the columns that the routes declare, with the mode's key as its
+    /// primary key.
     ///
-    /// Its connections are its own, with the deadlines of [`Timing::default`]. Connects to nothing yet.
+    /// The sink has its own connections, with the deadlines of [`Timing::default`]. It does not connect yet.
     ///
     /// # Errors
-    /// [`SinkError::Unavailable`] when the URL or the table's name cannot be read.
+    /// [`SinkError::Unavailable`] if the URL or the name of the table is invalid.
     pub fn new(name: SinkName, target: &PostgresTarget) -> Result<Self, SinkError> {
         let silence_max = Timing::default().postgres_silence_max;
         let server = PostgresServer::parse(&target.url)
@@ -139,10 +144,10 @@ impl PostgresSink {
         Self::with_share(name, target, share)
     }
 
-    /// The same, with a part of the connections that all sinks of the server share.
+    /// Does the same with a share of the connections that all sinks of the server use.
     ///
     /// # Errors
-    /// [`SinkError::Unavailable`] when the table's name cannot be read.
+    /// [`SinkError::Unavailable`] if the name of the table is invalid.
     pub fn with_share(
         name: SinkName,
         target: &PostgresTarget,
@@ -167,18 +172,18 @@ impl PostgresSink {
     }
 }
 
-/// What a look at the table is for.
+/// Purpose of reading the table.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Purpose {
-    /// Rows are to come: a table that is missing is made where the configuration asks for that.
+    /// Rows will be written: a missing table is created if the configuration says so.
     Write,
-    /// It is only asked whether rows could come: nothing is made.
+    /// Only a check whether rows could be written: nothing is created.
     Look,
 }
 
 impl PostgresSink {
-    /// Checks the table, its rights and those of the position table against what routes bring. Gives the
-    /// columns that these declare.
+    /// Checks the table, the rights on it and on the position table, against what the routes bring. Returns the columns
+    /// that the routes declare.
     async fn look_at_table<'r>(
         &self,
         routes: &'r [BoundRoute],
@@ -233,6 +238,7 @@ impl Sink for PostgresSink {
         let shared = &self.shared;
         let place = &shared.position;
         let session = shared.session().await?;
+        // In a transaction of its own, which takes the lock of creators.
         let created = place.create_if_missing(&session).await;
         if let Err(error) = &created {
             let cause = shared.failed(&place.cannot_create(), error);
@@ -253,7 +259,7 @@ impl Sink for PostgresSink {
         };
         let taken = taken.await;
         let taken = session.end(taken).await.map_err(|error| {
-            shared.failed(&format!("cannot take {} over in {place}", shard.shard), &error)
+            shared.failed(&format!("cannot acquire {} in {place}", shard.shard), &error)
         })?;
         let position = taken.position().map_err(|cause| shared.unavailable(cause))?;
         let writer = PostgresWriter::new(Arc::clone(shared), shard.clone(), taken.epoch);
@@ -291,7 +297,7 @@ impl Sink for PostgresSink {
     }
 
     fn set_ownership(&self, ownership: Ownership) {
-        // The first stays: a sink has one owner as long as it lives.
+        // The first one stays: a sink has one owner for its lifetime.
         let _ = self.shared.ownership.set(ownership);
     }
 

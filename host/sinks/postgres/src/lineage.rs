@@ -1,4 +1,4 @@
-//! Lineage: columns that say from which record a row came. By them a window of time can be replaced.
+//! Lineage: columns that store from which record a row came. With them a time window can be replaced.
 
 use bytes::BufMut as _;
 
@@ -8,12 +8,12 @@ use super::table::LiveTable;
 use shardmill_core::record::{Row, SinkName};
 use shardmill_sinks_common::rows::decimal::Decimal;
 
-/// The pipeline that wrote the row.
+/// Pipeline that wrote the row.
 pub(super) const PIPELINE: &str = "shardmill_pipeline";
-/// When the stream accepted the record.
+/// Time at which the stream accepted the record.
 pub(super) const ARRIVED_AT: &str = "shardmill_arrived_at";
 
-/// The columns with their types, in the order in which a row brings them.
+/// Lineage columns with their types, in the order of a row's fields.
 pub(super) const COLUMNS: [(&str, &str); 4] = [
     (PIPELINE, "text"),
     ("shardmill_shard", "text"),
@@ -21,31 +21,31 @@ pub(super) const COLUMNS: [(&str, &str); 4] = [
     (ARRIVED_AT, "timestamptz"),
 ];
 
-/// The sink that wrote the row: filled where a table has it, as those that we create do. By it the rows of two
-/// sinks of one pipeline are told apart.
+/// Sink that wrote the row. Optional; tables that we create have the column. It distinguishes the rows of two sinks of
+/// one pipeline.
 pub(super) const SINK: (&str, &str) = ("shardmill_sink", "text");
 
-/// The digest of the component that made the row: filled where a table has it, as those that we create do.
+/// Digest of the component that made the row. Optional; tables that we create have the column.
 pub(super) const DIGEST: (&str, &str) = ("shardmill_digest", "text");
 
-/// Columns that a table may have, in the order in which a row brings them.
+/// Optional columns, in the order of a row's fields.
 pub(super) const OPTIONAL: [(&str, &str); 2] = [DIGEST, SINK];
 
-/// The columns of a live table that say where a row came from.
+/// Lineage columns of a live table.
 #[derive(Debug, Default)]
 pub(super) struct Lineage {
-    /// Their places; empty: rows do not say it.
+    /// Indexes of the columns; empty: rows have no lineage.
     pub(super) places: Vec<u16>,
     has_digest: bool,
-    /// The sink's name, where the table has a column for it.
+    /// Name of the sink, if the table has a column for it.
     sink: Option<SinkName>,
 }
 
 impl Lineage {
-    /// Finds the columns in a table; `sink` is what rows of the sink say.
+    /// Finds the columns in a table. `sink` is the value of the sink column.
     ///
     /// # Errors
-    /// The name of one that is not there.
+    /// The name of a missing column.
     pub(super) fn of(table: &LiveTable, sink: &SinkName) -> Result<Self, &'static str> {
         let place = |name: &'static str| {
             let found = table.columns.iter().position(|column| column.name == name);
@@ -59,15 +59,15 @@ impl Lineage {
     }
 }
 
-/// Writes the fields of a row, as [`Lineage::of`] has found them, each behind its length.
+/// Writes the lineage fields of a row, each after its length.
 ///
 /// # Errors
-/// Why the record has none, which a record of a stream cannot cause.
+/// The reason why the record has no valid lineage; records of a stream always do.
 pub(super) fn put(out: &mut Vec<u8>, row: &Row, lineage: &Lineage) -> Result<(), String> {
     let shard = &row.batch.shard;
     let sequence = &row.batch.origin(row.record).sequence;
     let mut number = Vec::new();
-    let decimal = Decimal::parse(sequence.as_str()).ok_or("its sequence number is none")?;
+    let decimal = Decimal::parse(sequence.as_str()).ok_or("its sequence number is invalid")?;
     numeric::put(&decimal, &mut number).map_err(|why| why.into_owned())?;
     let arrived_micros = i64::try_from(row.source().arrived_ms)
         .ok()

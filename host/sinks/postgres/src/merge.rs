@@ -1,13 +1,12 @@
-//! Upsert and ignore: rows are copied into a table of the transaction, and merged from there by one
-//! statement.
+//! Upsert and ignore: rows are copied into a staging table of the transaction, and merged from there by one statement.
 //!
-//! Where no row has its like, a plain COPY into the table does the same in a third of the time. So that
-//! is tried first, as long as it goes well ([`PlainCopyBackoff`]).
+//! If all keys are new, a plain COPY into the table has the same result in a third of the time. So that is tried first,
+//! with a backoff after failures ([`PlainCopyBackoff`]).
 //!
-//! The staging table has the target's columns and none of its constraints, so what the target does
-//! not take is found at the merge. It keeps the order in which rows were copied (by `ctid`, for it is
-//! never updated), which decides between rows of one commit with the same key. Merging in the order
-//! of the key, lanes that meet on the same rows lock them in the same order.
+//! The staging table has the columns of the target but none of its constraints, so violations are found at the merge.
+//! It keeps the order in which rows were copied (by `ctid`, because it is never updated), which decides between rows of
+//! one commit with the same key. The merge runs in the order of the key, so that lanes that write the same rows lock
+//! them in the same order and do not deadlock.
 
 use tokio_postgres::error::SqlState;
 use tokio_postgres::types::Type;
@@ -16,24 +15,24 @@ use shardmill_config::WriteMode;
 use shardmill_pg::name::{TableName, quoted};
 use shardmill_pg::{Link, ServerError};
 
-/// The staging table, as SQL has it. Each transaction that merges has its own: behind a pooler, others
-/// would find it in their session otherwise.
+/// Quoted name of the staging table. Each transaction that merges makes its own: behind a pooler, a later user of the
+/// session would otherwise find it.
 pub(super) const STAGING: &str = "pg_temp.\"shardmill_staging\"";
 
-/// Whether it is worth trying that no row of a part has its like in the table: as long as that was so
-/// the last time, and else again after some parts, after ever more if it was in vain.
+/// Backoff of plain COPY: whether to try it for the next part. It is tried as long as it succeeds. After a failure a
+/// number of parts is merged before the next try; the number doubles with each further failure.
 #[derive(Debug, Default)]
 pub(super) struct PlainCopyBackoff {
     parts_to_wait: u32,
     last_wait: u32,
 }
 
-/// The parts that are merged after hope was in vain: at first, and at most.
+/// Number of parts that are merged after a failed plain COPY: after the first one, and at most.
 const WAIT_PARTS: u32 = 8;
 const WAIT_PARTS_MAX: u32 = 1024;
 
 impl PlainCopyBackoff {
-    /// Whether to try now; counts the parts.
+    /// Whether to try plain COPY for this part. Counts the parts.
     pub(super) fn should_try(&mut self) -> bool {
         let now = self.parts_to_wait == 0;
         self.parts_to_wait = self.parts_to_wait.saturating_sub(1);
@@ -50,14 +49,14 @@ impl PlainCopyBackoff {
     }
 }
 
-/// Whether a COPY failed because a row has its like: in the table, in the same part, or in a
-/// transaction under way that waits for ours.
+/// Whether a COPY failed because a key exists already: in the table, in the same part, or in a concurrent transaction
+/// that waits for ours (a deadlock).
 pub(super) fn is_key_conflict(error: &ServerError) -> bool {
     let code = error.code();
     code == Some(&SqlState::UNIQUE_VIOLATION) || code == Some(&SqlState::T_R_DEADLOCK_DETECTED)
 }
 
-/// Makes the staging table in the transaction under way, by the target as it is now.
+/// Creates the staging table in the current transaction, with the current columns of the target.
 pub(super) async fn create_staging(link: &Link, table: &TableName) -> Result<(), ServerError> {
     link.batch_execute(&format!(
         "DROP TABLE IF EXISTS {STAGING}; \
@@ -68,14 +67,14 @@ pub(super) async fn create_staging(link: &Link, table: &TableName) -> Result<(),
     .await
 }
 
-/// The statement that merges the staged rows, which bring these columns.
+/// Returns the statement that merges the staged rows with these columns.
 pub(super) fn statement(mode: &WriteMode, table: &TableName, columns: &[&str]) -> String {
     let target = table.quoted();
     let names: Vec<String> = columns.iter().map(|name| quoted(name)).collect();
     let names = names.join(", ");
     let key: Vec<String> = mode.key().iter().map(|name| quoted(name)).collect();
     let key = key.join(", ");
-    // Of rows with one key, the first in this order is taken.
+    // Of several rows with one key, the first in this order is taken.
     let order = match mode {
         WriteMode::Upsert { newest_by: Some(by), .. } => format!("{} DESC, ctid DESC", quoted(by)),
         WriteMode::Upsert { newest_by: None, .. } => "ctid DESC".into(),
@@ -88,7 +87,7 @@ pub(super) fn statement(mode: &WriteMode, table: &TableName, columns: &[&str]) -
     )
 }
 
-/// The unique constraints or indexes on exactly these columns that are checked late.
+/// Finds unique constraints or indexes on exactly these columns that are deferrable.
 const DEFERRABLE_KEYS: &str = "
     SELECT i.indexrelid::regclass::text
     FROM pg_catalog.pg_index AS i
@@ -101,8 +100,7 @@ const DEFERRABLE_KEYS: &str = "
             = (SELECT array_agg(k ORDER BY k) FROM unnest($2::text[]) AS k)
     LIMIT 1";
 
-/// Validates that the table has a unique index on the key that `ON CONFLICT` can use. The error is a
-/// sentence.
+/// Checks that the table has a unique index on the key that `ON CONFLICT` can use. The error is a sentence.
 pub(super) async fn check_key(
     client: &Link,
     table: &TableName,
@@ -111,9 +109,8 @@ pub(super) async fn check_key(
     let names: Vec<&str> = mode.key().iter().map(|name| &**name).collect();
     let key: Vec<String> = mode.key().iter().map(|name| quoted(name)).collect();
     let (target, key) = (table.quoted(), key.join(", "));
-    let misfit =
-        |error: ServerError| format!("the key ({key}) does not fit table {table}: {error}");
-    // Planned, not run: the planner looks for the index.
+    let misfit = |error: ServerError| format!("invalid key ({key}) for table {table}: {error}");
+    // EXPLAIN plans the statement without running it: the planner looks for the index.
     let plan = format!(
         "EXPLAIN INSERT INTO {target} ({key}) SELECT {key} FROM {target} WHERE false \
          ON CONFLICT ({key}) DO NOTHING"
@@ -122,15 +119,15 @@ pub(super) async fn check_key(
         Ok(()) => {}
         Err(error) if error.code() == Some(&SqlState::INVALID_COLUMN_REFERENCE) => {
             return Err(format!(
-                "table {table} has no unique index on ({key}), by which rows are matched: \
+                "missing unique index on ({key}) of table {table}, which matches rows by key: \
                  CREATE UNIQUE INDEX ON {target} ({key})"
             ));
         }
-        // Another check says which right is missing, and for what.
+        // Another check reports which right is missing, and for what.
         Err(error) if error.code() == Some(&SqlState::INSUFFICIENT_PRIVILEGE) => {}
         Err(error) => return Err(misfit(error)),
     }
-    // The planner takes an index that is checked late; only the first row would show that it cannot be used.
+    // The planner accepts a deferrable index; only the first row would fail.
     let values: [(&(dyn tokio_postgres::types::ToSql + Sync), Type); 2] =
         [(&target, Type::TEXT), (&names, Type::TEXT_ARRAY)];
     let late = client.query_typed_opt(DEFERRABLE_KEYS, &values).await.map_err(misfit)?;

@@ -1,8 +1,8 @@
-//! Decimal numbers in the wire form of PostgreSQL's `numeric`: base 10,000, exactly.
+//! Encodes decimal numbers in the wire form of PostgreSQL's `numeric`, exactly: base 10,000.
 //!
-//! Source: `numeric_recv` and `set_var_from_str` in PostgreSQL's `src/backend/utils/adt/numeric.c`.
-//! The form is: digit count, weight of the first digit (a power of 10,000), sign, display scale (the
-//! decimal digits behind the point), then the digits, 16 bits each.
+//! Source: `numeric_recv` and `set_var_from_str` in PostgreSQL's `src/backend/utils/adt/numeric.c`. The form is: digit
+//! count, weight of the first digit (a power of 10,000), sign, display scale (decimal digits after the point), then the
+//! digits, 16 bits each.
 
 use bytes::BufMut as _;
 
@@ -18,13 +18,13 @@ const MINUS_INFINITY: u16 = 0xF000;
 /// Decimal digits in one digit of base 10,000.
 const GROUP: i64 = 4;
 
-/// The most decimal digits before the point that `numeric` holds (documentation, "Numeric Types").
+/// Highest number of decimal digits before the point (documentation, "Numeric Types").
 const WHOLE_DIGITS_MAX: i64 = 131_072;
 
-/// The most decimal digits behind the point.
+/// Highest number of decimal digits after the point.
 const SCALE_MAX: i64 = 16_383;
 
-/// Writes a number's wire form, without its length.
+/// Writes the wire form of a number, without its length.
 pub(super) fn put(number: &Decimal<'_>, out: &mut Vec<u8>) -> Result<(), Why> {
     let scale = number.exponent.saturating_neg().max(0);
     let length = i64::try_from(number.digits.len()).unwrap_or(i64::MAX);
@@ -32,7 +32,7 @@ pub(super) fn put(number: &Decimal<'_>, out: &mut Vec<u8>) -> Result<(), Why> {
     let is_zero = number.is_zero();
     if scale > SCALE_MAX || (!is_zero && whole_digits > WHOLE_DIGITS_MAX) {
         return Err(format!(
-            "a numeric holds {WHOLE_DIGITS_MAX} digits before the point and {SCALE_MAX} behind it"
+            "a numeric has at most {WHOLE_DIGITS_MAX} digits before the point and {SCALE_MAX} after it"
         )
         .into());
     }
@@ -44,7 +44,7 @@ pub(super) fn put(number: &Decimal<'_>, out: &mut Vec<u8>) -> Result<(), Why> {
     put_digits(number, whole_digits, scale, out)
 }
 
-/// Writes a double's special value.
+/// Writes a special value of a double.
 pub(super) fn put_not_finite(value: f64, out: &mut Vec<u8>) {
     let sign = match (value.is_nan(), value > 0.0) {
         (true, _) => NAN,
@@ -54,8 +54,7 @@ pub(super) fn put_not_finite(value: f64, out: &mut Vec<u8>) {
     put_header(out, 0, 0, sign, 0);
 }
 
-/// Writes the digits in groups of four that are aligned to the point, without groups of zero at
-/// either end.
+/// Writes the digits in groups of four, aligned to the point, without leading and trailing groups of zeros.
 fn put_digits(
     number: &Decimal<'_>,
     whole_digits: i64,
@@ -63,7 +62,7 @@ fn put_digits(
     out: &mut Vec<u8>,
 ) -> Result<(), Why> {
     let out_of_range = |_| Why::from("the number is out of range");
-    // The first group's power of 10,000, and how many of its digits precede the first one given.
+    // The power of 10,000 of the first group, and the number of its digits before the first given digit.
     let weight = (whole_digits - 1).div_euclid(GROUP);
     let lead = usize::try_from((weight + 1) * GROUP - whole_digits).unwrap_or(0);
     let digit_at = |place: usize| {

@@ -1,8 +1,8 @@
-//! The position table: how far each shard is, and who may move it.
+//! The position table: the position of each shard, and the epoch of its owner.
 //!
-//! One row per (pipeline, sink, stream, shard). `epoch` grows with each owner; the position moves
-//! only under the owner's epoch and only from where the owner thinks it is. Sequence numbers have
-//! up to 129 digits: `numeric`, written as SQL has numbers and read as text.
+//! One row per (pipeline, sink, stream, shard). The invariant: the position moves only under the current epoch and only
+//! from the value that the owner expects. `epoch` grows with each owner, so an earlier owner updates no row. Sequence
+//! numbers have up to 129 digits: the column is `numeric`; values are written as SQL numbers and read as text.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,45 +20,45 @@ use shardmill_core::sink::KeptPosition;
 use shardmill_pg::name::{TableName, literal};
 use shardmill_pg::{Link, ServerError as Error};
 
-/// The table's name; it stands in the schema of the data table.
+/// Name of the table; it is in the schema of the data table.
 const TABLE: &str = "shardmill_position";
 
-/// Columns that tables of earlier versions have not: who wrote a position, and by which state.
+/// Columns that tables of earlier versions do not have: who wrote a position, and with which state.
 const LATER_COLUMNS: [(&str, &str); 3] =
     [("state_id", "text"), ("state_number", "bigint"), ("owner", "text")];
 
-/// Reads columns of a row `held` that may be missing in a table of an earlier version.
+/// Reads these columns of a row `held` of a table that may not have them.
 const LATER_VALUES: &str = "to_jsonb(held)->>'state_id', (to_jsonb(held)->>'state_number')::bigint,
     to_jsonb(held)->>'owner'";
 
-/// Where positions are kept.
+/// Position table.
 pub(super) struct PositionTable {
     name: TableName,
-    /// It is known to have all columns.
+    /// Whether it is known to have all columns.
     is_wide: AtomicBool,
 }
 
-/// A position's row.
+/// Row of a position.
 pub(super) struct Stored {
     pub(super) epoch: i64,
     sequence: Option<String>,
     sub_sequence: Option<i64>,
-    /// Who wrote it, if that is known.
+    /// Who wrote it, if known.
     pub(super) owner: Option<OwnerName>,
 }
 
 impl PositionTable {
-    /// The table for positions of rows in `table`.
+    /// Names the table for positions of rows in `table`.
     pub(super) fn beside(table: &TableName) -> Self {
         Self { name: table.sibling(TABLE), is_wide: AtomicBool::new(false) }
     }
 
-    /// The table's name.
+    /// Returns the name of the table.
     pub(super) fn name(&self) -> &TableName {
         &self.name
     }
 
-    /// Creates the table if it is missing. Only then is the right to create one needed.
+    /// Creates the table if it does not exist. Only then the right to create one is needed.
     pub(super) async fn create_if_missing(&self, client: &Link) -> Result<(), Error> {
         let name = self.name.quoted();
         let exists: bool = client
@@ -86,8 +86,7 @@ impl PositionTable {
         session::create_once(client, &create).await
     }
 
-    /// Adds the columns that a table of an earlier version has not. Only then is the right to alter it
-    /// needed.
+    /// Adds the columns that a table of an earlier version does not have. Only then the right to alter it is needed.
     pub(super) async fn widen_if_narrow(&self, client: &Link) -> Result<(), Error> {
         if self.is_wide.load(Ordering::Relaxed) {
             return Ok(());
@@ -106,20 +105,20 @@ impl PositionTable {
         Ok(())
     }
 
-    /// Whether so many of the later columns are all of them.
+    /// Whether this number of the later columns is all of them.
     pub(super) fn is_wide_with(later_columns: i64) -> bool {
         later_columns >= LATER_COLUMNS.len() as i64
     }
 
-    /// The statement that adds them.
+    /// Returns the statement that adds them.
     fn widening(&self) -> String {
         let columns =
             LATER_COLUMNS.map(|(name, kind)| format!("ADD COLUMN IF NOT EXISTS {name} {kind}"));
         format!("ALTER TABLE {} {}", self.name.quoted(), columns.join(", "))
     }
 
-    /// Statements that the server plans and does not run: they fail where the table has not the columns,
-    /// types or key that taking over and moving a position need.
+    /// Returns statements that the server only plans: they fail if the table does not have the columns, types or key
+    /// that acquiring a shard and moving a position need.
     pub(super) fn trial(&self) -> String {
         let name = self.name.quoted();
         format!(
@@ -132,7 +131,7 @@ impl PositionTable {
         )
     }
 
-    /// What to say when they cannot be added.
+    /// Returns the message for a failure to add them.
     pub(super) fn cannot_widen(&self) -> String {
         format!(
             "cannot add the columns of this version to the position table {}; have its owner run once: {}",
@@ -141,12 +140,12 @@ impl PositionTable {
         )
     }
 
-    /// What to say when the table cannot be created.
+    /// Returns the message for a failure to create the table.
     pub(super) fn cannot_create(&self) -> String {
         format!("cannot create the position table {}; have its owner create it once", self.name)
     }
 
-    /// Makes the caller the shard's owner: earlier epochs can no longer move the position.
+    /// Makes the caller the owner of the shard: earlier epochs can no longer move the position.
     pub(super) async fn acquire_shard(
         &self,
         client: &Link,
@@ -155,6 +154,8 @@ impl PositionTable {
         ownership: Option<&Ownership>,
     ) -> Result<Stored, Error> {
         let name = self.name.quoted();
+        // One statement: two owners that acquire the shard at the same time get different epochs, because the second
+        // waits for the row lock of the first.
         let acquire_shard = format!(
             "INSERT INTO {name} AS held
                  (pipeline, sink, stream, shard, epoch, state_id, state_number, owner)
@@ -184,7 +185,7 @@ impl PositionTable {
         Stored::of(&row)
     }
 
-    /// The shard's row; `None` when it or the table is missing.
+    /// Reads the row of a shard; `None` if the row or the table does not exist.
     pub(super) async fn read(
         &self,
         client: &Link,
@@ -196,6 +197,7 @@ impl PositionTable {
              WHERE pipeline = $1 AND sink = $2 AND stream = $3 AND shard = $4",
             self.name.quoted()
         );
+        // `LATER_VALUES` reads the columns through `to_jsonb`, which also works for a table that does not have them.
         let found = client
             .query_typed_opt(
                 &read,
@@ -218,8 +220,8 @@ impl PositionTable {
         }
     }
 
-    /// Moves a shard's row from the sink's old name to its new one. A row of the new name without a
-    /// position makes room; one with a position is in the way, and an error.
+    /// Moves the row of a shard from the sink's old name to its new name. A row of the new name without a position is
+    /// deleted first; one with a position causes an error.
     pub(super) async fn adopt(
         &self,
         client: &Link,
@@ -247,12 +249,13 @@ impl PositionTable {
         client.batch_execute(&statements).await
     }
 
-    /// Its name, as SQL has it.
+    /// Returns the quoted name for SQL.
     pub(super) fn quoted(&self) -> String {
         self.name.quoted()
     }
 
-    /// All rows of a sink of a pipeline, which may be unreadable; none when the table is missing.
+    /// Reads all rows of a sink of a pipeline; the inner error: a row is invalid. Returns none if the table does not
+    /// exist.
     pub(super) async fn read_all(
         &self,
         client: &Link,
@@ -295,7 +298,7 @@ impl PositionTable {
         Ok(Ok(kept))
     }
 
-    /// Deletes a sink's positions of a pipeline.
+    /// Deletes the positions of a sink of a pipeline.
     pub(super) async fn forget(
         &self,
         client: &Link,
@@ -314,10 +317,11 @@ impl PositionTable {
             .map(drop)
     }
 
-    /// The statement that moves the position over a span; it concerns no row when the position is not
-    /// where the span begins, or has another owner.
+    /// Returns the statement that moves the position over a range. It updates no row if the position is not at the
+    /// start of the range, or if the shard has another owner.
     ///
-    /// Text, to go in one message with what begins the transaction: it must never run outside of it.
+    /// It is text, so that it is sent in one message with the start of the transaction: it must never run outside of
+    /// one.
     pub(super) fn move_on(
         &self,
         sink: &SinkName,
@@ -330,6 +334,7 @@ impl PositionTable {
             Some(ownership) => format!(", state_number = {}", ownership.mark().number),
             None => String::new(),
         };
+        // A position that was never set is NULL, and `=` never matches NULL.
         let from = match &range.from_exclusive {
             None => "sequence IS NULL".to_owned(),
             Some(from) => {
@@ -367,18 +372,18 @@ impl Stored {
         })
     }
 
-    /// The position; `None` before the first commit.
+    /// Returns the position; `None` before the first commit.
     pub(super) fn position(&self) -> Result<Option<Position>, String> {
         let Some(sequence) = &self.sequence else { return Ok(None) };
         let sequence = SequenceNumber::parse(sequence)
-            .map_err(|error| format!("the stored position cannot be read: {error}"))?;
+            .map_err(|error| format!("invalid stored position: {error}"))?;
         let sub_sequence = u64::try_from(self.sub_sequence.unwrap_or(0))
-            .map_err(|_| "the stored position has a sub-sequence below 0".to_owned())?;
+            .map_err(|_| "invalid stored position: its sub-sequence is below 0".to_owned())?;
         Ok(Some(Position { sequence, sub_sequence }))
     }
 }
 
-/// The column's form of a sub-sequence. An aggregate has at most some millions of records.
+/// Converts a sub-sequence for the column. An aggregate has at most some millions of records.
 fn sub_sequence(position: &Position) -> i64 {
     i64::try_from(position.sub_sequence).unwrap_or(i64::MAX)
 }

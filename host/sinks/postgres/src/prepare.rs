@@ -1,6 +1,6 @@
-//! Makes a table ready for rows: checks it against what routes declare, and creates it where that is asked for.
+//! Prepares a table: checks it against what the routes declare, and creates it if the configuration says so.
 //!
-//! A plugin's declared type becomes SQL only after the server has read it as a type's name.
+//! A declared type becomes a part of SQL only after the server has recognised it as the name of a type.
 
 use tokio_postgres::types::Type;
 
@@ -17,7 +17,7 @@ use shardmill_sinks_common::rows::declared::{
     DeclaredColumn, Fit, LiveFit, check_fit, check_required, create_table_sql, may_create,
 };
 
-/// Reads a type by its name.
+/// Returns the query that reads a type by its name.
 fn read_type() -> String {
     format!(
         "SELECT {TYPE_COLUMNS} FROM pg_catalog.pg_type AS t {FROM_TYPE} \
@@ -25,10 +25,10 @@ fn read_type() -> String {
     )
 }
 
-/// What a type's name may be made of. Nothing here ends a name, opens a comment or a string.
+/// Characters of type names besides letters and digits. None of them can end a name, or start a comment or a string.
 const TYPE_NAME_PUNCTUATION: &str = "_ .,()[]\"";
 
-/// Makes sure that the table is there and takes the declared columns. Errors are sentences.
+/// Makes sure that the table exists and accepts the declared columns. Errors are sentences.
 pub(super) async fn prepare(
     client: &Link,
     table: &TableName,
@@ -46,7 +46,7 @@ pub(super) async fn prepare(
             LiveTable::read(client, table)
                 .await
                 .map_err(cannot_read)?
-                .ok_or_else(|| format!("table {table} was created and is gone again"))?
+                .ok_or_else(|| format!("table {table} was dropped right after it was created"))?
         }
     };
     for (column, kind) in declared.iter().zip(kinds) {
@@ -66,7 +66,7 @@ pub(super) async fn prepare(
     Ok(())
 }
 
-/// Checks the columns that say where a row came from.
+/// Checks the lineage columns.
 fn check_lineage(table: &TableName, live: &LiveTable) -> Result<(), String> {
     let fits = |(name, kind): &(&str, &str)| {
         let expected = match *kind {
@@ -84,8 +84,7 @@ fn check_lineage(table: &TableName, live: &LiveTable) -> Result<(), String> {
     match missing.is_empty() {
         true => Ok(()),
         false => Err(format!(
-            "table {table} lacks columns that say where a row came from: ALTER TABLE {} {}; or leave \
-             `lineage` out",
+            "missing lineage columns in table {table}: ALTER TABLE {} {}; or remove `lineage`",
             table.quoted(),
             missing.join(", ")
         )),
@@ -112,7 +111,7 @@ fn check(
     check_fit(table, declared, live)
 }
 
-/// Tells of columns that refuse nulls which may come: no error, because a trigger may fill them.
+/// Warns about NOT NULL columns that may get nulls. Not an error, because a trigger may fill them.
 fn warn_of_refusals(table: &TableName, live: &LiveTable, declared: &[DeclaredColumn<'_>]) {
     if declared.is_empty() {
         return;
@@ -124,16 +123,16 @@ fn warn_of_refusals(table: &TableName, live: &LiveTable, declared: &[DeclaredCol
         match declared.iter().find(|declared| declared.name == name) {
             Some(declared) if !declared.nullable => {}
             Some(_) => {
-                tracing::warn!(%table, column = name, "rows may bring null, the column is NOT NULL")
+                tracing::warn!(%table, column = name, "rows may contain null, but the column is NOT NULL")
             }
             None => {
-                tracing::warn!(%table, column = name, "no route declares the column, it is NOT NULL without default")
+                tracing::warn!(%table, column = name, "no route declares the NOT NULL column, which has no default")
             }
         }
     }
 }
 
-/// The kinds of the declared types, each a type that the server knows and rows can fill.
+/// Reads the kinds of the declared types. Each must be known to the server, and be one that rows can fill.
 async fn declared_kinds(
     client: &Link,
     declared: &[DeclaredColumn<'_>],
@@ -141,7 +140,7 @@ async fn declared_kinds(
     let mut kinds = Vec::with_capacity(declared.len());
     for DeclaredColumn { name, data_type, route, .. } in declared {
         let whose = format!("route {route:?} declares column {name:?} as {data_type:?}");
-        let unknown = || format!("{whose}, which is no type of this PostgreSQL server");
+        let unknown = || format!("{whose}, which is not a type of this PostgreSQL server");
         let is_part = |c: char| c.is_alphanumeric() || TYPE_NAME_PUNCTUATION.contains(c);
         if data_type.is_empty() || !data_type.chars().all(is_part) {
             return Err(unknown());
@@ -157,14 +156,14 @@ async fn declared_kinds(
             |error: tokio_postgres::Error| format!("cannot read types: {}", Error::from(error));
         let kind = Kind::read(&row, 0).map_err(unreadable)?;
         if kind == Kind::Unsupported {
-            return Err(format!("{whose}: rows cannot fill a column of that type yet"));
+            return Err(format!("{whose}: unsupported column type"));
         }
         kinds.push(kind);
     }
     Ok(kinds)
 }
 
-/// Creates the table from checked columns, if that is asked for.
+/// Creates the table from checked columns, if the configuration allows it.
 async fn create_table(
     client: &Link,
     table: &TableName,

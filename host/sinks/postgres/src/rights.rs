@@ -1,7 +1,7 @@
-//! Whether the role can write rows into the table at all: found before the first record, not by it.
+//! Checks before the first record whether the role can write rows into the table.
 //!
-//! Privileges are asked for by name, so that the error names the GRANT. Then a COPY of no rows, in a
-//! transaction that is rolled back, shows what no list of privileges would.
+//! Privileges are read by name, so that the error can name the GRANT. Then a COPY without rows, in a transaction that
+//! is rolled back, finds problems that no list of privileges shows.
 
 use bytes::Bytes;
 use tokio_postgres::error::SqlState;
@@ -17,7 +17,7 @@ use shardmill_pg::name::{TableName, quoted};
 use shardmill_pg::{Link, ServerError};
 use shardmill_sinks_common::rows::declared::DeclaredColumn;
 
-/// The relation and what the role may do with it. Bits of `tgtype`: 1 row, 4 insert, 64 instead of.
+/// Kind of the relation, and the role's rights on it. Bits of `tgtype`: 1 row, 4 insert, 64 instead of.
 ///
 /// Source: PostgreSQL, `src/include/catalog/pg_trigger.h` and "Access Privilege Inquiry Functions".
 const RIGHTS: &str = "
@@ -35,7 +35,7 @@ const RIGHTS: &str = "
                 AND NOT has_column_privilege(c.oid, a.attnum, 'INSERT')), '{}')
     FROM pg_catalog.pg_class AS c WHERE c.oid = to_regclass($1)";
 
-/// The same for the table of positions; no row where it is missing.
+/// The same for the position table; no row if it does not exist.
 const POSITION_RIGHTS: &str = "
     SELECT c.relkind::text, current_user::text,
         has_any_column_privilege(c.oid, 'SELECT') AND has_any_column_privilege(c.oid, 'INSERT')
@@ -45,9 +45,9 @@ const POSITION_RIGHTS: &str = "
             AND NOT a.attisdropped AND a.attname IN ('state_id', 'state_number', 'owner'))
     FROM pg_catalog.pg_class AS c WHERE c.oid = to_regclass($1)";
 
-/// What the table's defaults, constraints and indexes call or count with, and the role may not: its name,
-/// whether it is a sequence, and the column whose default it is (null: every row needs it). Sequences of
-/// identity columns need no right, and depend the other way round.
+/// Functions and sequences that the table's defaults, constraints and indexes need and the role may not use: name,
+/// whether it is a sequence, and the column whose default it is (null: every row needs it). Sequences of identity
+/// columns need no right, and their dependency has the other direction.
 ///
 /// Source: PostgreSQL, "pg_depend", and "Sequence Manipulation Functions": `nextval` needs USAGE or
 /// UPDATE.
@@ -72,23 +72,23 @@ const FORBIDDEN: &str = "
             ELSE false END
     ORDER BY 2, 1, 3";
 
-/// Whether the role may create a table in a schema, by default the first of its search path.
+/// Whether the role may create a table in a schema, by default the first one of its search path.
 const SCHEMA_RIGHTS: &str = "
     SELECT current_user::text, n.nspname::text, has_schema_privilege(n.oid, 'CREATE')
     FROM pg_catalog.pg_namespace AS n WHERE n.nspname = coalesce($1, current_schema())";
 
-/// Longest wait for a lock: a table that is locked now may be free later.
+/// Longest wait for a lock. A table that is locked now may be free later.
 const LOCK_TIMEOUT: &str = "SET LOCAL lock_timeout = '5s'";
 
-/// Columns that rows will bring, as far as that is known.
+/// Columns that rows will have, as far as known.
 pub(super) struct Brought<'a> {
-    /// Those that routes declare; empty: not known.
+    /// Columns that routes declare; empty: unknown.
     pub(super) declared: &'a [DeclaredColumn<'a>],
-    /// Whether rows say from which record they came.
+    /// Whether rows have lineage.
     pub(super) with_lineage: bool,
 }
 
-/// What the catalogue says.
+/// Rights according to the catalogue.
 pub(super) struct Rights {
     role: String,
     has_statement_triggers: bool,
@@ -127,9 +127,11 @@ pub(super) async fn check(
                 .await?;
             link.batch_execute("RELEASE copy; SAVEPOINT copy").await?;
         }
+        // A trigger per statement would run even for a COPY without rows, which a check must not cause. So such a
+        // table is not tested.
         if !rights.has_statement_triggers {
-            // Takes the lock that COPY takes. A COPY that fails before it asks for data leaves client and
-            // server out of step (see `Link::run_in_step`), and a locked table would then look broken.
+            // EXPLAIN takes the lock of COPY. A COPY that fails before the server asks for its data leaves client and
+            // server out of step (see `Link::run_in_step`), so a locked table would look like a broken connection.
             let lock = format!("EXPLAIN INSERT INTO {} DEFAULT VALUES", table.quoted());
             link.batch_execute(&lock).await?;
             copy_nothing(link, table, &columns).await?;
@@ -139,13 +141,13 @@ pub(super) async fn check(
     let tried: Result<(), ServerError> = tried.await;
     link.run_in_step("ROLLBACK").await.map_err(|error| cannot_read(table, &error))?;
     if rights.has_statement_triggers {
-        tracing::warn!(%table, "a trigger runs per statement: it was not tried whether the table takes rows");
+        tracing::warn!(%table, "the table has a trigger per statement: whether it accepts rows was not tested");
     }
     let Err(error) = tried else { return Ok(()) };
     let code = error.code();
-    // Somebody has a lock on the table, which says nothing of the time to come.
+    // Another session has locked the table, which says nothing about later.
     if code == Some(&SqlState::LOCK_NOT_AVAILABLE) || code == Some(&SqlState::QUERY_CANCELED) {
-        tracing::warn!(%table, %error, "it could not be tried whether the table takes rows");
+        tracing::warn!(%table, %error, "failed to test whether the table accepts rows");
         return Ok(());
     }
     let needs = match mode {
@@ -157,10 +159,10 @@ pub(super) async fn check(
         true => format!("; role {} needs {needs} on it", rights.role),
         false => String::new(),
     };
-    Err(format!("table {table} takes no rows: {error}{way_out}"))
+    Err(format!("table {table} does not accept rows: {error}{way_out}"))
 }
 
-/// Checks that the role may call what every row makes the server call: a COPY of no rows calls nothing.
+/// Checks that the role may use everything that the server calls for each row. A COPY without rows calls none of it.
 async fn check_calls(
     link: &Link,
     table: &TableName,
@@ -190,19 +192,19 @@ async fn check_calls(
             continue;
         }
         let problem = format!(
-            "role {0} may not use {name}, from which column {column:?} of table {table} has its default",
+            "role {0} may not use {name}, the default of column {column:?} of table {table}",
             rights.role
         );
         if brought.declared.is_empty() {
             tracing::warn!(%table, "{problem}: rows without that column block the sink; {grant}");
         } else {
-            return Err(format!("{problem}, and rows do not bring the column: {grant}"));
+            return Err(format!("{problem}, and rows do not have the column: {grant}"));
         }
     }
     Ok(())
 }
 
-/// Reads the catalogue, and refuses what it says plainly.
+/// Reads the catalogue, and refuses what it clearly forbids.
 pub(super) async fn read(
     link: &Link,
     table: &TableName,
@@ -211,7 +213,7 @@ pub(super) async fn read(
     let name = table.quoted();
     let row = link.query_typed_opt(RIGHTS, &[(&name, Type::TEXT)]).await;
     let row = row.map_err(|error| cannot_read(table, &error))?;
-    let row = row.ok_or_else(|| format!("table {table} was there and is gone again"))?;
+    let row = row.ok_or_else(|| format!("table {table} was dropped during the check"))?;
     let unreadable = |error: tokio_postgres::Error| cannot_read(table, &error.into());
     let text = |at: usize| row.try_get::<_, String>(at).map_err(unreadable);
     let is = |at: usize| row.try_get::<_, bool>(at).map_err(unreadable);
@@ -233,8 +235,8 @@ pub(super) async fn read(
             ));
         }
         "f" if !merges => tracing::warn!(%table,
-            "a foreign table: its rows and our position are not one transaction, so after a crash rows \
-             may be there twice"),
+            "a foreign table: its rows and the position are not written in one transaction, so a crash may \
+             cause duplicate rows"),
         other => return Err(format!("{table} is {}: expected a table", relation(other))),
     }
     if is(3)? {
@@ -261,7 +263,7 @@ pub(super) async fn read(
     }
     if merges && !is(8)? {
         return Err(format!(
-            "role {0} may not create temporary tables, which rows with a key need: GRANT TEMPORARY ON \
+            "role {0} may not create temporary tables, which merging rows by key needs: GRANT TEMPORARY ON \
              DATABASE … TO {1}",
             rights.role,
             quoted(&rights.role)
@@ -270,7 +272,7 @@ pub(super) async fn read(
     Ok(rights)
 }
 
-/// Begins and ends a COPY without a row.
+/// Runs a COPY without rows.
 async fn copy_nothing(link: &Link, table: &TableName, columns: &[&str]) -> Result<(), ServerError> {
     let names: Vec<String> = columns.iter().map(|name| quoted(name)).collect();
     let copy = format!("COPY {} ({}) FROM STDIN (FORMAT binary)", table.quoted(), names.join(", "));
@@ -280,7 +282,7 @@ async fn copy_nothing(link: &Link, table: &TableName, columns: &[&str]) -> Resul
     copy.finish().await.map(drop)
 }
 
-/// Checks that the role can keep positions. The error is a sentence with the way out.
+/// Checks that the role can store positions. The error is a sentence with the way out.
 pub(super) async fn check_position(link: &Link, position: &PositionTable) -> Result<(), String> {
     let table = position.name();
     let name = table.quoted();
@@ -295,15 +297,15 @@ pub(super) async fn check_position(link: &Link, position: &PositionTable) -> Res
     }
     if !row.try_get::<_, bool>(2).map_err(unreadable)? {
         return Err(format!(
-            "role {role} cannot keep positions in table {table}: GRANT SELECT, INSERT, UPDATE ON {name} \
+            "role {role} cannot store positions in table {table}: GRANT SELECT, INSERT, UPDATE ON {name} \
              TO {}",
             quoted(&role)
         ));
     }
     if row.try_get::<_, bool>(3).map_err(unreadable)? {
         return Err(format!(
-            "row-level security of the position table {table} applies to role {role}: positions would \
-             be hidden; ALTER TABLE {name} DISABLE ROW LEVEL SECURITY"
+            "row-level security of the position table {table} applies to role {role} and may hide positions: \
+             ALTER TABLE {name} DISABLE ROW LEVEL SECURITY"
         ));
     }
     let (is_owner, later): (bool, i64) =
@@ -314,13 +316,13 @@ pub(super) async fn check_position(link: &Link, position: &PositionTable) -> Res
     let tried = link.batch_execute(&position.trial()).await;
     tried.map_err(|error| {
         format!(
-            "positions cannot be kept in table {table}: {error}. It is not as shardmill makes it: put its \
-             columns and its primary key (pipeline, sink, stream, shard) back"
+            "cannot store positions in table {table}: {error}. It differs from the table that shardmill creates: \
+             restore its columns and its primary key (pipeline, sink, stream, shard)"
         )
     })
 }
 
-/// Checks that a table that is missing can be created.
+/// Checks that a missing table can be created.
 async fn check_schema(link: &Link, table: &TableName) -> Result<(), String> {
     let found = link.query_typed_opt(SCHEMA_RIGHTS, &[(&table.schema, Type::TEXT)]).await;
     let found = found.map_err(|error| cannot_read(table, &error))?;
@@ -345,7 +347,7 @@ async fn check_schema(link: &Link, table: &TableName) -> Result<(), String> {
 }
 
 impl Brought<'_> {
-    /// The columns to try: those declared, or all that a row may bring.
+    /// Returns the columns to test: the declared ones, or all that a row may have.
     fn columns<'l>(&self, live: &'l LiveTable, rights: &Rights) -> Vec<&'l str> {
         let is_lineage = |name: &str| {
             lineage::COLUMNS.iter().chain(&lineage::OPTIONAL).any(|(own, _)| *own == name)
@@ -360,7 +362,7 @@ impl Brought<'_> {
     }
 }
 
-/// A kind of relation, in words.
+/// Describes a kind of relation.
 fn relation(kind: &str) -> &'static str {
     match kind {
         "v" => "a view",
@@ -374,5 +376,5 @@ fn relation(kind: &str) -> &'static str {
 }
 
 fn cannot_read(table: &TableName, error: &ServerError) -> String {
-    format!("cannot learn what may be done with table {table}: {error}")
+    format!("cannot read the rights on table {table}: {error}")
 }

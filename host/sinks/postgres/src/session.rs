@@ -1,22 +1,23 @@
-//! What a transaction of the sink begins with, and what is created once.
+//! The start of each transaction, and statements that create a table once.
 //!
-//! No setting outlives its transaction: behind a pooler in transaction mode the server session is
-//! another application's next.
+//! No setting outlives its transaction: behind a pooler in transaction mode, another application uses the server
+//! session next.
 
 use std::time::Duration;
 
 use shardmill_pg::{Link, PostgresServer, ServerError};
 
-/// Any fixed number: creators wait for each other under it, because concurrent
-/// `CREATE TABLE IF NOT EXISTS` may fail on the catalogue's unique indexes. The lock ends with the
-/// transaction.
+/// Key of an advisory lock (any fixed number). Creators wait for each other, because concurrent
+/// `CREATE TABLE IF NOT EXISTS` may fail on unique indexes of the catalogue. The lock ends with the transaction.
 const CREATE_LOCK: i64 = 0x5348_4152_444d_494c;
 
-/// Settings of a transaction, each only where nobody has set it for the role, the database or in the
-/// URL. A statement that hangs (a lock, a full disk) must end as a visible error; an owner that was
-/// cut off must not keep its locks, which the next owner of the shard waits for; and a commit that
-/// the server has confirmed must be on its disk, because the checkpoint follows it. One row, no matter
-/// what is set.
+/// Settings of a transaction, each applied only if nobody has set it for the role, the database or in the URL.
+///
+/// - A statement that hangs (a lock, a full disk) must end as a visible error.
+/// - An owner that was cut off must not keep its locks, because the next owner of the shard waits for them.
+/// - A confirmed commit must be on the server's disk, because the checkpoint follows it.
+///
+/// The query returns one row in any case.
 pub(super) const SETTINGS: &str = "SELECT \
     CASE WHEN current_setting('statement_timeout') = '0' \
         THEN set_config('statement_timeout', '60s', true) END, \
@@ -27,17 +28,17 @@ pub(super) const SETTINGS: &str = "SELECT \
     CASE WHEN current_setting('synchronous_commit') = 'off' \
         THEN set_config('synchronous_commit', 'on', true) END";
 
-/// Whatever the role's default, a commit needs to see what other owners have committed meanwhile. A
-/// database that is set to be read-only stays so.
+/// Start of a transaction. Whatever the default of the role is, a commit must see what other owners have committed
+/// meanwhile. A database that is set to read-only stays read-only.
 pub(super) const BEGIN: &str = "BEGIN ISOLATION LEVEL READ COMMITTED";
 
-/// A COPY without a row.
+/// COPY data without a row.
 pub(super) const EMPTY_COPY: &[u8] = b"PGCOPY\n\xff\r\n\0\0\0\0\0\0\0\0\0\xff\xff";
 
-/// The savepoint that each COPY runs behind.
+/// Savepoint before each COPY.
 pub(super) const SAVEPOINT: &str = "copy";
 
-/// A connection of a command, which gives a server up that says nothing for so long. The error is a sentence.
+/// Connects for a command, with a limit on the server's silence. The error is a sentence.
 pub(super) async fn connect(
     server: &PostgresServer,
     silence_max: Duration,

@@ -1,4 +1,4 @@
-//! The settings of a PostgreSQL sink, as `[[sink]]` with `type = "postgres"` has them.
+//! Settings of a PostgreSQL sink: `[[sink]]` with `type = "postgres"`.
 
 use std::ops::RangeInclusive;
 use std::sync::Arc;
@@ -19,36 +19,36 @@ use shardmill_core::record::SinkName;
 use shardmill_core::sink::Sink;
 use shardmill_pg::{PoolSpec, PostgresServer, ServerPool};
 
-/// The sink type.
+/// Sink type.
 pub const TYPE: &dyn SinkType = &PostgresType;
 
-/// The connections of a server's sinks unless they are told otherwise: more than a server of some cores works
-/// on at once, and far from the 100 that PostgreSQL takes by default.
+/// Default number of connections of a server's sinks: more than a server with some cores can use at once, and far below
+/// the 100 that PostgreSQL accepts by default.
 pub const CONNECTIONS_MAX: usize = 16;
 
 const CONNECTIONS: RangeInclusive<u64> = 1..=1_000;
-/// PostgreSQL cuts longer identifiers off in silence (NAMEDATALEN - 1).
+/// PostgreSQL silently cuts longer identifiers (NAMEDATALEN - 1).
 const IDENTIFIER_BYTES_MAX: usize = 63;
 const PORT: u16 = 5432;
 
 struct PostgresType;
 
-/// A table in PostgreSQL.
+/// Target table in PostgreSQL.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PostgresTarget {
-    /// A connection string, `postgres://…` or `host=… dbname=…`.
+    /// Connection string, `postgres://…` or `host=… dbname=…`.
     pub url: String,
-    /// The table, optionally `schema.table`.
+    /// Table, optionally `schema.table`.
     pub table: String,
-    /// Create the table from the route's columns when it is missing.
+    /// Whether to create a missing table from the route's columns.
     pub create: bool,
-    /// How rows go into it.
+    /// Write mode.
     pub mode: WriteMode,
-    /// How many connections all shards share, at least 1.
+    /// Number of connections that all shards share, at least 1.
     pub connections_max: usize,
-    /// Whether each row says from which record it came.
+    /// Whether each row stores from which record it came.
     pub lineage: bool,
-    /// The sink in whose name rows are written, where that is not the sink's own: a replay's are.
+    /// Sink name in the lineage, if it is not the sink's own name: replays write in the name of another sink.
     pub written_for: Option<SinkName>,
 }
 
@@ -86,14 +86,14 @@ impl SinkType for PostgresType {
                 name: "url",
                 form: KeyForm::Text,
                 default: KeyDefault::Required("\"postgres://user@host/database\""),
-                about: "The server: `postgres://user:${PGPASSWORD}@host:5432/database`, or \
+                about: "Server: `postgres://user:${PGPASSWORD}@host:5432/database`, or \
                         `host=… user=… dbname=…`.",
             },
             Key {
                 name: "table",
                 form: KeyForm::Text,
                 default: KeyDefault::Required("\"cars\""),
-                about: "The table: `table` or `schema.table`.",
+                about: "Table: `table` or `schema.table`.",
             },
             CREATE_KEY,
             MODE_KEY,
@@ -103,13 +103,13 @@ impl SinkType for PostgresType {
                 name: "connections",
                 form: KeyForm::Number,
                 default: KeyDefault::Value("16"),
-                about: "The connections that all shards of all sinks with this URL share.",
+                about: "Number of connections that all shards of all sinks with this URL share.",
             },
             Key {
                 name: "lineage",
                 form: KeyForm::Flag,
                 default: KeyDefault::Value("false"),
-                about: "Write into each row from which record it came, which `shardmill replay` needs.",
+                about: "Store in each row from which record it came, which `shardmill replay` needs.",
             },
         ]
     }
@@ -130,8 +130,8 @@ fn target(raw: &RawPostgres, check: &mut Check) -> Option<PostgresTarget> {
     let table = table(&raw.table, check).filter(|table| {
         let long = table.split('.').find(|part| part.len() > IDENTIFIER_BYTES_MAX);
         if let Some(part) = long {
-            let message = format!("PostgreSQL would cut the name {part:?} off");
-            let help = format!("at most {IDENTIFIER_BYTES_MAX} bytes");
+            let message = format!("name too long for PostgreSQL, which would cut it: {part:?}");
+            let help = format!("use at most {IDENTIFIER_BYTES_MAX} bytes");
             check.problem(raw.table.span(), message, help);
         }
         long.is_none()
@@ -151,7 +151,7 @@ fn target(raw: &RawPostgres, check: &mut Check) -> Option<PostgresTarget> {
 }
 
 impl PostgresTarget {
-    /// The same for the rows of a replay, which go to a table beside that is there already.
+    /// Returns the settings for a replay, whose rows go to an existing shadow table.
     pub fn replayed(&self, shadow: &str, sink: &SinkName) -> Self {
         Self {
             table: shadow.to_owned(),
@@ -161,13 +161,13 @@ impl PostgresTarget {
         }
     }
 
-    /// The pool of all sinks of the pipeline with this URL.
+    /// Makes the pool of all sinks of the pipeline with this URL.
     fn pool(&self, pipeline: &PipelineConfig) -> Result<ServerPool, SinkBuildError> {
         let server = PostgresServer::parse(&self.url)?;
         Ok(ServerPool::new(server, self.pool_spec(pipeline)))
     }
 
-    /// That pool has as many connections as the sink that asks for most.
+    /// Sizes the pool: it has as many connections as the sink that asks for most.
     fn pool_spec(&self, pipeline: &PipelineConfig) -> PoolSpec {
         let sinks = pipeline.sinks.iter();
         let connections: Vec<usize> = sinks

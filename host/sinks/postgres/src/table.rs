@@ -7,15 +7,15 @@ use shardmill_pg::name::TableName;
 use shardmill_pg::{Link, ServerError as Error};
 use shardmill_sinks_common::rows::ColumnNames;
 
-/// A text that is another when the table's columns are. To read it takes a tenth of the time that reading
-/// the columns takes, and each commit does.
+/// Query for a text that changes when the table's columns change. Each commit reads it; that takes a tenth of the time
+/// of reading the columns.
 const FINGERPRINT: &str = "SELECT string_agg(concat_ws(' ', f.attnum, f.attname, f.atttypid, f.atttypmod, \
          f.attidentity, f.attgenerated, f.attnotnull, f.atthasdef), ',' ORDER BY f.attnum) \
      FROM pg_catalog.pg_attribute AS f \
      WHERE f.attrelid = to_regclass($1) AND f.attnum > 0 AND NOT f.attisdropped";
 
-/// Reads columns with their types; one row without a name stands for a table without columns, no oid
-/// for no table.
+/// Returns the query for columns with their types. A table without columns gives one row without a name; a missing
+/// table gives one row without an oid.
 fn read_columns() -> String {
     format!(
         "SELECT {TYPE_COLUMNS}, c.oid, a.attname, format_type(a.atttypid, a.atttypmod),
@@ -30,20 +30,20 @@ fn read_columns() -> String {
     )
 }
 
-/// A column of the live table.
+/// Column of the live table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct LiveColumn {
     pub(super) name: String,
-    /// The type as people write it, for messages.
+    /// Type as people write it, for messages.
     pub(super) data_type: String,
     pub(super) kind: Kind,
-    /// `GENERATED ALWAYS`: the table makes the value, no row may bring it.
+    /// `GENERATED ALWAYS`: the table makes the value, so rows must not have it.
     pub(super) is_generated: bool,
     pub(super) not_null: bool,
     pub(super) has_default: bool,
 }
 
-/// The table as it was when it was read.
+/// Table as it was when it was read.
 #[derive(Debug)]
 pub(super) struct LiveTable {
     pub(super) columns: Vec<LiveColumn>,
@@ -51,12 +51,12 @@ pub(super) struct LiveTable {
     pub(super) fingerprint: Fingerprint,
 }
 
-/// What tells one state of a table from another; `None` without a table.
+/// Distinguishes two states of a table; `None` without a table.
 #[derive(Debug, Default, PartialEq, Eq)]
 pub(super) struct Fingerprint(Option<String>);
 
 impl Fingerprint {
-    /// Reads the table's.
+    /// Reads the fingerprint of a table.
     pub(super) async fn read(client: &Link, table: &TableName) -> Result<Self, Error> {
         let name = table.quoted();
         let row = client.query_typed_one(FINGERPRINT, &[(&name, Type::TEXT)]).await?;
@@ -65,7 +65,7 @@ impl Fingerprint {
 }
 
 impl LiveTable {
-    /// Reads the table; `None` when there is none of that name.
+    /// Reads the table; `None` if there is no table of that name.
     pub(super) async fn read(client: &Link, table: &TableName) -> Result<Option<Self>, Error> {
         let name = table.quoted();
         let rows = client.query_typed(&read_columns(), &[(&name, Type::TEXT)]).await?;
@@ -92,7 +92,7 @@ impl LiveTable {
     }
 }
 
-/// Whether there is no such table. The error is a sentence.
+/// Whether the table does not exist. The error is a sentence.
 pub(super) async fn is_missing(client: &Link, table: &TableName) -> Result<bool, String> {
     let found = LiveTable::read(client, table).await;
     found.map(|live| live.is_none()).map_err(|error| format!("cannot read table {table}: {error}"))

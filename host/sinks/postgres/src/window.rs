@@ -1,7 +1,13 @@
-//! A window of a table, and the shadow that may take its place: what a replay works on.
+//! A time window of a table, and the shadow table that may replace it: the target of a replay.
 //!
-//! Which rows are the window's, the columns of [`lineage`](super::lineage) say. The shadow is a table
-//! like the live one. It is marked as ours by a comment, so that no other table is ever dropped.
+//! The columns of [`lineage`](super::lineage) decide which rows belong to the window. The shadow has the columns of the
+//! live table. A comment marks it as ours, so that no other table is ever dropped.
+//!
+//! The swap is one transaction, in this order: lock the live table, check again that no other sink's rows are in the
+//! window, delete the window's rows, insert the shadow's, drop the shadow, leave a mark of the replay in the position
+//! table, commit. Readers see the old rows until all new ones are there, and no row can be written in between. If the
+//! COMMIT gets no answer, [`TableWindow::has_landed`] looks for the mark: it takes the same lock, so a swap that is
+//! still running has ended by then.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -22,20 +28,20 @@ use shardmill_core::record::{PipelineName, SinkName, StreamIdentity};
 use shardmill_pg::name::{TableName, literal, quoted};
 use shardmill_pg::{Link, PostgresServer, ServerError};
 
-/// What the comment on a shadow begins with.
+/// Start of the comment on a shadow.
 const MARK: &str = "shardmill replay";
 
-/// What the stream of a replay's mark begins with, in the position table.
+/// Start of the stream of a replay's mark in the position table.
 const REPLAYS: &str = "replay:";
 
-/// Rows that are shown of each side.
+/// Number of rows that are shown of each side.
 const SAMPLES: i64 = 5;
 
-/// The longest name that PostgreSQL keeps whole, in bytes.
+/// Longest name in PostgreSQL, in bytes.
 const NAME_BYTES_MAX: usize = 63;
 
-/// Columns that a copy of a row cannot bring, and those whose default is another at each call: the
-/// first are left out of a copy, all of them of a comparison.
+/// Reads the columns, with two flags: whether a copy of a row cannot contain the column, and whether a comparison must
+/// leave it out, also because its default differs at each call.
 const COLUMNS_OF: &str = "
     SELECT a.attname, a.attgenerated <> '' OR a.attidentity <> '',
         a.attgenerated <> '' OR a.attidentity <> '' OR coalesce(pg_get_expr(d.adbin, d.adrelid), '') LIKE '%(%'
@@ -43,60 +49,58 @@ const COLUMNS_OF: &str = "
     LEFT JOIN pg_catalog.pg_attrdef AS d ON d.adrelid = a.attrelid AND d.adnum = a.attnum
     WHERE a.attrelid = to_regclass($1) AND a.attnum > 0 AND NOT a.attisdropped ORDER BY a.attnum";
 
-/// A window of a live table, with its shadow.
+/// Time window of a live table, with its shadow.
 pub struct TableWindow {
     server: PostgresServer,
-    /// A server that says nothing for so long is given up.
+    /// Time without an answer after which the server counts as lost.
     silence_max: Duration,
     link: Link,
     live: TableName,
     shadow: TableName,
     pipeline: PipelineName,
-    /// The sink that writes the live table.
+    /// Sink that writes the live table.
     sink: SinkName,
     window_ms: Range<u64>,
-    /// Whether the live table says which sink wrote a row.
+    /// Whether rows of the live table store their sink.
     says_sink: bool,
-    /// What an insert into the live table does with keys that are there.
+    /// Clause for keys that exist when rows are inserted into the live table.
     on_conflict: String,
-    /// The columns that a copy brings.
+    /// Columns of a copy.
     copied: Vec<String>,
-    /// The columns that a comparison leaves out.
+    /// Columns that a comparison leaves out.
     left_out: Vec<String>,
 }
 
-/// Why a window was not replaced.
+/// Reason why a window was not replaced.
 #[derive(Debug)]
 pub enum SwapFailed {
-    /// It was not, and will not be.
+    /// It was not replaced, and will not be.
     Nothing(String),
-    /// Whether it was is not known.
+    /// It is unknown whether it was replaced.
     Unknown(String),
 }
 
-/// How a shadow differs from its window.
+/// Differences between a shadow and its window.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct WindowDiff {
-    /// Rows that are the same on both sides.
+    /// Number of rows that are equal on both sides.
     pub same: u64,
-    /// Rows of the live table that are not in the shadow.
+    /// Number of rows of the live table that are not in the shadow.
     pub only_live: u64,
-    /// Rows of the shadow that are not in the live table.
+    /// Number of rows of the shadow that are not in the live table.
     pub only_shadow: u64,
-    /// Some of each, as JSON.
+    /// Some rows of the live table, as JSON.
     pub samples_live: Vec<String>,
-    /// Likewise.
+    /// Some rows of the shadow, as JSON.
     pub samples_shadow: Vec<String>,
 }
 
 impl TableWindow {
-    /// Makes an empty shadow, `into` or the live table's name with `_replay`, in the place of the one of
-    /// an earlier replay, and forgets the positions that the replay of `sink` had there, under the name
-    /// `replayed`. Errors are sentences.
+    /// Makes an empty shadow, named `into` or like the live table with `_replay`. It replaces the shadow of an earlier
+    /// replay. Deletes the positions that a replay of `sink` has there under the name `replayed`. Errors are sentences.
     ///
     /// # Errors
-    /// The server is out of reach, the live table has no lineage, or the shadow's name is another
-    /// table's.
+    /// The server is unreachable, the live table has no lineage, or another table has the name of the shadow.
     #[boxed]
     pub async fn prepare(
         target: &PostgresTarget,
@@ -112,7 +116,7 @@ impl TableWindow {
             None => live.sibling(&format!("{}_replay", live.table)),
         };
         if shadow.table.len() > NAME_BYTES_MAX {
-            return Err(format!("the name {shadow} is too long: name the shadow by --into"));
+            return Err(format!("the name {shadow} is too long: name the shadow with --into"));
         }
         let link = connect(&server, silence_max).await?;
         let key: Vec<String> = target.mode.key().iter().map(|name| quoted(name)).collect();
@@ -139,7 +143,7 @@ impl TableWindow {
         Ok(window)
     }
 
-    /// The shadow's name, as a configuration has it.
+    /// Returns the name of the shadow, in the form of a configuration.
     pub fn shadow(&self) -> String {
         let quote = |part: &str| match part.contains(['.', '"']) {
             true => quoted(part),
@@ -163,8 +167,7 @@ impl TableWindow {
             if !row.try_get::<_, bool>(1).map_err(unreadable)? {
                 copied.push(name.clone());
             }
-            // Today's plugins have other digests, and rows of before may not say their sink: that makes a
-            // row no other.
+            // A newer plugin has another digest, and old rows may not have their sink: neither makes a row different.
             let is_optional = OPTIONAL.iter().any(|(own, _)| name == *own);
             if row.try_get::<_, bool>(2).map_err(unreadable)? || is_optional {
                 left_out.push(name.clone());
@@ -178,7 +181,7 @@ impl TableWindow {
             COLUMNS.iter().find(|(expected, _)| !names.iter().any(|it| it == expected))
         {
             return Err(format!(
-                "table {} has no column {missing}: nobody can tell which rows are the window's. Set \
+                "missing lineage column {missing} in table {}: the rows of the window cannot be found. Set \
                  lineage = true in the sink, and add the columns that it names",
                 self.live
             ));
@@ -190,7 +193,7 @@ impl TableWindow {
 
     async fn make_shadow(&self, sink: &SinkName) -> Result<(), String> {
         let (live, shadow) = (self.live.quoted(), self.shadow.quoted());
-        let failed = |error: ServerError| format!("cannot make table {}: {error}", self.shadow);
+        let failed = |error: ServerError| format!("cannot create table {}: {error}", self.shadow);
         let unreadable = |error: tokio_postgres::Error| failed(error.into());
         let comment =
             "SELECT obj_description(to_regclass($1), 'pg_class'), to_regclass($1) IS NOT NULL";
@@ -200,7 +203,7 @@ impl TableWindow {
         let is_ours = comment.is_some_and(|comment| comment.starts_with(MARK));
         if found.try_get(1).map_err(unreadable)? && !is_ours {
             return Err(format!(
-                "table {} is there and was not made by a replay: name another by --into",
+                "table {} exists and was not made by a replay: name another one with --into",
                 self.shadow
             ));
         }
@@ -217,17 +220,17 @@ impl TableWindow {
         positions.forget(&self.link, &self.pipeline, sink).await.map_err(failed)
     }
 
-    /// Compares the shadow with the window's live rows, but for columns that the table fills itself.
+    /// Compares the shadow with the live rows of the window, without columns that the table fills itself.
     ///
     /// # Errors
-    /// What the server says, as a sentence.
+    /// Error of the server, as a sentence.
     #[boxed]
     pub async fn diff(&self) -> Result<WindowDiff, String> {
         let failed = |error: ServerError| {
             format!("cannot compare {} with {}: {error}", self.shadow, self.live)
         };
         let unreadable = |error: tokio_postgres::Error| failed(error.into());
-        // `t` alone would be a column of that name, where the table has one.
+        // `t` alone would be a column of that name, if the table has one.
         let sides = format!(
             "WITH live AS (
                  SELECT (to_jsonb(t.*) - $1::text[])::text AS row, count(*) AS n
@@ -277,10 +280,10 @@ impl TableWindow {
         })
     }
 
-    /// Of records, given as shard and sequence number, those that have rows in the shadow.
+    /// Returns those of the given records (shard and sequence number) that have rows in the shadow.
     ///
     /// # Errors
-    /// What the server says, as a sentence.
+    /// Error of the server, as a sentence.
     #[boxed]
     pub async fn with_rows(
         &self,
@@ -302,12 +305,12 @@ impl TableWindow {
         found.iter().map(record).collect::<Result<_, ServerError>>().map_err(failed)
     }
 
-    /// Refuses a window that others write rows to as well, unless the rows say whose they are: theirs would
-    /// be deleted and not be made again. `others` are the other sinks of the pipeline, `stream` is what is
-    /// replayed. Errors are sentences.
+    /// Refuses a window into which other sinks write rows that cannot be told apart: they would be deleted and not made
+    /// again. `others` are the other sinks of the pipeline, `stream` is the stream that is replayed. Errors are
+    /// sentences.
     ///
     /// # Errors
-    /// Who writes the table, and the way out; or what the server says.
+    /// Who writes the table, and the way out; or the error of the server.
     #[boxed]
     pub async fn check_alone(
         &self,
@@ -332,12 +335,12 @@ impl TableWindow {
         }
     }
 
-    /// Replaces the window's live rows by the shadow's, and drops the shadow, in one transaction, which
-    /// leaves a mark of the replay; gives how many rows were deleted and inserted. Where rows have keys, one
-    /// that a later record has written stays. `others` are as [`TableWindow::check_alone`] has given them.
+    /// Replaces the live rows of the window by the rows of the shadow, drops the shadow, and leaves a mark of the
+    /// replay, in one transaction. Returns how many rows were deleted and inserted. If rows have keys, a row that a
+    /// later record has written is kept. `others` are the result of [`TableWindow::check_alone`].
     ///
     /// # Errors
-    /// [`SwapFailed`], with what the server says as a sentence.
+    /// [`SwapFailed`], with the error of the server as a sentence.
     #[boxed]
     pub async fn swap(
         &mut self,
@@ -355,7 +358,7 @@ impl TableWindow {
         let refused = |cause| SwapFailed::Nothing(format!("nothing was replaced: {cause}"));
         let positions = PositionTable::beside(&self.live);
         positions.create_if_missing(&self.link).await.map_err(failed)?;
-        // Readers see the old rows until all new ones are there; no other row comes in between.
+        // Readers see the old rows until all new ones are there, and no other row is written in between.
         self.begin_unbounded().await.map_err(failed)?;
         let lock = format!("LOCK TABLE {live} IN SHARE ROW EXCLUSIVE MODE");
         self.run(&lock).await.map_err(failed)?;
@@ -380,7 +383,7 @@ impl TableWindow {
         );
         match self.link.batch_execute(&end).await {
             Ok(()) => Ok((deleted, inserted)),
-            // The server has answered: it was rolled back.
+            // The server has answered with an error: it has rolled back.
             Err(error) if error.as_db_error().is_some() && !self.link.is_closed() => {
                 Err(failed(error))
             }
@@ -388,7 +391,7 @@ impl TableWindow {
         }
     }
 
-    /// The condition that finds the marks of the sink's replays.
+    /// Returns the condition for the marks of the sink's replays.
     fn marks(&self) -> String {
         marks(&self.pipeline, &self.sink)
     }
@@ -397,11 +400,10 @@ impl TableWindow {
         mark(replay)
     }
 
-    /// Whether the transaction of a replay has landed. Waits for one that is under way. Errors are
-    /// sentences.
+    /// Whether the transaction of a replay was committed. Waits for one that is still running. Errors are sentences.
     ///
     /// # Errors
-    /// What the server says, or that it is out of reach.
+    /// Error of the server, or that it is unreachable.
     #[boxed]
     pub async fn has_landed(
         target: &PostgresTarget,
@@ -412,9 +414,9 @@ impl TableWindow {
         let server = PostgresServer::parse(&target.url)?;
         let live = TableName::parse(&target.table)?;
         let link = connect(&server, silence_max).await?;
-        let failed = |error: ServerError| format!("cannot read what was replayed: {error}");
+        let failed = |error: ServerError| format!("cannot read the mark of the replay: {error}");
         let positions = PositionTable::beside(&live);
-        // Behind the lock that such a transaction takes: it has ended then.
+        // The lock waits for a swap that is still running.
         let look = format!(
             "BEGIN; LOCK TABLE {} IN SHARE ROW EXCLUSIVE MODE; \
              SELECT 1 FROM {} AS t WHERE {} AND t.stream = {}; COMMIT",
@@ -424,7 +426,7 @@ impl TableWindow {
             literal(&mark(replay))
         );
         let answers = match link.unbounded(&server, link.client().simple_query(&look)).await {
-            // No table, no rows of a replay.
+            // Without a table there are no rows of a replay.
             Err(error)
                 if error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_TABLE) =>
             {
@@ -436,7 +438,7 @@ impl TableWindow {
         Ok(answers.iter().any(is_row))
     }
 
-    /// Begins a transaction whose statements may take as long as a large table takes.
+    /// Begins a transaction without a limit on the time of its statements, because the table may be large.
     async fn begin_unbounded(&self) -> Result<(), ServerError> {
         let begin = format!("{BEGIN}; SET LOCAL statement_timeout = 0");
         self.link.batch_execute(&begin).await
@@ -454,13 +456,13 @@ impl TableWindow {
         self.link.unbounded(&self.server, self.link.client().execute_typed(sql, &[])).await
     }
 
-    /// The condition that finds the window's rows of a table `t`.
+    /// Returns the condition for the window's rows of a table `t`.
     fn of_window(&self) -> String {
         let of_sink = match self.says_sink {
             true => {
                 let (column, _) = SINK;
                 let sink = literal(self.sink.as_str());
-                // Rows from before the table had the column: `check_alone` proves that they are the sink's.
+                // Rows from before the table had the column: `check_alone` makes sure that they are the sink's.
                 format!(" AND (t.{column} = {sink} OR t.{column} IS NULL)")
             }
             false => String::new(),
@@ -468,7 +470,7 @@ impl TableWindow {
         format!("{}{of_sink}", self.of_time())
     }
 
-    /// The condition that finds the rows of the window's time of a table `t`, whichever sink wrote them.
+    /// Returns the condition for rows of the window's time in a table `t`, of any sink.
     fn of_time(&self) -> String {
         let time = |ms: u64| format!("'epoch'::timestamptz + {ms} * interval '1 millisecond'");
         format!(
@@ -480,12 +482,12 @@ impl TableWindow {
     }
 }
 
-/// What a replay is in the position table.
+/// Returns the mark of a replay in the position table.
 fn mark(replay: ReplayId) -> String {
     format!("{REPLAYS}{replay}")
 }
 
-/// The condition that finds the marks of a sink's replays among positions `t`.
+/// Returns the condition for the marks of a sink's replays among positions `t`.
 fn marks(pipeline: &PipelineName, sink: &SinkName) -> String {
     format!(
         "t.pipeline = {} AND t.sink = {} AND starts_with(t.stream, {})",
@@ -495,7 +497,7 @@ fn marks(pipeline: &PipelineName, sink: &SinkName) -> String {
     )
 }
 
-/// The name under which a replay of a sink keeps positions.
+/// Returns the name under which a replay of a sink has its positions.
 fn replayed(sink: &SinkName) -> String {
     format!("{sink}.replay")
 }

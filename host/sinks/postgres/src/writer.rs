@@ -1,7 +1,27 @@
 //! The commit: rows and position in one transaction.
 //!
-//! The position moves first: that locks out any other owner, and a commit that had landed already is
-//! recognised before its rows could collide with themselves.
+//! The invariant: the position moves from `from` to `to` together with the rows of `(from, to]`, and only under the
+//! epoch of the current owner. The steps of a transaction and their reasons:
+//!
+//! 1. Move the position first. The UPDATE locks its row, so any other owner waits. It also detects a commit that landed
+//!    before, whose rows would otherwise collide with themselves.
+//! 2. Write the rows ([`copy`]). Refused rows are found here.
+//! 3. Store refused rows as pending dead letters, before COMMIT: a crash in between leaves pending dead letters above
+//!    the position, which are deleted on acquisition. In the other order a refused row could be lost.
+//! 4. COMMIT.
+//!
+//! If step 1 updates no row, or COMMIT gets no answer, the position row decides:
+//!
+//! | position row | meaning | result |
+//! |---|---|---|
+//! | missing | somebody deleted it | fenced |
+//! | another epoch | another owner has acquired the shard | fenced |
+//! | our epoch, position is `to` | this commit landed before | done, with its counts if remembered |
+//! | our epoch, position is `from`, after COMMIT without an answer | not landed so far | unavailable, tried again |
+//! | our epoch, any other position | somebody else moved it | fenced |
+//!
+//! A COMMIT without an answer may still be running on the server when the position is read. That is no problem: the
+//! next try waits for the row lock of step 1, then finds the position moved.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
@@ -21,31 +41,31 @@ use shardmill_core::sink::{
 };
 use shardmill_pg::{Lent, Link, ServerError};
 
-/// Rows that are encoded before other tasks of the thread get their turn.
+/// Rows that are encoded before other tasks of the thread run.
 const ROWS_PER_TURN: usize = 512;
 
-/// Rows of the next commit that are tried, where it is not clear whether rows or the table are at fault.
+/// Rows of the next commit that are tried if it is unclear whether the rows or the table are at fault.
 const PROBED_ROWS_MAX: usize = 1_000;
 
-/// After the position: `rows` for all rows, `copy` for those that are copied next.
+/// Savepoints after the position was moved: `rows` before all rows, `copy` before each COPY.
 const SAVEPOINTS: &str = "SAVEPOINT rows; SAVEPOINT copy";
 
-/// Deferred constraints must blame their rows before the end.
+/// Makes deferred constraints fail at their rows, not at COMMIT, where no row could be blamed.
 const IMMEDIATE: &str = "SET CONSTRAINTS ALL IMMEDIATE";
 
-/// Which answer to the first message is that of the statement that moves the position.
+/// Index of the answer to the UPDATE of the position, among the answers to the first message.
 const MOVE_AT: usize = 3;
 
-/// Commits one shard's rows.
+/// Commits the rows of one shard.
 pub(super) struct PostgresWriter {
     shared: Arc<Shared>,
     shard: ShardKey,
     epoch: i64,
-    /// The counts of a commit whose reply was lost, by where it ends.
+    /// End and counts of a commit whose answer was lost.
     unanswered: Option<(Position, Committed)>,
-    /// Whether rows are likely to have keys that are new.
+    /// Whether plain COPY is worth trying.
     plain_copy_backoff: PlainCopyBackoff,
-    /// Rows of the commit that comes next, if there are any.
+    /// Rows of the next commit, if there are any.
     next: Arc<NextRows>,
 }
 
@@ -54,13 +74,13 @@ pub(super) struct PostgresWriter {
 struct NextRows(Mutex<Option<Arc<Vec<Row>>>>);
 
 impl NextRows {
-    /// Those that come after `rows`.
+    /// Returns the rows that come after `rows`.
     fn after(&self, rows: &Arc<Vec<Row>>) -> Option<Arc<Vec<Row>>> {
         let next = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         next.clone().filter(|next| !Arc::ptr_eq(next, rows) && !next.is_empty())
     }
 
-    /// Lets go of rows that were committed.
+    /// Drops rows that were committed.
     fn forget(&self, rows: &Arc<Vec<Row>>) {
         let mut next = self.0.lock().unwrap_or_else(PoisonError::into_inner);
         if next.as_ref().is_some_and(|next| Arc::ptr_eq(next, rows)) {
@@ -75,10 +95,10 @@ impl LookAhead for NextRows {
     }
 }
 
-/// How the transaction ended.
+/// End of a transaction.
 enum Ended {
     Committed(Committed),
-    /// The server was asked to commit and did not say that it has.
+    /// COMMIT was sent and not confirmed.
     Unknown(Committed, String),
 }
 
@@ -94,7 +114,7 @@ impl PostgresWriter {
         }
     }
 
-    /// The commit on one screen; leaves its transaction open when it fails.
+    /// Runs the commit, on one screen. If it fails, its transaction is left open.
     async fn transact(
         &mut self,
         link: &Link,
@@ -110,7 +130,7 @@ impl PostgresWriter {
         let refused = match &commit.rows[..] {
             [] => Vec::new(),
             _ => {
-                // Its statements are closed when it is dropped, before the end of the transaction.
+                // Dropping it closes its statements, before the end of the transaction.
                 let mut transaction =
                     Transaction::new(link, std::mem::take(&mut self.plain_copy_backoff));
                 let refused = self.write_rows(&mut transaction, commit, refusals).await?;
@@ -118,6 +138,7 @@ impl PostgresWriter {
                 refused
             }
         };
+        // Before COMMIT: a refused row must have its dead letter before the position covers it.
         if !refused.is_empty() {
             refusals.record(commit, &refused).await?;
         }
@@ -132,10 +153,10 @@ impl PostgresWriter {
         })
     }
 
-    /// Begins the transaction, moves the position under our epoch and sets the savepoints; false when
-    /// it is not ours to move or not where the commit begins.
+    /// Begins the transaction, moves the position under our epoch, and sets the savepoints. Returns false if the
+    /// position did not move: another owner, or not at the start of the commit.
     ///
-    /// One message: the server runs none of its statements behind one that failed.
+    /// All of it is one message: after a statement that fails, the server runs no other.
     async fn begin(&self, link: &Link, commit: &Commit) -> Result<bool, ServerError> {
         let sink = &self.shared;
         let ownership = sink.ownership.get();
@@ -150,7 +171,7 @@ impl PostgresWriter {
         Ok(counts.nth(MOVE_AT) == Some(1))
     }
 
-    /// After the position did not move: the commit has landed before, or the shard has another owner.
+    /// Finds out why the position did not move: the commit landed before, or the shard has another owner.
     async fn look_where_it_stands(
         &mut self,
         link: &Link,
@@ -162,11 +183,11 @@ impl PostgresWriter {
                 Failure::server(format!("cannot read {}", sink.position), error)
             })?;
         let Some(found) = found else {
-            let detail = format!("its row is gone from {}", sink.position);
+            let detail = format!("its row was deleted from {}", sink.position);
             return Err(sink.fenced(&self.shard, detail, None).into());
         };
         if found.epoch != self.epoch {
-            let detail = format!("epoch {} in place of {}", found.epoch, self.epoch);
+            let detail = format!("expected epoch {}, found {}", self.epoch, found.epoch);
             return Err(sink.fenced(&self.shard, detail, found.owner).into());
         }
         let position = found.position().map_err(|cause| sink.unavailable(cause))?;
@@ -180,14 +201,14 @@ impl PostgresWriter {
             position.map_or_else(|| "the beginning".to_owned(), Position::to_string)
         };
         let detail = format!(
-            "the position is {}, the commit begins at {}",
-            shown(position.as_ref()),
-            shown(commit.range.from_exclusive.as_ref())
+            "expected position {}, at which the commit begins, found {}",
+            shown(commit.range.from_exclusive.as_ref()),
+            shown(position.as_ref())
         );
         Err(sink.fenced(&self.shard, detail, None).into())
     }
 
-    /// The counts of a commit that had landed before: as remembered, else as if nothing was refused.
+    /// Returns the counts of a commit that landed before: the remembered ones, or else as if no row was refused.
     fn answered(&mut self, commit: &Commit) -> Committed {
         match self.unanswered.take() {
             Some((to, committed)) if to == commit.range.to_inclusive => committed,
@@ -199,11 +220,12 @@ impl PostgresWriter {
         }
     }
 
-    /// Writes the rows by the table as known; if it turns out to be another by now, once more by that
-    /// one. Returns all refusals by ascending row.
+    /// Writes the rows for the table as known. If the table has changed since it was read, reads it again and writes
+    /// the rows once more. Returns all refusals by ascending row.
     ///
-    /// COPY holds a lock on the table since its first row: what is read behind it, the table was all
-    /// along. A binary value of one type may be a wrong value of another.
+    /// The race: the table may be altered between reading its columns and the first row, and a binary value of one type
+    /// may be read as a wrong value of another. COPY locks the table from the first row to the end of the transaction.
+    /// So the table that is read after the rows is the one that they went into, and it is compared with the known one.
     async fn write_rows(
         &self,
         transaction: &mut Transaction<'_>,
@@ -231,7 +253,7 @@ impl PostgresWriter {
                                 |error| Failure::server(format!("cannot read table {name}"), error),
                             )?,
                         };
-                    // A fingerprint may differ where no column does that matters.
+                    // The fingerprint may change without a change of the columns that matter.
                     if after == table.fingerprint
                         || self.read_table(transaction.link).await?.columns == table.columns
                     {
@@ -246,15 +268,15 @@ impl PostgresWriter {
                     return Err(sink
                         .unavailable(format!(
                             "column {column:?} is gone from table {name}: add it again, or run \
-                             plugins whose rows do not bring it"
+                             plugins whose rows do not have it"
                         ))
                         .into());
                 }
                 None if is_fresh => {
                     return Err(sink
                         .unavailable(format!(
-                            "table {name} was altered while rows went in; nothing was written, the \
-                             rows come again"
+                            "table {name} was altered while rows were written; nothing was committed, \
+                             the rows will be written again"
                         ))
                         .into());
                 }
@@ -268,8 +290,8 @@ impl PostgresWriter {
         }
     }
 
-    /// Encodes the rows for `table` and copies them; gives the table as it was behind them, where it
-    /// could be asked on the way.
+    /// Encodes the rows for `table` and copies them. Also returns the fingerprint of the table after the rows, if it
+    /// was read in the same round trip.
     async fn write_rows_for(
         &self,
         transaction: &mut Transaction<'_>,
@@ -315,8 +337,8 @@ impl PostgresWriter {
         Ok(Ok(found))
     }
 
-    /// Decides whether rows or the table are at fault where that is not clear from their errors: the
-    /// rows, if another went in; else the table, unless a row of the next commit would go in.
+    /// Decides whether rows or the table are at fault, if the errors do not tell: the rows, if another row was
+    /// accepted; the table otherwise, unless a row of the next commit would be accepted.
     async fn judge(
         &self,
         transaction: &mut Transaction<'_>,
@@ -342,7 +364,7 @@ impl PostgresWriter {
         Ok((refusals, read_after))
     }
 
-    /// Whether a row of the next commit would go in.
+    /// Whether the table would accept a row of the next commit.
     async fn next_goes_in(
         &self,
         transaction: &mut Transaction<'_>,
@@ -361,7 +383,7 @@ impl PostgresWriter {
         copy::any_goes_in(transaction, target, &encoder.finish().groups).await
     }
 
-    /// The columns that say where a row came from, if rows are to say so.
+    /// Finds the lineage columns, if rows store lineage.
     fn lineage(&self, table: &LiveTable) -> Result<Lineage, GoneColumn> {
         match self.shared.lineage {
             true => Lineage::of(table, &self.shared.lineage_name)
@@ -383,7 +405,7 @@ impl PostgresWriter {
         Ok(self.know(table))
     }
 
-    /// Remembers the table, and the columns that it has.
+    /// Remembers the table, and the names of its columns.
     fn know(&self, table: LiveTable) -> Arc<LiveTable> {
         let names = table.columns.iter().map(|column| column.name.as_str());
         self.shared.known_columns.remember(names);
@@ -392,13 +414,14 @@ impl PostgresWriter {
         table
     }
 
-    /// After a COMMIT without an answer: asks a new connection whether it landed.
+    /// Resolves a COMMIT without an answer: reads the position on a new connection.
     async fn resolve(
         &mut self,
         commit: &Commit,
         committed: Committed,
         cause: &str,
     ) -> Result<Committed, SinkError> {
+        // Remembered first: any way out of this function may be followed by a try that finds the commit landed.
         self.unanswered = Some((commit.range.to_inclusive.clone(), committed));
         let sink = Arc::clone(&self.shared);
         let session = sink.session().await?;
@@ -416,7 +439,7 @@ impl PostgresWriter {
         });
         if is_at_start {
             session.give_back();
-            // Should it land yet, the next try finds the position moved, and the counts here.
+            // If it lands later, the next try finds the position moved, and returns the counts noted above.
             return Err(sink.unavailable(format!("the commit did not land: {cause}")));
         }
         let stands = self.look_where_it_stands(&session, commit).await;
@@ -449,13 +472,14 @@ impl SinkWriter for PostgresWriter {
             Ended::Unknown(committed, cause) => self.resolve(commit, committed, &cause).await?,
         };
         self.unanswered = None;
+        // Otherwise the rows of this commit would stay in memory until the next one is shown.
         self.next.forget(&commit.rows);
         Ok(committed)
     }
 }
 
-/// Gives a connection back after a transaction that has ended, rolls back one that failed, and closes
-/// the connection where it is not known what the server did.
+/// Returns the connection after a finished transaction, rolls back a failed one, and closes the connection if it is
+/// unknown what the server did.
 async fn conclude(
     sink: &Shared,
     session: Lent<'_>,
@@ -478,7 +502,7 @@ async fn conclude(
     }
 }
 
-/// The payload bytes of the rows that were written.
+/// Sums the payload bytes of the rows that were written.
 fn bytes_written(commit: &Commit, refused: &[Refusal]) -> u64 {
     let all: usize = commit.rows.iter().map(|row| row.payload.len()).sum();
     let lost: usize = refused.iter().map(|refusal| commit.rows[refusal.row].payload.len()).sum();

@@ -1,7 +1,16 @@
-//! Who else writes rows to a table: before a replay replaces rows of it.
+//! Finds out who else writes rows to a table, before a replay replaces rows of it.
 //!
-//! A replay makes the rows of one sink again. Rows of others that look like the sink's would be deleted with
-//! them and not be made again. A row says its pipeline and, where the table has the column, its sink.
+//! A replay makes the rows of one sink again. Rows of other sinks that cannot be told apart from these would be deleted
+//! and not made again, so such a replay is refused. The lineage of a row contains its pipeline and, if the table has
+//! the column, its sink.
+//!
+//! | who else writes | replay is refused |
+//! |---|---|
+//! | a configured sink with lineage on the same table | unless all rows of the window have their sink |
+//! | a configured sink without lineage on the same table | unless it only appends |
+//! | a sink that has a position here but is not in the file | unless all rows of the window have their sink |
+//! | the same sink, from another stream | always |
+//! | a sink name that only rows have | always: it may be a former name of this sink |
 
 use std::time::Duration;
 
@@ -15,8 +24,7 @@ use shardmill_core::record::{PipelineName, SinkName, StreamIdentity};
 use shardmill_pg::name::TableName;
 use shardmill_pg::{Link, PostgresServer, ServerError as Error};
 
-/// A relation: of a partition, its root; and whether it is a view. With its database, so that it is told from
-/// those of others.
+/// Identity of a relation: its database, the relation (for a partition, its root), and whether it is a view.
 const IDENTITY: &str = "
     SELECT d.oid::text || '.' || d.datname,
         coalesce(pg_partition_root(to_regclass($1))::oid, to_regclass($1)::oid)::text,
@@ -28,16 +36,16 @@ const IDENTITY: &str = "
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct OtherSink {
     name: SinkName,
-    /// It writes the same table, or may.
+    /// Whether it writes the same table, or may do so.
     is_beside: bool,
-    /// It writes a view: what its trigger does, no catalogue says.
+    /// Whether it writes a view. The catalogue does not tell what the trigger of a view does.
     is_view: bool,
     says_lineage: bool,
     is_keyed: bool,
 }
 
 impl OtherSink {
-    /// Finds out which of the pipeline's other sinks write the table that `client` sees as `table`.
+    /// Finds out which of the pipeline's other sinks write the table that `client` knows as `table`.
     pub(super) async fn all(
         client: &Link,
         table: &TableName,
@@ -49,7 +57,7 @@ impl OtherSink {
         let mut found = Vec::new();
         for (name, target) in others {
             let not_known = |cause: String| {
-                format!("whether sink {name} writes table {table} as well is not known: {cause}")
+                format!("cannot find out whether sink {name} also writes table {table}: {cause}")
             };
             let server = PostgresServer::parse(&target.url)?;
             let other = TableName::parse(&target.table)?;
@@ -69,9 +77,9 @@ impl OtherSink {
     }
 }
 
-/// A table, whatever its server is called.
+/// Identity of a table, independent of the name of its server.
 struct Identity {
-    /// `None`: the server does not say.
+    /// `None`: the server does not tell.
     system: Option<String>,
     database: String,
     /// `None`: there is no such table.
@@ -104,21 +112,21 @@ impl Identity {
     }
 }
 
-/// The window of a table that a sink's rows are to be replaced in.
+/// Window of a table in which the rows of a sink are replaced.
 pub(super) struct Writers<'w> {
     pub(super) table: &'w TableName,
     pub(super) positions: PositionTable,
     pub(super) pipeline: &'w PipelineName,
     pub(super) sink: &'w SinkName,
     pub(super) stream: &'w StreamIdentity,
-    /// The condition for the window's rows of a table `t`.
+    /// Condition for the window's rows of a table `t`.
     pub(super) of_window: String,
-    /// The condition for all rows of the window's time, other sinks' too.
+    /// Condition for all rows of the window's time, including those of other sinks.
     pub(super) of_time: String,
     pub(super) says_sink: bool,
 }
 
-/// A position that some sink of the pipeline keeps beside the table.
+/// Position that some sink of the pipeline has beside the table.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct Known {
     sink: String,
@@ -126,7 +134,7 @@ struct Known {
 }
 
 impl Writers<'_> {
-    /// Refuses where rows of the window may be another's.
+    /// Refuses the replay if rows of the window may belong to another sink.
     pub(super) async fn check(&self, client: &Link, others: &[OtherSink]) -> Result<(), String> {
         let failed =
             |error: Error| format!("cannot find out who writes table {}: {error}", self.table);
@@ -144,7 +152,7 @@ impl Writers<'_> {
         Ok(())
     }
 
-    /// The other sinks that rows of the window say they are of.
+    /// Reads the names of other sinks in the rows of the window.
     async fn sinks_said(&self, client: &Link) -> Result<Vec<String>, Error> {
         let said = format!(
             "SELECT DISTINCT t.{0} FROM {1} AS t WHERE {2} AND t.{0} <> $1 ORDER BY 1",
@@ -156,8 +164,8 @@ impl Writers<'_> {
         rows.iter().map(|row| Ok(row.try_get(0)?)).collect()
     }
 
-    /// A name among those that rows say which is of no sink that the file or the positions have: the sink may
-    /// have had it once, and its rows would then stay beside those that are made again.
+    /// Returns a sink name in the rows that neither the file nor the positions have. The sink may have had that name
+    /// once; its old rows would then stay beside the new ones.
     fn unknown<'s>(
         &self,
         said: &'s [String],
@@ -192,7 +200,7 @@ impl Writers<'_> {
         rows.iter().map(known).collect()
     }
 
-    /// Whether rows of the window do not say their sink, though the table has a column for it.
+    /// Whether rows of the window have no sink, although the table has a column for it.
     async fn has_silent_rows(&self, client: &Link) -> Result<bool, Error> {
         let silent = format!(
             "SELECT EXISTS (SELECT 1 FROM {} AS t WHERE {} AND t.{} IS NULL)",
@@ -203,7 +211,7 @@ impl Writers<'_> {
         Ok(client.query_typed_one(&silent, &[]).await?.try_get(0)?)
     }
 
-    /// Somebody else whose rows could be taken for the sink's.
+    /// Returns another writer whose rows cannot be told apart from the sink's.
     fn other_writer(
         &self,
         known: &[Known],
@@ -211,7 +219,7 @@ impl Writers<'_> {
         all_say_sink: bool,
     ) -> Option<Writer> {
         for other in others.iter().filter(|other| other.is_beside) {
-            // Without lineage its rows are nobody's, unless it writes over rows of the sink.
+            // Rows without lineage are outside of any window, unless they overwrite rows of the sink.
             let is_distinct = match other.says_lineage {
                 true => all_say_sink,
                 false => !other.is_keyed,
@@ -246,35 +254,35 @@ impl Writers<'_> {
         let Self { table, sink, .. } = self;
         let (column, kind) = SINK;
         let by_column = format!(
-            "its rows of the time would be deleted and not made again. Let rows say their sink: \
+            "its rows in the window would be deleted and not made again. Store the sink in each row: \
              ALTER TABLE {quoted} ADD COLUMN IF NOT EXISTS {column} {kind}, which sinks fill from their \
-             next start on; and for those that are there, UPDATE {quoted} SET {column} = '{sink}' where \
-             they are of sink {sink}",
+             next start on; for existing rows of sink {sink}, run UPDATE {quoted} SET {column} = '{sink}' \
+             with a condition that finds only them",
             quoted = table.quoted(),
         );
         match writer {
             Writer::Sink(other, true) => {
-                format!("sink {other} writes table {table} as well: {by_column}")
+                format!("sink {other} also writes table {table}: {by_column}")
             }
             Writer::Sink(other, false) => format!(
-                "sink {other} writes over rows of table {table} without saying so: set lineage = true there, \
+                "sink {other} overwrites rows of table {table} without lineage: set lineage = true there, \
                  or give it a table of its own"
             ),
             Writer::View(other) => format!(
-                "sink {other} writes a view, and whether its trigger writes table {table} as well cannot be \
-                 told; if it does, {by_column}"
+                "sink {other} writes a view, and its trigger may also write table {table}; if it does, \
+                 {by_column}"
             ),
             Writer::Unknown(other) => format!(
-                "rows of the time in table {table} say that they are of sink {other}, which is not in the file \
-                 and keeps no position in {positions}: where sink {sink} had that name once, they would stay \
-                 beside the new ones. Let them say the sink's name of today: UPDATE {quoted} SET {column} = \
-                 '{sink}' WHERE {column} = '{other}'; if they are another's, give that sink a table of its own",
+                "rows of the window in table {table} belong to sink {other}, which is not in the file and has no \
+                 position in {positions}. If {other} is a former name of sink {sink}, they would stay beside the \
+                 new rows, so set their sink to its current name: UPDATE {quoted} SET {column} = '{sink}' WHERE \
+                 {column} = '{other}'; if they belong to another sink, give that sink a table of its own",
                 positions = self.positions.name(),
                 quoted = table.quoted(),
                 column = SINK.0,
             ),
             Writer::Former(other) => format!(
-                "sink {other} of pipeline {}, which is not in the file, keeps its position in {} and may \
+                "sink {other} of pipeline {}, which is not in the file, has its position in {} and may \
                  have written to table {table}: {by_column}; or, if it never wrote there, delete its rows \
                  in {}",
                 self.pipeline,
@@ -282,25 +290,24 @@ impl Writers<'_> {
                 self.positions.quoted()
             ),
             Writer::Stream(stream) => format!(
-                "sink {sink} has written records of stream {stream} to table {table} as well, and which rows \
-                 of the time are of which stream cannot be told; if none of the time is of that stream, \
-                 delete its rows in {}",
+                "sink {sink} has also written records of stream {stream} to table {table}, and the rows of the two \
+                 streams cannot be told apart; if no row of the window is of that stream, delete its rows in {}",
                 self.positions.quoted()
             ),
         }
     }
 }
 
-/// Who else writes.
+/// Another writer.
 #[derive(Debug, PartialEq, Eq)]
 enum Writer {
-    /// A sink of the pipeline, and whether its rows say their pipeline.
+    /// Sink of the pipeline, and whether its rows have lineage.
     Sink(String, bool),
-    /// A sink of the pipeline that writes a view.
+    /// Sink of the pipeline that writes a view.
     View(String),
-    /// A sink that nothing but the rows themselves know.
+    /// Sink whose name is only in the rows.
     Unknown(String),
-    /// A sink that the file does not have.
+    /// Sink that is not in the file.
     Former(String),
     /// The same sink, from another stream.
     Stream(String),
@@ -310,7 +317,7 @@ enum Writer {
 mod tests {
     use super::*;
 
-    /// A table, and the sink whose rows of it are to be replaced.
+    /// Table, and the sink whose rows of it are replaced.
     struct Setting {
         stream: StreamIdentity,
         pipeline: PipelineName,
@@ -391,13 +398,15 @@ mod tests {
             let found = writers.other_writer(&known, &others, all_say_sink);
             assert_eq!(found, expected, "{known:?} {others:?} {all_say_sink}");
         }
-        // A view's trigger may write any table.
+        // The trigger of a view may write any table.
         let mut view = other(true, true, false);
         view[0].is_view = true;
         let found = writers.other_writer(&[], &view, false);
         assert_eq!(found, Some(Writer::View("other".into())));
         assert!(
-            writers.refusal(&Writer::View("other".into())).contains("its trigger writes table")
+            writers
+                .refusal(&Writer::View("other".into()))
+                .contains("its trigger may also write table")
         );
     }
 }

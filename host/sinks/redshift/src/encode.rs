@@ -1,8 +1,8 @@
-//! Rows to files that COPY reads: a JSON object per line, gzip.
+//! Encodes rows as files for COPY: one JSON object per line, compressed with gzip.
 //!
-//! A row that lacks a column takes its default, so rows with the same columns make a set, which is
-//! merged on its own, one set after the other. A row is in no earlier set than those before it with its
-//! key: it must not be overtaken. Pure: no I/O.
+//! A column that a row does not have gets its default. So rows with the same columns form a set, and the sets are
+//! merged one after the other. The invariant: a row is never in an earlier set than a previous row with the same key,
+//! because it must not be merged before that one. Pure: no I/O.
 
 use std::collections::{HashMap, HashSet};
 use std::io::Write as _;
@@ -21,35 +21,35 @@ use shardmill_sinks_common::rows::form::RowForm;
 use shardmill_sinks_common::rows::value::RawJson;
 use shardmill_sinks_common::rows::{RowError, Slots};
 
-/// Lines of one file: the slices of a cluster load files side by side, best from 1 MB on when
-/// compressed (guide, "Loading data files").
+/// Bytes of lines per file. The slices of a cluster load files in parallel, best from 1 MB compressed (guide, "Loading
+/// data files").
 const FILE_BYTES: usize = 32 << 20;
 
-/// The longest line that COPY takes: "the maximum size of a single input row is 4 MB".
+/// Longest line that COPY accepts: "the maximum size of a single input row is 4 MB".
 const LINE_BYTES_MAX: usize = 4 << 20;
 
-/// Rows for COPY, and those that no column takes.
+/// Rows for COPY, and those that no column accepts.
 #[derive(Debug, Default)]
 pub(super) struct Encoded {
     pub(super) files: Vec<EncodedFile>,
-    /// The places of the columns that the rows of each set bring.
+    /// Indexes of the columns of each set.
     pub(super) sets: Vec<Vec<usize>>,
     /// By ascending row.
     pub(super) refusals: Vec<Refusal>,
 }
 
-/// One file.
+/// File for COPY.
 #[derive(Debug)]
 pub(super) struct EncodedFile {
     pub(super) bytes: Bytes,
-    /// The index in the commit of the row in each line.
+    /// For each line, the index of its row in the commit.
     pub(super) rows: Vec<usize>,
 }
 
-/// Why rows cannot be encoded for a table.
+/// Reason why rows cannot be encoded for a table.
 #[derive(Debug)]
 pub(super) enum EncodeError {
-    /// A key that is no column now and was one before, or was declared.
+    /// Key without a column that was a column before, or is declared.
     GoneColumn(String),
     Io(std::io::Error),
 }
@@ -60,8 +60,8 @@ impl From<std::io::Error> for EncodeError {
     }
 }
 
-/// Encodes rows for a table, but for those at `skipped`. `was_column` says of a key that is no column whether it once was one or
-/// is declared.
+/// Encodes rows for a table, except those in `skipped`. `was_column` says for a key without a column whether it was one
+/// before or is declared.
 pub(super) fn encode(
     rows: &[Row],
     skipped: &HashSet<usize>,
@@ -109,7 +109,7 @@ pub(super) fn encode(
     Ok(encoded)
 }
 
-/// Checks what COPY does not: nothing there stands between a null and the merge.
+/// Checks for nulls. COPY loads them into the staging table, and the merge would fail as a whole.
 fn check(slots: &Slots<'_>, table: &LiveTable, required: &[usize]) -> Result<(), String> {
     if slots.iter().all(Option::is_none) {
         return Err("the row names no column of the table".into());
@@ -118,26 +118,27 @@ fn check(slots: &Slots<'_>, table: &LiveTable, required: &[usize]) -> Result<(),
     for place in required {
         if is_null(&slots[*place]) {
             let name = &table.columns[*place].name;
-            return Err(format!(
-                "column {name:?} is missing or null, by which rows find their like"
-            ));
+            return Err(format!("key column {name:?} is missing or null"));
         }
     }
     for (slot, column) in slots.iter().zip(&table.columns) {
         let takes_default = slot.is_none() && column.has_default;
         if column.not_null && is_null(slot) && !takes_default {
-            return Err(format!("column {:?} is NOT NULL and the row brings none", column.name));
+            return Err(format!(
+                "column {:?} is NOT NULL, but missing or null in the row",
+                column.name
+            ));
         }
     }
     Ok(())
 }
 
-/// Begins a line with what the row brings.
+/// Starts a line with the columns of a row.
 fn put_columns(line: &mut Vec<u8>, table: &LiveTable, slots: &Slots<'_>) -> Result<(), String> {
     line.push(b'{');
     for (column, slot) in table.columns.iter().zip(slots) {
         let Some(raw) = slot else { continue };
-        // Writing into a Vec cannot fail.
+        // Writing to a Vec cannot fail.
         let _infallible = serde_json::to_writer(&mut *line, &column.name);
         line.push(b':');
         let put = column.kind.put(line, *raw);
@@ -150,36 +151,36 @@ fn put_columns(line: &mut Vec<u8>, table: &LiveTable, slots: &Slots<'_>) -> Resu
     Ok(())
 }
 
-/// Ends a line with where the row belongs.
+/// Ends a line with the index of the row and its set.
 fn put_place(line: &mut Vec<u8>, index: usize, set: usize) -> Result<(), String> {
-    // Writing into a Vec cannot fail.
+    // Writing to a Vec cannot fail.
     let _infallible = writeln!(line, "\"{ROW}\":{index},\"{SET}\":{set}}}");
     match line.len() {
         bytes if bytes > LINE_BYTES_MAX => {
-            Err(format!("the row has {bytes} bytes, COPY takes {LINE_BYTES_MAX} at most"))
+            Err(format!("expected a row of at most {LINE_BYTES_MAX} bytes for COPY, found {bytes}"))
         }
         _ => Ok(()),
     }
 }
 
-/// A document may hold line ends between its values, and a line is a row.
+/// Replaces line ends between the values of a document, because a line is a row.
 fn keep_on_line(line: &mut [u8]) {
-    // Inside a JSON string a line end is written as an escape, so these stand between values.
+    // Inside a JSON string a line end is an escape, so these are between values.
     line.iter_mut().filter(|byte| matches!(byte, b'\n' | b'\r')).for_each(|byte| *byte = b' ');
 }
 
-/// Numbers the sets of columns that rows bring.
+/// Assigns numbers to the sets of columns.
 #[derive(Default)]
 struct Sets {
     columns: Vec<Vec<usize>>,
-    /// The last set with these columns.
+    /// Last set with these columns.
     numbers: HashMap<Vec<usize>, usize>,
-    /// The last set that has a row with this key.
+    /// Last set that contains a row with this key.
     keys: HashMap<Vec<u8>, usize>,
 }
 
 impl Sets {
-    /// The set of a row; its key is empty where rows are appended.
+    /// Returns the set of a row. The key is empty if rows are appended.
     fn of(&mut self, slots: &Slots<'_>, key: Vec<u8>) -> usize {
         let columns: Vec<usize> = present(slots).collect();
         let earliest = self.keys.get(&key).copied().unwrap_or(0);
@@ -198,13 +199,13 @@ impl Sets {
     }
 }
 
-/// The key of a row whose values are known to fit, the same for each way to write it.
+/// Returns the key of a row whose values are valid, in a form that does not depend on how they are written.
 fn key_of(slots: &Slots<'_>, places: &[usize], table: &LiveTable) -> Vec<u8> {
     let mut key = Vec::new();
     for place in places {
         if let Some(raw) = slots[*place] {
             let _fits = table.columns[*place].kind.put(&mut key, raw);
-            // Redshift does not compare the blanks at a text's end.
+            // Redshift ignores trailing blanks when it compares texts.
             let end = key.strip_suffix(b"\"").unwrap_or(&key).trim_ascii_end().len();
             key.truncate(end);
         }
@@ -213,7 +214,7 @@ fn key_of(slots: &Slots<'_>, places: &[usize], table: &LiveTable) -> Vec<u8> {
     key
 }
 
-/// The places of the columns that a row brings.
+/// Returns the indexes of the columns of a row.
 fn present(slots: &Slots<'_>) -> impl Iterator<Item = usize> {
     slots.iter().enumerate().filter(|(_, slot)| slot.is_some()).map(|(place, _)| place)
 }
@@ -226,7 +227,7 @@ struct OpenFile {
 
 impl Default for OpenFile {
     fn default() -> Self {
-        // Read once and then removed: not worth the best ratio.
+        // The file is read once and removed: not worth the best ratio.
         let gzip = GzEncoder::new(Vec::new(), flate2::Compression::fast());
         Self { gzip, line_bytes: 0, rows: Vec::new() }
     }

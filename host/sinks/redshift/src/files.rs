@@ -1,7 +1,7 @@
 //! The files of a load on S3, their manifest, and the COPY that reads them.
 //!
-//! Each load has keys of its own. They are removed once COPY has read them; what a crash leaves is
-//! never read again, and a lifecycle rule on the prefix removes it.
+//! Each load has its own keys. Its files are removed after COPY has read them. Files that a crash leaves are never
+//! read; a lifecycle rule on the prefix should remove them.
 
 use bytes::Bytes;
 use futures::{StreamExt as _, TryStreamExt as _};
@@ -20,16 +20,16 @@ use shardmill_core::record::ShardKey;
 use shardmill_core::sink::SinkError;
 use shardmill_sink_objects::StorePlace;
 
-/// Files that go up at the same time.
+/// Files that are uploaded at the same time.
 const UPLOADS_MAX: usize = 4;
 
-/// Rows of one commit that COPY may leave out and report, at most; past them it fails.
+/// Number of rows of one commit that COPY may skip and report. With more it fails.
 const ERRORS_MAX: usize = 1_000;
 
-/// The role that means the cluster's own.
+/// Role that means the default role of the cluster.
 const DEFAULT_ROLE: &str = "default";
 
-/// Where the files wait for COPY, and how the cluster gets at them.
+/// Where the files wait for COPY, and how the cluster reads them.
 pub(super) struct StagingBucket {
     place: StorePlace,
     /// `s3://bucket`.
@@ -38,13 +38,13 @@ pub(super) struct StagingBucket {
     region: Option<String>,
 }
 
-/// A load's files, which are there.
+/// Uploaded files of a load.
 pub(super) struct Upload {
-    /// Of the manifest and the files.
+    /// Paths of the files and the manifest.
     paths: Vec<Path>,
     /// Statement that loads them.
     pub(super) copy: String,
-    /// Part of their paths that no other load has.
+    /// Part of their paths that is unique to this load.
     pub(super) load: String,
 }
 
@@ -71,7 +71,7 @@ impl StagingBucket {
         }
     }
 
-    /// Writes files and their manifest under keys that nobody else has.
+    /// Uploads files and their manifest under unique keys.
     pub(super) async fn upload(
         &self,
         shard: &ShardKey,
@@ -110,14 +110,14 @@ impl StagingBucket {
         }
     }
 
-    /// Removes a load's files, which nobody needs any more. What cannot be removed stays.
+    /// Removes the files of a load. Files that cannot be removed stay, with a warning.
     pub(super) async fn remove(&self, upload: &Upload) {
         for path in &upload.paths {
             match self.place.store.delete(path).await {
                 Ok(()) | Err(object_store::Error::NotFound { .. }) => {}
                 Err(error) => {
                     let error = quoted(&sanitized(error));
-                    tracing::warn!(sink = %self.place.sink, %path, %error, "a file is left over");
+                    tracing::warn!(sink = %self.place.sink, %path, %error, "failed to remove a file of a load");
                 }
             }
         }
@@ -131,7 +131,8 @@ impl StagingBucket {
         format!("{}/{path}", self.bucket_url)
     }
 
-    /// Source: guide, "COPY". What a line lacks is null, and left to the merge.
+    /// Returns the COPY statement. A column that a line does not have is null; the merge handles it. Source: guide,
+    /// "COPY".
     fn copy(&self, manifest: &Path) -> String {
         let role = match self.iam_role.as_str() {
             DEFAULT_ROLE => DEFAULT_ROLE.to_owned(),

@@ -1,4 +1,4 @@
-//! Values read back from the JSON that Redshift's COPY gets.
+//! Reads values back from the JSON that Redshift's COPY gets.
 
 #![allow(
     missing_docs,
@@ -48,7 +48,7 @@ fn read(kind: Kind, raw: RawJson<'_>) -> Option<Value> {
         return Some(Value::Null);
     }
     let text = || -> String { serde_json::from_str(&json).expect("a JSON string") };
-    // COPY takes these forms and no other: `dateformat 'auto'` would guess.
+    // COPY accepts only these forms: `dateformat 'auto'` would guess.
     let moment = |end: &str| -> i64 {
         let text = text();
         let text = text.strip_suffix(end).expect("the end");

@@ -1,4 +1,4 @@
-//! The column types of Redshift that rows can fill, and the values that each takes.
+//! Column types of Redshift that rows can fill, and their valid values.
 //!
 //! Source: Amazon Redshift Database Developer Guide, "Data types".
 
@@ -12,14 +12,14 @@ use shardmill_sinks_common::rows::time::Zone;
 use shardmill_sinks_common::rows::value;
 use shardmill_sinks_common::rows::value::{Json, RawJson, Why};
 
-/// The longest `varchar`, in bytes.
+/// Longest `varchar`, in bytes.
 const VARCHAR_BYTES_MAX: usize = 65_535;
-/// The longest `varbyte`, in bytes, as it is when no length is declared.
+/// Longest `varbyte`, in bytes; also its default length.
 const VARBYTE_BYTES: usize = 64_000;
-/// The digits of a `numeric` at most.
+/// Highest number of digits of a `numeric`.
 const NUMERIC_DIGITS_MAX: u32 = 38;
 
-/// How a column's values are written.
+/// Form of a column's values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Bool,
@@ -28,26 +28,26 @@ pub(super) enum Kind {
     Int8,
     Float4,
     Float8,
-    /// Digits in all, and of them behind the point.
+    /// Digits in all, and digits after the point.
     Numeric(u32, u32),
-    /// Bytes at most.
+    /// Highest number of bytes.
     Varchar(usize),
-    /// Bytes at most, all of one-byte characters.
+    /// Highest number of bytes; only one-byte characters.
     Char(usize),
     Date,
     Time,
     Timestamp,
     Timestamptz,
-    /// A document.
+    /// JSON document.
     Super,
-    /// Bytes at most.
+    /// Highest number of bytes.
     Varbyte(usize),
-    /// `geometry`, `interval`, `hllsketch` and the rest: no row can fill it yet.
+    /// `geometry`, `interval`, `hllsketch` and others, which rows cannot fill yet.
     Unsupported,
 }
 
 impl Kind {
-    /// Reads a type, as Redshift shows it or as a plugin's author wrote it.
+    /// Parses a type, as Redshift shows it or as a plugin's author wrote it.
     pub(super) fn of(written: &str) -> Self {
         let lower = written.trim().to_ascii_lowercase();
         let (name, rest) = lower.split_once('(').unwrap_or((&lower, ")"));
@@ -69,7 +69,7 @@ impl Kind {
                 Some(digits @ 1..=NUMERIC_DIGITS_MAX) if scale <= digits => {
                     Self::Numeric(digits, scale)
                 }
-                // Without digits Redshift makes it an integer of 18: nobody means that.
+                // Without digits Redshift would use an integer of 18 digits, which nobody expects.
                 _ => Self::Unsupported,
             },
             "text" => Self::Varchar(VARCHAR_BYTES_MAX),
@@ -90,7 +90,7 @@ impl Kind {
         }
     }
 
-    /// The type to create a column with.
+    /// Returns the type for a new column.
     pub(super) fn sql(self) -> String {
         match self {
             Self::Bool => "boolean".into(),
@@ -112,8 +112,8 @@ impl Kind {
         }
     }
 
-    /// Whether a column of this kind is made for what the declared kind brings. A value that is too
-    /// long or has too many digits is its row's fault.
+    /// Whether a column of this kind suits the declared kind. A value that is too long, or has too many digits, is an
+    /// error of its row.
     pub(super) fn accepts(self, declared: Self) -> bool {
         let is_integer = |kind| matches!(kind, Self::Int2 | Self::Int4 | Self::Int8);
         match self {
@@ -146,7 +146,7 @@ impl Kind {
     /// Appends a value to a line of JSON, in the form that COPY reads for this type.
     ///
     /// # Errors
-    /// Why the column does not take the value.
+    /// The reason why the column does not accept the value.
     pub(super) fn put(self, out: &mut Vec<u8>, raw: RawJson<'_>) -> Result<(), Why> {
         let json = Json::of(raw)?;
         if json == Json::Null {
@@ -173,7 +173,9 @@ impl Kind {
             Self::Char(bytes_max) => {
                 let text = at_most(value::text(&json)?, bytes_max)?;
                 if !text.is_ascii() {
-                    return Err("a column of type char holds one-byte characters only".into());
+                    return Err(
+                        "expected one-byte characters, which a column of type char needs".into()
+                    );
                 }
                 put_text(out, text);
             }
@@ -201,7 +203,7 @@ impl Kind {
                 }
                 put_text(out, &hex::encode(bytes));
             }
-            Self::Unsupported => return Err("rows cannot fill a column of that type yet".into()),
+            Self::Unsupported => return Err("unsupported column type".into()),
         }
         Ok(())
     }
@@ -233,14 +235,14 @@ fn at_most(text: &str, bytes_max: usize) -> Result<&str, Why> {
 }
 
 fn too_long(bytes: usize, bytes_max: usize) -> Why {
-    format!("it has {bytes} bytes, the column takes {bytes_max}").into()
+    format!("expected at most {bytes_max} bytes, found {bytes} bytes").into()
 }
 
-/// A number without exponent, with all digits behind the point. COPY would cut digits off in silence.
+/// Formats a number without exponent, with all digits after the point. COPY would silently cut digits off.
 fn plain(decimal: &Decimal<'_>, digits: u32, scale: u32) -> Result<String, Why> {
     let misfit = || {
         let whole = digits.saturating_sub(scale);
-        format!("it has more digits than {whole} before the point and {scale} behind it").into()
+        format!("expected at most {whole} digits before the point and {scale} after it").into()
     };
     let unscaled = decimal.to_unscaled(scale).ok_or_else(misfit)?;
     let magnitude = unscaled.unsigned_abs();
@@ -256,19 +258,19 @@ fn plain(decimal: &Decimal<'_>, digits: u32, scale: u32) -> Result<String, Why> 
     })
 }
 
-/// A time of day as text; the day's end is 24:00, which no moment of the day is.
+/// Formats a time of day. The end of the day is 24:00.
 fn clock(micros: i64) -> String {
     let (seconds, fraction) = (micros / 1_000_000, micros % 1_000_000);
     let (hours, minutes) = (seconds / 3_600, seconds / 60 % 60);
     format!("{hours:02}:{minutes:02}:{:02}.{fraction:06}", seconds % 60)
 }
 
-/// A moment in microseconds since 1970, as text. Years were read as 1 to 9999, but an offset may have moved
-/// the moment out of them, where text has more digits than COPY reads.
+/// Formats a time in microseconds since 1970. Years were parsed as 1 to 9999, but an offset may have moved the time out
+/// of that range, where the text has more digits than COPY reads.
 fn moment(micros: i64, form: &str) -> Result<String, Why> {
     let moment = DateTime::from_timestamp_micros(micros);
     let moment = moment.filter(|moment| (1..=9999).contains(&moment.year()));
-    let moment = moment.ok_or("the year in UTC is out of range: 0001 to 9999 are taken")?;
+    let moment = moment.ok_or("the year in UTC is out of range: expected 0001 to 9999")?;
     Ok(moment.format(form).to_string())
 }
 
@@ -338,8 +340,8 @@ mod tests {
     fn what_copy_would_change_is_refused() {
         for (kind, json, part) in [
             (Kind::Int2, "40000", "out of range"),
-            (Kind::Numeric(4, 2), "100", "2 before the point"),
-            (Kind::Numeric(4, 2), "1.005", "2 behind it"),
+            (Kind::Numeric(4, 2), "100", "2 digits before the point"),
+            (Kind::Numeric(4, 2), "1.005", "2 after it"),
             (Kind::Varchar(3), "\"éé\"", "4 bytes"),
             (Kind::Char(3), "\"é\"", "one-byte"),
             (Kind::Varchar(3), "\"a\\u0000\"", "U+0000"),

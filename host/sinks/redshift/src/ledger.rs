@@ -1,10 +1,14 @@
-//! The ledger: how far each shard's loads have landed, and who may add to it.
+//! The ledger: the position table of the sink. It stores how far the loads of each shard have landed, and the epoch of
+//! its owner.
 //!
-//! One row per (pipeline, sink, stream, shard); `epoch` grows with each owner. Redshift enforces no
-//! key and has no `numeric` of 129 digits: the table is locked while its rows change, which also keeps
-//! loads out of each other's way (error 1023, "Serializable isolation violation", else ends one of
-//! two), and sequence numbers are text. A lock comes before a transaction's first look at data, so that
-//! it sees what others have committed while it waited.
+//! One row per (pipeline, sink, stream, shard); `epoch` grows with each owner. Redshift enforces no keys, and has no
+//! `numeric` of 129 digits. So:
+//!
+//! - The table is locked while its rows change, which replaces the missing key. It also keeps two loads apart, one of
+//!   which would otherwise fail (error 1023, "Serializable isolation violation").
+//! - The lock is the first statement of a transaction, before it reads any data. Only then it sees what others have
+//!   committed while it waited for the lock.
+//! - Sequence numbers are text.
 
 use std::fmt;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,45 +24,45 @@ use shardmill_core::sink::KeptPosition;
 use shardmill_pg::name::TableName;
 use shardmill_pg::{Link, ServerError as Error};
 
-/// The table's name; it stands in the schema of the data table.
+/// Name of the table; it is in the schema of the data table.
 const TABLE: &str = "shardmill_position";
 
-/// Columns that tables of earlier versions have not: who wrote a position, and by which state.
+/// Columns that tables of earlier versions do not have: who wrote a position, and with which state.
 const LATER_COLUMNS: [(&str, &str); 3] =
     [("state_id", "varchar(64)"), ("state_number", "bigint"), ("owner", "varchar(512)")];
 
-/// Where positions are kept.
+/// Position table.
 pub(super) struct PositionLedger {
     name: TableName,
-    /// It is known to have all columns.
+    /// Whether it is known to have all columns.
     is_wide: AtomicBool,
 }
 
-/// A shard's row.
+/// Row of a shard.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct LedgerRow {
     pub(super) epoch: i64,
     /// `None` before the first commit.
     pub(super) position: Option<Position>,
-    /// Who wrote it, if that is known.
+    /// Who wrote it, if known.
     pub(super) owner: Option<OwnerName>,
 }
 
-/// What could be read and what its texts mean are two questions.
+/// Result of parsing stored texts, as distinct from the result of reading them.
 type Readable<T> = Result<T, String>;
 
 impl PositionLedger {
-    /// The ledger for rows in `table`.
+    /// Names the ledger for rows in `table`.
     pub(super) fn beside(table: &TableName) -> Self {
         Self { name: table.sibling(TABLE), is_wide: AtomicBool::new(false) }
     }
 
-    /// The table's name.
+    /// Returns the name of the table.
     pub(super) fn name(&self) -> &TableName {
         &self.name
     }
 
-    /// Creates the table if it is missing. Only then is the right to create one needed.
+    /// Creates the table if it does not exist. Only then the right to create one is needed.
     pub(super) async fn create_if_missing(&self, client: &Link) -> Result<(), Error> {
         let name = self.name.quoted();
         match session::rows(client, &format!("SELECT 1 FROM {name} LIMIT 0")).await {
@@ -80,7 +84,7 @@ impl PositionLedger {
              )"
         );
         match session::run(client, &create).await {
-            // Of two that create it at once, one may fail on the catalogue.
+            // If two processes create it at the same time, one may fail on the catalogue.
             Err(_)
                 if session::rows(client, &format!("SELECT 1 FROM {name} LIMIT 0"))
                     .await
@@ -92,8 +96,7 @@ impl PositionLedger {
         }
     }
 
-    /// Adds the columns that a table of an earlier version has not. Only then is the right to alter it
-    /// needed.
+    /// Adds the columns that a table of an earlier version does not have. Only then the right to alter it is needed.
     pub(super) async fn widen_if_narrow(&self, client: &Link) -> Result<(), Error> {
         if self.is_wide.load(Ordering::Relaxed) {
             return Ok(());
@@ -110,7 +113,7 @@ impl PositionLedger {
             }
             let add = format!("ALTER TABLE {name} ADD COLUMN {column} {kind}");
             match session::run(client, &add).await {
-                // Of two that add it at once, one fails.
+                // If two processes add it at the same time, one fails.
                 Err(_) if session::rows(client, &look).await.is_ok() => {}
                 other => other.map(drop)?,
             }
@@ -119,7 +122,7 @@ impl PositionLedger {
         Ok(())
     }
 
-    /// What to say when they cannot be added.
+    /// Returns the message for a failure to add them.
     pub(super) fn cannot_widen(&self) -> String {
         let name = self.name.quoted();
         let add = LATER_COLUMNS
@@ -131,7 +134,7 @@ impl PositionLedger {
         )
     }
 
-    /// Makes the caller the shard's owner: earlier epochs can no longer move the position.
+    /// Makes the caller the owner of the shard: earlier epochs can no longer move the position.
     pub(super) async fn acquire_shard(
         &self,
         client: &Link,
@@ -174,8 +177,8 @@ impl PositionLedger {
         Ok(Ok(owned))
     }
 
-    /// Moves a shard's row from the sink's old name to its new one; there may be none, or it was moved
-    /// before.
+    /// Moves the row of a shard from the sink's old name to its new name. Does nothing if there is no row, or it was
+    /// moved before.
     pub(super) async fn adopt(
         &self,
         client: &Link,
@@ -190,8 +193,8 @@ impl PositionLedger {
         {
             session::run(client, "ROLLBACK").await?;
             return Ok(Err(format!(
-                "{self} has rows of both sink {old} and sink {new} for shard {}: delete the one that does \
-                 not count",
+                "{self} has rows of both sink {old} and sink {new} for shard {}: delete the one that is \
+                 obsolete",
                 shard.shard
             )));
         }
@@ -208,13 +211,13 @@ impl PositionLedger {
         Ok(Ok(()))
     }
 
-    /// Begins a transaction that nobody else's changes to the ledger can cross.
+    /// Begins a transaction and locks the ledger, so that nobody else changes it meanwhile.
     pub(super) async fn lock(&self, client: &Link) -> Result<(), Error> {
         session::run(client, "BEGIN").await?;
         session::run(client, &format!("LOCK TABLE {}", self.name.quoted())).await.map(drop)
     }
 
-    /// The shard's row; `None` when it or the table is missing.
+    /// Reads the row of a shard; `None` if the row or the table does not exist.
     pub(super) async fn read(
         &self,
         client: &Link,
@@ -238,7 +241,7 @@ impl PositionLedger {
         }
     }
 
-    /// All rows of a sink of a pipeline; none when the table is missing.
+    /// Reads all rows of a sink of a pipeline; none if the table does not exist.
     pub(super) async fn read_all(
         &self,
         client: &Link,
@@ -279,7 +282,7 @@ impl PositionLedger {
         Ok(rows.iter().map(kept).collect())
     }
 
-    /// Moves the position of a row that is locked and known.
+    /// Moves the position of a row that is locked and was read.
     pub(super) async fn move_to(
         &self,
         client: &Link,
@@ -311,7 +314,7 @@ impl fmt::Display for PositionLedger {
 
 impl LedgerRow {
     fn of(row: &SimpleQueryRow) -> Readable<Self> {
-        let unreadable = |what: &str| format!("the stored {what} cannot be read");
+        let unreadable = |what: &str| format!("invalid stored {what}");
         let number = |place| row.get(place).and_then(|text| text.parse().ok());
         let epoch = number(0).ok_or_else(|| unreadable("epoch"))?;
         let owner = row.get(3).and_then(OwnerName::parse);
@@ -324,14 +327,14 @@ impl LedgerRow {
     }
 }
 
-/// The values of the later columns, as SQL has them.
+/// Returns the values of the later columns, as SQL.
 fn owned_by(ownership: Option<&Ownership>) -> [String; 3] {
     let Some(ownership) = ownership else { return ["NULL", "NULL", "NULL"].map(str::to_owned) };
     let mark = ownership.mark();
     [literal(&mark.state), mark.number.to_string(), literal(&ownership.owner.to_text())]
 }
 
-/// The columns that find a shard's row, with their values.
+/// Returns the columns that identify a shard's row, with their values.
 fn columns(sink: &SinkName, shard: &ShardKey) -> [(&'static str, String); 4] {
     [
         ("pipeline", shard.pipeline.to_string()),
@@ -341,7 +344,7 @@ fn columns(sink: &SinkName, shard: &ShardKey) -> [(&'static str, String); 4] {
     ]
 }
 
-/// The condition that finds a shard's row.
+/// Returns the condition for a shard's row.
 fn key(sink: &SinkName, shard: &ShardKey) -> String {
     columns(sink, shard).map(|(name, text)| format!("{name} = {}", literal(&text))).join(" AND ")
 }

@@ -1,16 +1,17 @@
 //! The Redshift sink: a table in Amazon Redshift, exactly once.
 //!
-//! A commit's rows become files on S3 with a manifest ([`files`]), COPY loads them into a table of the
-//! session, and one transaction moves the position and takes the rows over ([`merge`]). The position
-//! ([`ledger`]) says which loads have landed: a repeated one does nothing.
+//! The rows of a commit become files on S3 with a manifest ([`files`]). COPY loads them into a staging table of the
+//! session. One transaction then moves the position and merges the rows ([`merge`]). The position ([`ledger`]) shows
+//! which loads have landed, so that a repeated load does nothing.
 //!
-//! Redshift checks types and lengths, but no key and no CHECK. So [`encode`] refuses what no column
-//! takes before it is sent; what COPY refuses nevertheless is found by its line.
+//! Redshift checks types and lengths, but no keys and no CHECK constraints. So [`encode`] refuses rows that no column
+//! accepts before they are sent. Rows that COPY still refuses are found by their line.
 //!
-//! SQL stays within what Redshift has (PostgreSQL 8.0 without ON CONFLICT and savepoints), and goes by
-//! the simple query protocol, in which each value is text ([`session`]).
+//! SQL is limited to what Redshift has (PostgreSQL 8.0 without ON CONFLICT and savepoints). It uses the simple query
+//! protocol, in which each value is text ([`session`]).
 //!
-//! [`TYPE`] is what the program's registry lists: `settings` reads `type = "redshift"`, names its keys and makes the sink.
+//! [`TYPE`] is listed in the program's registry: `settings` reads `type = "redshift"`, names its keys and makes the
+//! sink.
 
 mod encode;
 mod files;
@@ -46,26 +47,26 @@ use shardmill_pg::{Link, PostgresServer, ServerError};
 use shardmill_sink_objects::StorePlace;
 use shardmill_sinks_common::rows;
 
-/// The schema of a table that is named without one.
+/// Schema of a table that is named without one.
 const SCHEMA: &str = "public";
 
-/// A table in Redshift.
+/// Sink that writes to a table in Redshift.
 pub struct RedshiftSink {
     shared: Arc<Shared>,
     create: bool,
 }
 
-/// What the writers of all shards have in common.
+/// Parts that the writers of all shards share.
 struct Shared {
     sink: SinkName,
     server: PostgresServer,
-    /// Time without an answer after which a connection is lost.
+    /// Time without an answer after which a connection counts as lost.
     silence_max: Duration,
     table: TableName,
     mode: WriteMode,
     ledger: PositionLedger,
     bucket: StagingBucket,
-    /// Who writes; unset in a sink that only answers questions.
+    /// Process that writes; unset in a sink that only answers questions.
     ownership: OnceLock<Ownership>,
     known_columns: rows::KnownColumns,
 }
@@ -77,7 +78,7 @@ impl Shared {
 
     fn failed(&self, doing: &str, error: &ServerError) -> SinkError {
         let place = match error {
-            // The cluster did not say anything, its name included.
+            // A silent cluster has not said its name.
             ServerError::Silent(_) => format!(" from {}", self.place()),
             _ => String::new(),
         };
@@ -100,21 +101,21 @@ impl Shared {
 }
 
 impl RedshiftSink {
-    /// A sink as configured. Connects to nothing yet.
+    /// Makes a sink, without connecting.
     ///
     /// # Errors
-    /// [`SinkError::Unavailable`] when the connection, the table's name or the bucket's URL or options
-    /// cannot be read.
+    /// [`SinkError::Unavailable`] if the connection string, the name of the table, or the bucket's URL or options are
+    /// invalid.
     pub fn new(name: SinkName, target: &RedshiftTarget) -> Result<Self, SinkError> {
         let CopySource { url, options, .. } = &target.staging;
         let place = StorePlace::open(name.clone(), url, options)?;
         Self::at(name, target, place)
     }
 
-    /// A sink that writes its files to a store that is open already: the bucket of the configured URL.
+    /// Makes a sink that writes its files to a store that is already open: the bucket of the configured URL.
     ///
     /// # Errors
-    /// As [`RedshiftSink::new`].
+    /// As for [`RedshiftSink::new`].
     pub fn with_store(
         name: SinkName,
         target: &RedshiftTarget,
@@ -126,10 +127,10 @@ impl RedshiftSink {
         Self::at(name, target, place)
     }
 
-    /// Sets the time without an answer after which a connection is lost.
+    /// Sets the time without an answer after which a connection counts as lost.
     #[must_use]
     pub fn with_silence_max(mut self, silence_max: Duration) -> Self {
-        // Nobody else has it before the first shard is acquired.
+        // Before the first shard is acquired, nobody else has it.
         if let Some(shared) = Arc::get_mut(&mut self.shared) {
             shared.silence_max = silence_max;
         }
@@ -196,7 +197,7 @@ impl Sink for RedshiftSink {
             .map_err(|error| shared.failed(&ledger.cannot_widen(), &error))?;
         let taken = ledger.acquire_shard(&client, &shared.sink, shard, shared.ownership.get());
         let taken = taken.await.map_err(|error| {
-            shared.failed(&format!("cannot take {} over in {ledger}", shard.shard), &error)
+            shared.failed(&format!("cannot acquire {} in {ledger}", shard.shard), &error)
         })?;
         let taken = taken.map_err(|cause| shared.unavailable(cause))?;
         let writer = RedshiftWriter::new(shared.clone(), shard.clone(), taken.epoch, client);
@@ -226,7 +227,7 @@ impl Sink for RedshiftSink {
     }
 
     fn set_ownership(&self, ownership: Ownership) {
-        // The first stays: a sink has one owner as long as it lives.
+        // The first one stays: a sink has one owner for its lifetime.
         let _ = self.shared.ownership.set(ownership);
     }
 

@@ -1,22 +1,22 @@
-//! From the table of the session into the target: the statements of each mode.
+//! Statements that move rows from the staging table of the session into the target, for each mode.
 //!
-//! Redshift enforces no unique key and has no ON CONFLICT. While the ledger is locked no other load of
-//! ours changes the target, so an UPDATE and an INSERT of what is not there do the same.
+//! Redshift enforces no unique key and has no ON CONFLICT. While the ledger is locked, no other load of ours changes
+//! the target, so an UPDATE followed by an INSERT of the missing rows has the same effect.
 
 use super::table::OWN_PREFIX;
 use shardmill_config::WriteMode;
 use shardmill_pg::name::{TableName, quoted};
 
-/// The table that COPY loads into; of the session, and gone with it.
+/// Staging table that COPY loads into. It belongs to the session, and is dropped with it.
 pub(super) const STAGING: &str = "shardmill_staging";
-/// Removes it; unless a commit is under way, there is none.
+/// Drops it. It exists only during a commit.
 pub(super) const DROP_STAGING: &str = "DROP TABLE shardmill_staging";
-/// Its column for the row's index in the commit.
+/// Column of the staging table for the index of the row in the commit.
 pub(super) const ROW: &str = "shardmill_row";
-/// Its column for the number of the rows that bring the same columns and go together.
+/// Column of the staging table for the number of the row's set.
 pub(super) const SET: &str = "shardmill_set";
 
-/// Makes the staging table: the target's columns without their constraints, and our own.
+/// Creates the staging table: the target's columns without their constraints, and our own.
 pub(super) fn create_staging(table: &TableName) -> String {
     debug_assert!(ROW.starts_with(OWN_PREFIX) && SET.starts_with(OWN_PREFIX));
     format!(
@@ -26,7 +26,7 @@ pub(super) fn create_staging(table: &TableName) -> String {
     )
 }
 
-/// Removes staged rows that another of their set with the same key replaces.
+/// Deletes staged rows that another row of their set with the same key replaces.
 pub(super) fn keep_winners(mode: &WriteMode) -> Option<String> {
     let order = match mode {
         WriteMode::Append => return None,
@@ -43,7 +43,7 @@ pub(super) fn keep_winners(mode: &WriteMode) -> Option<String> {
     ))
 }
 
-/// Moves the rows of one set, which bring these columns, to the target.
+/// Moves the rows of one set, which have these columns, to the target.
 pub(super) fn statements(
     mode: &WriteMode,
     table: &TableName,

@@ -1,4 +1,4 @@
-//! Whether the role can load rows at all: found before the first record, not by it.
+//! Checks before the first record whether the role can load rows.
 //!
 //! Source: guide, "Access privilege inquiry functions".
 
@@ -7,14 +7,14 @@ use shardmill_config::WriteMode;
 use shardmill_pg::Link;
 use shardmill_pg::name::{TableName, quoted};
 
-/// Checks what the statements of a commit need. The error is a sentence with the way out.
+/// Checks the rights that the statements of a commit need. The error is a sentence with the way out.
 pub(super) async fn check(
     link: &Link,
     table: &TableName,
     ledger: &TableName,
     mode: &WriteMode,
 ) -> Result<(), String> {
-    // The staging table is made by a SELECT of no rows.
+    // The staging table is created by a SELECT without rows, so SELECT is needed.
     let needs: &[&str] = match mode {
         WriteMode::Append | WriteMode::Ignore { .. } => &["SELECT", "INSERT"],
         WriteMode::Upsert { .. } => &["SELECT", "INSERT", "UPDATE"],
@@ -33,7 +33,7 @@ pub(super) async fn check(
     }
 }
 
-/// Refuses a name that is something else than a table, which would be created otherwise.
+/// Refuses a name that belongs to a relation that is not a table; otherwise it would look like a missing table.
 pub(super) async fn refuse_other_relation(link: &Link, table: &TableName) -> Result<(), String> {
     let find = format!(
         "SELECT c.relkind FROM pg_catalog.pg_class AS c \
@@ -47,7 +47,7 @@ pub(super) async fn refuse_other_relation(link: &Link, table: &TableName) -> Res
     match rows.first().and_then(|row| row.get(0)) {
         None | Some("r") => Ok(()),
         Some("v") => Err(format!("{table} is a view: expected a table")),
-        Some(_) => Err(format!("{table} is not a table: expected one")),
+        Some(_) => Err(format!("{table} is not a table: expected a table")),
     }
 }
 
@@ -80,7 +80,7 @@ async fn check_schema(link: &Link, ledger: &TableName) -> Result<(), String> {
     ))
 }
 
-/// The value of a condition.
+/// Evaluates a condition.
 async fn is(link: &Link, condition: &str) -> Result<bool, String> {
     Ok(one(link, condition).await? == "t")
 }
@@ -91,6 +91,6 @@ async fn role(link: &Link) -> Result<String, String> {
 
 async fn one(link: &Link, expression: &str) -> Result<String, String> {
     let rows = session::rows(link, &format!("SELECT {expression}")).await;
-    let rows = rows.map_err(|error| format!("cannot learn the role's rights: {error}"))?;
+    let rows = rows.map_err(|error| format!("cannot read the rights of the role: {error}"))?;
     Ok(rows.first().and_then(|row| row.get(0)).unwrap_or_default().to_owned())
 }

@@ -1,6 +1,6 @@
-//! One connection to Redshift: statements and answers as text.
+//! A connection to Redshift: statements and answers are text.
 //!
-//! Redshift's own wire forms of types differ from PostgreSQL's; texts do not.
+//! Redshift's binary forms of types differ from PostgreSQL's; their texts do not.
 
 use std::time::Duration;
 
@@ -8,11 +8,11 @@ use tokio_postgres::{SimpleQueryMessage, SimpleQueryRow};
 
 use shardmill_pg::{Link, PostgresServer, ServerError};
 
-/// A statement that takes longer ends as a visible error: a load of a large commit on a busy cluster
-/// takes minutes. Milliseconds.
+/// Limit of a statement's time, in milliseconds. A load of a large commit on a busy cluster takes minutes; a statement
+/// that takes longer ends as a visible error.
 const SETTINGS: &str = "SET statement_timeout TO 900000";
 
-/// A new connection.
+/// Connects.
 pub(super) async fn connect(
     server: &PostgresServer,
     silence_max: Duration,
@@ -22,7 +22,7 @@ pub(super) async fn connect(
     Ok(link)
 }
 
-/// Runs statements; how many rows the last one concerned.
+/// Runs statements. Returns the number of rows that the last one affected.
 pub(super) async fn run(link: &Link, sql: &str) -> Result<u64, ServerError> {
     let answers = link.simple_query(sql).await?;
     let counts = answers.iter().filter_map(|answer| match answer {
@@ -32,22 +32,22 @@ pub(super) async fn run(link: &Link, sql: &str) -> Result<u64, ServerError> {
     Ok(counts.last().unwrap_or(0))
 }
 
-/// Runs a query; its rows.
+/// Runs a query. Returns its rows.
 pub(super) async fn rows(link: &Link, sql: &str) -> Result<Vec<SimpleQueryRow>, ServerError> {
     link.simple_rows(sql).await
 }
 
-/// Whether a statement failed because its table is not there.
+/// Whether a statement failed because its table does not exist.
 pub(super) fn is_no_table(error: &ServerError) -> bool {
     error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_TABLE)
 }
 
-/// Whether a statement failed because a column is not there.
+/// Whether a statement failed because a column does not exist.
 pub(super) fn is_no_column(error: &ServerError) -> bool {
     error.code() == Some(&tokio_postgres::error::SqlState::UNDEFINED_COLUMN)
 }
 
-/// A text as SQL has it. A backslash escapes in Redshift and not in PostgreSQL: none is written.
+/// Quotes a text for SQL. A backslash is an escape in Redshift but not in PostgreSQL, so none is written.
 pub(super) fn literal(text: &str) -> String {
     let parts = text.split('\\').map(|part| format!("'{}'", part.replace('\'', "''")));
     parts.collect::<Vec<_>>().join(" || chr(92) || ")

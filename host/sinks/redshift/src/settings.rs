@@ -1,4 +1,4 @@
-//! The settings of a Redshift sink, as `[[sink]]` with `type = "redshift"` has them.
+//! Settings of a Redshift sink: `[[sink]]` with `type = "redshift"`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -19,38 +19,38 @@ use shardmill_config::{
 };
 use shardmill_core::sink::Sink;
 
-/// The sink type.
+/// Sink type.
 pub const TYPE: &dyn SinkType = &RedshiftType;
 
 const PORT: u16 = 5439;
 
 struct RedshiftType;
 
-/// A table in Amazon Redshift.
+/// Target table in Amazon Redshift.
 #[derive(Clone, Debug, PartialEq)]
 pub struct RedshiftTarget {
-    /// A connection string, `postgres://…` or `host=… dbname=…`.
+    /// Connection string, `postgres://…` or `host=… dbname=…`.
     pub url: String,
-    /// The table, optionally `schema.table`; without a schema it is in `public`.
+    /// Table, optionally `schema.table`; without a schema it is in `public`.
     pub table: String,
-    /// Create the table from the route's columns when it is missing.
+    /// Whether to create a missing table from the route's columns.
     pub create: bool,
-    /// How rows go into it.
+    /// Write mode.
     pub mode: WriteMode,
-    /// Where rows wait for COPY.
+    /// Where files wait for COPY.
     pub staging: CopySource,
 }
 
-/// A place on S3 that the host writes to and a cluster copies from.
+/// Place on S3 that the host writes to and a cluster copies from.
 #[derive(Clone, Debug, PartialEq)]
 pub struct CopySource {
     /// `s3://bucket/prefix`.
     pub url: Url,
     /// Options for `object_store`, for example `aws_endpoint`.
     pub options: BTreeMap<String, String>,
-    /// The role by which the cluster reads there, an ARN; or `default`, the cluster's own.
+    /// Role with which the cluster reads there: an ARN, or `default` for the cluster's own.
     pub iam_role: String,
-    /// The bucket's region, where it is not the cluster's.
+    /// Region of the bucket, if it is not the cluster's.
     pub region: Option<String>,
 }
 
@@ -91,20 +91,19 @@ impl SinkType for RedshiftType {
                 name: "url",
                 form: KeyForm::Text,
                 default: KeyDefault::Required("\"postgres://user@host:5439/database\""),
-                about: "The cluster: `postgres://user:${PGPASSWORD}@host:5439/database`, or \
+                about: "Cluster: `postgres://user:${PGPASSWORD}@host:5439/database`, or \
                         `host=… user=… dbname=…`.",
             },
             Key {
                 name: "table",
                 form: KeyForm::Text,
                 default: KeyDefault::Required("\"public.cars\""),
-                about: "The table: `schema.table`, or `table` for one in `public`.",
+                about: "Table: `schema.table`, or `table` for one in `public`.",
             },
             CREATE_KEY,
             MODE_KEY,
             Key {
-                about: "The columns that make a row's key, for `upsert` and `ignore`; Redshift itself enforces no \
-                        key.",
+                about: "Columns of a row's key, for `upsert` and `ignore`; Redshift itself enforces no keys.",
                 ..KEY_KEY
             },
             NEWEST_BY_KEY,
@@ -112,7 +111,7 @@ impl SinkType for RedshiftType {
                 name: "staging",
                 form: KeyForm::Text,
                 default: KeyDefault::Required("\"s3://bucket/load\""),
-                about: "Where files wait for COPY, `s3://bucket/prefix`; each is removed once it is loaded.",
+                about: "Place of the files that COPY loads, `s3://bucket/prefix`; each is removed once it is loaded.",
             },
             Key {
                 name: "options",
@@ -124,19 +123,19 @@ impl SinkType for RedshiftType {
                 name: "iam_role",
                 form: KeyForm::Text,
                 default: KeyDefault::Required("\"default\""),
-                about: "The role by which the cluster reads `staging`: an ARN, or `default`.",
+                about: "Role with which the cluster reads `staging`: an ARN, or `default`.",
             },
             Key {
                 name: "region",
                 form: KeyForm::Text,
                 default: KeyDefault::None,
-                about: "The region of the bucket, where it is not the cluster's.",
+                about: "Region of the bucket, if it is not the cluster's.",
             },
         ]
     }
 
     fn commit_policy(&self) -> CommitPolicy {
-        // Few large loads: each costs a cluster the same few seconds, whatever it holds.
+        // Few large loads, because each load costs a cluster the same few seconds.
         CommitPolicy::patient(100_000, 64 << 20, Duration::from_secs(60))
     }
 
@@ -163,18 +162,18 @@ fn target(raw: &RawRedshift, check: &mut Check) -> Option<RedshiftTarget> {
     Some(RedshiftTarget { url: url?, table: table?, create, mode: mode?, staging })
 }
 
-/// Where COPY reads.
+/// Reads the URL that COPY reads from.
 fn staging_url(raw: &Spanned<Text>, check: &mut Check) -> Option<Url> {
     let text = check.filled(raw, "URL")?;
     let url = Url::parse(&text).ok().filter(|url| bucket_of(url).is_some());
     if url.is_none() {
         let help = "write \"s3://bucket/prefix\", a place that the host may write to";
-        check.problem(raw.span(), format!("Redshift cannot load from {text:?}"), help);
+        check.problem(raw.span(), format!("unsupported URL for COPY of Redshift: {text:?}"), help);
     }
     url
 }
 
-/// Source: Redshift guide, "COPY", authorization parameters; several ARNs are a chain of roles.
+/// Reads the role. Several ARNs are a chain of roles. Source: Redshift guide, "COPY", authorization parameters.
 fn iam_role(raw: &Spanned<Text>, check: &mut Check) -> Option<String> {
     let text = check.filled(raw, "role")?;
     let is_part = |c: char| c.is_ascii_alphanumeric() || ":/+=,.@_-".contains(c);
@@ -184,11 +183,11 @@ fn iam_role(raw: &Spanned<Text>, check: &mut Check) -> Option<String> {
     }
     let help = "write \"arn:aws:iam::123456789012:role/NAME\", a role of the cluster that may read \
                 the files, or \"default\"";
-    check.problem(raw.span(), format!("{text:?} is no role's ARN"), help);
+    check.problem(raw.span(), format!("not a valid role ARN: {text:?}"), help);
     None
 }
 
-/// The bucket that a URL names, if Redshift can load from it.
+/// Returns the bucket of a URL, if Redshift can load from it.
 pub(crate) fn bucket_of(url: &Url) -> Option<&str> {
     let is_s3 = matches!(url.scheme(), "s3" | "s3a");
     url.host_str().filter(|bucket| is_s3 && !bucket.is_empty())

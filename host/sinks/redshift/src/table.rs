@@ -1,5 +1,5 @@
-//! The live table: its columns as the cluster has them now, the check against what routes declare,
-//! and its creation.
+//! The live table: its columns as the cluster has them now, the check against what the routes declare, and its
+//! creation.
 
 use super::kind::Kind;
 use super::rights;
@@ -12,21 +12,21 @@ use shardmill_sinks_common::rows::declared::{
     DeclaredColumn, Fit, LiveFit, check_fit, check_required, create_table_sql, may_create,
 };
 
-/// What the columns that a load adds begin with.
+/// Prefix of the columns that a load adds.
 pub(super) const OWN_PREFIX: &str = "shardmill_";
 
-/// A column of the live table.
+/// Column of the live table.
 #[derive(Debug)]
 pub(super) struct LiveColumn {
     pub(super) name: String,
-    /// The type as Redshift shows it, for messages.
+    /// Type as Redshift shows it, for messages.
     pub(super) data_type: String,
     pub(super) kind: Kind,
     pub(super) not_null: bool,
     pub(super) has_default: bool,
 }
 
-/// The table as it was when it was read.
+/// Table as it was when it was read.
 #[derive(Debug)]
 pub(super) struct LiveTable {
     pub(super) columns: Vec<LiveColumn>,
@@ -34,9 +34,9 @@ pub(super) struct LiveTable {
 }
 
 impl LiveTable {
-    /// Reads the table; `None` when there is none of that name.
+    /// Reads the table; `None` if there is no table of that name.
     pub(super) async fn read(client: &Link, table: &TableName) -> Result<Option<Self>, Error> {
-        // Redshift folds names to lower case, quoted ones too, unless a session asks otherwise.
+        // Redshift folds names to lower case, also quoted ones, unless the session says otherwise.
         let read = format!(
             "SELECT a.attname, format_type(a.atttypid, a.atttypmod), a.attnotnull, a.atthasdef
              FROM pg_catalog.pg_attribute AS a
@@ -69,7 +69,7 @@ impl LiveTable {
     }
 }
 
-/// Makes sure that the table is there and takes the declared columns. Errors are sentences.
+/// Makes sure that the table exists and accepts the declared columns. Errors are sentences.
 pub(super) async fn prepare(
     client: &Link,
     table: &TableName,
@@ -89,7 +89,7 @@ pub(super) async fn prepare(
             LiveTable::read(client, table)
                 .await
                 .map_err(cannot_read)?
-                .ok_or_else(|| format!("table {table} was created and is gone again"))?
+                .ok_or_else(|| format!("table {table} was dropped right after it was created"))?
         }
     };
     for column in declared {
@@ -98,8 +98,8 @@ pub(super) async fn prepare(
     check_required(table, mode, live.columns.iter().map(|column| column.name.as_str()))?;
     match live.columns.iter().find(|column| column.name.starts_with(OWN_PREFIX)) {
         Some(column) => Err(format!(
-            "table {table} has the column {:?}: names that begin with {OWN_PREFIX} are taken while \
-             rows are loaded; rename it",
+            "unsupported column name {:?} in table {table}: the prefix {OWN_PREFIX} is reserved for loads; \
+             rename the column",
             column.name
         )),
         None => Ok(()),
@@ -115,8 +115,8 @@ fn check_type(
     }
     let is_numeric = data_type.trim_start().to_ascii_lowercase().starts_with("numeric");
     let way_out = match is_numeric {
-        true => "declare its digits, as in numeric(18, 2), at most 38: Redshift needs them",
-        false => "rows cannot fill a column of that type in Redshift",
+        true => "declare its digits, such as numeric(18, 2), at most 38: Redshift needs them",
+        false => "unsupported column type for Redshift",
     };
     Err(format!("route {route:?} declares column {name:?} as {data_type:?}: {way_out}"))
 }
@@ -127,7 +127,7 @@ fn check(table: &TableName, live: &LiveTable, declared: &DeclaredColumn<'_>) -> 
     let live = live.columns.iter().map(|column| LiveFit {
         name: &column.name,
         data_type: &column.data_type,
-        // Which column is one, only the merge shows.
+        // Whether a column is generated is known only at the merge.
         is_generated: false,
         fit: match column.kind {
             Kind::Unsupported => Fit::Unsupported,
@@ -138,7 +138,7 @@ fn check(table: &TableName, live: &LiveTable, declared: &DeclaredColumn<'_>) -> 
     check_fit(table, declared, live)
 }
 
-/// Creates the table, if that is asked for.
+/// Creates the table, if the configuration allows it.
 async fn create_table(
     client: &Link,
     table: &TableName,
@@ -152,7 +152,7 @@ async fn create_table(
         format!("{} {}{null}", quoted(column.name), Kind::of(column.data_type).sql())
     };
     let columns: Vec<String> = declared.iter().map(column).collect();
-    // Redshift enforces no key; its planner believes it.
+    // Redshift does not enforce the key, but its planner relies on it.
     let create = create_table_sql(&table.quoted(), columns, mode, quoted);
     session::run(client, &create)
         .await

@@ -1,7 +1,22 @@
-//! The commit: load, then position and rows in one transaction.
+//! The commit: load the rows, then merge them and move the position in one transaction.
 //!
-//! Until that transaction nothing is visible but to the session itself, so a load can be thrown away
-//! at any time. What a connection had in hand when something failed goes with it.
+//! The steps, and their reasons:
+//!
+//! 1. Read the ledger. If this commit landed before, nothing is loaded again.
+//! 2. Encode, upload, and COPY into the staging table of the session. Nobody else sees it, so a load can be abandoned
+//!    at any time. Refused rows are found here, before the transaction.
+//! 3. Store refused rows as pending dead letters, before the position can move over them.
+//! 4. In one transaction: lock the ledger, read it again (another owner may have come meanwhile), move the position,
+//!    merge the staged rows, COMMIT.
+//!
+//! | ledger row | result |
+//! |---|---|
+//! | missing, or of another epoch | fenced |
+//! | position is the start of the commit | the commit goes on, or is tried again after a COMMIT without an answer |
+//! | position is the end of the commit | landed before: done, with its counts if remembered |
+//! | any other position | fenced |
+//!
+//! After any failure the connection is closed, and with it its transaction and its staging table.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
@@ -19,41 +34,41 @@ use shardmill_core::record::{Position, ShardKey};
 use shardmill_core::sink::{Commit, Committed, Refusal, RefusalLog, SinkError, SinkWriter};
 use shardmill_pg::{Link, ServerError as Error};
 
-/// Loads of one commit at most: each but the last finds rows that COPY does not take.
+/// Highest number of loads of one commit. Each but the last finds rows that COPY does not accept.
 const LOADS_MAX: usize = 20;
 
-/// Where a provisioned cluster names the rows that a COPY did not take: file, line, column, reason.
+/// Query for the rows that a COPY did not accept, on a provisioned cluster: file, line, column, reason.
 const CLUSTER_ERRORS: &str = "SELECT trim(filename), line_number, trim(colname), trim(err_reason) \
      FROM stl_load_errors WHERE query = pg_last_copy_id()";
 
-/// Where Redshift Serverless does, which has no `stl_` tables for users, and provisioned clusters too.
-/// The condition is that the file is of this load.
+/// The same for Redshift Serverless, whose users have no `stl_` tables; provisioned clusters have this table, too. The
+/// pattern must match the files of this load.
 const SERVERLESS_ERRORS: &str = "SELECT trim(file_name), line_number, trim(column_name), trim(error_message) \
      FROM sys_load_error_detail WHERE file_name LIKE";
 
-/// Commits one shard's rows.
+/// Commits the rows of one shard.
 pub(super) struct RedshiftWriter {
     shared: Arc<Shared>,
     shard: ShardKey,
     epoch: i64,
     /// `None` after a failure.
     client: Option<Link>,
-    /// The counts of a commit whose reply was lost, by where it ends.
+    /// End and counts of a commit whose answer was lost.
     unanswered: Option<(Position, Committed)>,
 }
 
-/// Where the shard stands, as a commit sees it.
+/// Position of the shard, compared with a commit.
 enum Standing {
-    /// Where the commit begins.
+    /// At the start of the commit.
     AtStart,
-    /// Where the commit ends: it has landed before.
+    /// At the end of the commit: it landed before.
     AtEnd,
 }
 
-/// How the transaction ended.
+/// End of a transaction.
 enum Ended {
     Committed,
-    /// The cluster was asked to commit and did not say that it has.
+    /// COMMIT was sent and not confirmed.
     Unknown(String),
 }
 
@@ -62,7 +77,7 @@ impl RedshiftWriter {
         Self { shared, shard, epoch, client: Some(client), unanswered: None }
     }
 
-    /// The commit on one screen.
+    /// Runs the commit, on one screen.
     async fn load_and_commit(
         &mut self,
         client: &Link,
@@ -91,11 +106,11 @@ impl RedshiftWriter {
             .map_err(|error| shared.failed(&format!("cannot read {ledger}"), &error))?
             .map_err(|cause| shared.unavailable(cause))?;
         let Some(LedgerRow { epoch, position, owner }) = entry else {
-            let detail = format!("its row is gone from {ledger}");
+            let detail = format!("its row was deleted from {ledger}");
             return Err(shared.fenced(&self.shard, detail, None));
         };
         if epoch != self.epoch {
-            let detail = format!("epoch {epoch} in place of {}", self.epoch);
+            let detail = format!("expected epoch {}, found {epoch}", self.epoch);
             return Err(shared.fenced(&self.shard, detail, owner));
         }
         if position == commit.range.from_exclusive {
@@ -108,7 +123,8 @@ impl RedshiftWriter {
             position.as_ref().map_or_else(|| "the beginning".to_owned(), Position::to_string)
         };
         let (position, from) = (shown(&position), shown(&commit.range.from_exclusive));
-        let detail = format!("the position is {position}, the commit begins at {from}");
+        let detail =
+            format!("expected position {from}, at which the commit begins, found {position}");
         Err(shared.fenced(&self.shard, detail, None))
     }
 
@@ -126,7 +142,7 @@ impl RedshiftWriter {
         Ok(Arc::new(table))
     }
 
-    /// Encodes off the async threads, but for rows that were refused before.
+    /// Encodes on a blocking thread, without rows that were refused before.
     async fn encode(
         &self,
         commit: &Commit,
@@ -148,17 +164,17 @@ impl RedshiftWriter {
             Ok(Ok(encoded)) => Ok(encoded),
             Ok(Err(EncodeError::GoneColumn(column))) => Err(shared.unavailable(format!(
                 "column {column:?} is gone from table {name}: add it again, or run plugins whose \
-                 rows do not bring it"
+                 rows do not have it"
             ))),
             Ok(Err(EncodeError::Io(error))) => {
-                Err(shared.unavailable(format!("rows could not be compressed: {error}")))
+                Err(shared.unavailable(format!("failed to compress rows: {error}")))
             }
-            Err(error) => Err(shared.unavailable(format!("encoding was broken off: {error}"))),
+            Err(error) => Err(shared.unavailable(format!("failed to encode rows: {error}"))),
         }
     }
 
-    /// Brings the commit's rows into the staging table; rows that Redshift's error tables name are
-    /// refused. A COPY that fails as a whole for such rows is repeated without them.
+    /// Loads the rows of the commit into the staging table. Rows that the error tables of Redshift name are refused. A
+    /// COPY that fails completely because of such rows is repeated without them.
     async fn load(
         &self,
         client: &Link,
@@ -188,17 +204,19 @@ impl RedshiftWriter {
             let upload = bucket.upload(&self.shard, &encoded.files).await?;
             let copied = session::run(client, &upload.copy).await;
             loads_left -= 1;
+            // COPY has read the files or failed; in both cases nobody reads them again.
             bucket.remove(&upload).await;
             let sent: usize = encoded.files.iter().map(|file| file.rows.len()).sum();
             let loaded = match &copied {
                 Ok(_) => self.loaded(client).await?,
+                // Without an answer of the cluster it is unknown what was loaded.
                 Err(error) if error.as_db_error().is_none() => return Err(failed(error)),
                 Err(_) => 0,
             };
             let named = match (loaded == sent, copied.is_ok()) {
                 (true, _) => Vec::new(),
                 (false, true) => self.named(client, &upload, &encoded.files).await?,
-                // It may have failed for another reason, which is the one to show.
+                // It may have failed for another reason, which is then reported.
                 (false, false) => {
                     self.named(client, &upload, &encoded.files).await.unwrap_or_default()
                 }
@@ -206,8 +224,8 @@ impl RedshiftWriter {
             match copied {
                 Ok(_) if loaded + named.len() != sent => {
                     return Err(shared.unavailable(format!(
-                        "COPY loaded {loaded} of {sent} rows for table {} and named {} that it left \
-                         out; see stl_load_errors or sys_load_error_detail",
+                        "expected COPY to load or report all {sent} rows for table {}, but it loaded {loaded} \
+                         and reported {}; see stl_load_errors or sys_load_error_detail",
                         shared.table,
                         named.len()
                     )));
@@ -231,7 +249,7 @@ impl RedshiftWriter {
         }
     }
 
-    /// How many rows the last COPY loaded.
+    /// Returns the number of rows that the last COPY loaded.
     async fn loaded(&self, client: &Link) -> Result<usize, SinkError> {
         let count = session::rows(client, "SELECT pg_last_copy_count()").await;
         let count = count.map_err(|error| self.cannot_learn(&error))?;
@@ -239,8 +257,8 @@ impl RedshiftWriter {
         Ok(count.unwrap_or_default())
     }
 
-    /// The rows that the error tables name for a load. Which of the two there is depends on the kind of
-    /// cluster, and on the role's rights.
+    /// Returns the rows that the error tables name for a load. Which table is readable depends on the kind of cluster
+    /// and on the role's rights.
     async fn named(
         &self,
         client: &Link,
@@ -268,7 +286,7 @@ impl RedshiftWriter {
                 let line = text(1).parse::<usize>().ok().and_then(|line| line.checked_sub(1));
                 if let Some(index) = file.zip(line).and_then(|(file, line)| file.rows.get(line)) {
                     let (column, why) = (sanitized(text(2)), sanitized(text(3)));
-                    let reason = format!("COPY does not take column {column:?}: {why}");
+                    let reason = format!("COPY does not accept column {column:?}: {why}");
                     named.entry(*index).or_insert(reason);
                 }
             }
@@ -283,11 +301,11 @@ impl RedshiftWriter {
     }
 
     fn cannot_learn(&self, error: &Error) -> SinkError {
-        let doing = format!("cannot learn what was loaded for table {}", self.shared.table);
+        let doing = format!("cannot read what was loaded for table {}", self.shared.table);
         self.shared.failed(&doing, error)
     }
 
-    /// Moves the position and the staged rows, together.
+    /// Moves the position and the staged rows, in one transaction.
     async fn transact(
         &self,
         client: &Link,
@@ -298,6 +316,7 @@ impl RedshiftWriter {
         let (shared, ledger) = (&self.shared, &self.shared.ledger);
         let failed =
             |error: Error| shared.failed(&format!("cannot commit to {}", shared.table), &error);
+        // The ledger is read again under the lock: another owner may have acquired the shard during the load.
         ledger.lock(client).await.map_err(failed)?;
         if let Standing::AtEnd = self.standing(client, commit).await? {
             session::run(client, "ROLLBACK").await.map_err(failed)?;
@@ -312,8 +331,8 @@ impl RedshiftWriter {
         let moved = moved.await.map_err(failed)?;
         if moved != 1 {
             return Err(shared.unavailable(format!(
-                "{ledger} has {moved} rows for shard {}: one is due; Redshift enforces no key, so \
-                 only hands can have done that",
+                "expected one row in {ledger} for shard {}, found {moved}: it was edited by hand, because \
+                 Redshift enforces no keys; delete the wrong rows",
                 self.shard.shard
             )));
         }
@@ -333,7 +352,7 @@ impl RedshiftWriter {
         })
     }
 
-    /// After a COMMIT without an answer: asks a new connection whether it landed.
+    /// Resolves a COMMIT without an answer: reads the ledger on a new connection.
     async fn resolve(
         &mut self,
         commit: &Commit,
@@ -352,7 +371,7 @@ impl RedshiftWriter {
         }
     }
 
-    /// The counts of a commit that had landed before: as remembered, else as if nothing was refused.
+    /// Returns the counts of a commit that landed before: the remembered ones, or else as if no row was refused.
     fn answered(&mut self, commit: &Commit) -> Committed {
         match self.unanswered.take() {
             Some((to, committed)) if to == commit.range.to_inclusive => committed,
@@ -372,7 +391,7 @@ impl SinkWriter for RedshiftWriter {
         commit: &Commit,
         refusals: &dyn RefusalLog,
     ) -> Result<Committed, SinkError> {
-        // Out of `self` until it is known to be clean: a call that is dropped half-way closes it.
+        // Taken out of `self` until it is known to be clean: dropping this call half-way then closes it.
         let client = match self.client.take() {
             Some(client) if !client.is_closed() => client,
             _ => self.shared.connect().await?,
@@ -391,7 +410,7 @@ impl SinkWriter for RedshiftWriter {
     }
 }
 
-/// What a commit wrote.
+/// Returns the counts of a commit.
 fn committed(commit: &Commit, refused: &[Refusal]) -> Committed {
     let bytes = |rows: &mut dyn Iterator<Item = usize>| -> u64 {
         rows.map(|row| commit.rows[row].payload.len() as u64).sum()

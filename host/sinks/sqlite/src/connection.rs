@@ -1,7 +1,17 @@
-//! The one connection to a SQLite file that a sink's shards take turns on.
+//! Connection to a SQLite file, which the shards of a sink share, one at a time.
 //!
-//! Whoever lets it go ends its transaction: what a dropped or failed call left open is rolled back
-//! at once, so that no lock on the file outlives the call.
+//! Invariants:
+//! - No transaction outlives its [`Held`]: dropping it rolls back what a dropped or failed call has left open. So no
+//!   lock on the file outlives the call.
+//! - Every use is of the file that is at the path. The file may be moved or replaced while it is open, and commits
+//!   would go into a file that nobody finds. So the file's id is compared before each use, and again after each commit.
+//!
+//! | file at the path, compared with the open one | then |
+//! |---|---|
+//! | the same | it is used |
+//! | missing | an error: put it back |
+//! | another one, without a log beside it | it is opened, and its positions are read |
+//! | another one, with a log beside it | an error: SQLite would replay a log of the old file into the new one |
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -15,42 +25,42 @@ use shardmill_core::masking::sanitized;
 use shardmill_sinks_common::local;
 use shardmill_sinks_common::local::FileId;
 
-/// How long another process may hold the file's write lock before a commit gives up and is retried
-/// by the delivery, visibly.
+/// Longest wait of a commit for the file's write lock. After that the commit fails, and the delivery retries it
+/// visibly.
 const BUSY_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// The same for a check, which a person waits for.
+/// Longest wait of a check for the write lock: a person waits for the check.
 const CHECK_BUSY_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Prepared statements that are kept: one per set of columns, and a few of our own.
+/// Most prepared statements that are kept: one per set of columns, and a few of our own.
 const STATEMENTS_MAX: usize = 64;
 
-/// WAL: readers do not stop the writer. FULL: a commit is on the disk when it returns, because the
-/// checkpoint follows it.
+/// Settings of the file. WAL: readers do not stop the writer. FULL: a commit is durable when it returns, which the
+/// checkpoint after it relies on.
 const SETTINGS: &str = "PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL;";
 
-/// A connection that is opened when it is first needed.
+/// A connection that is opened on first use.
 pub(super) struct SharedConnection {
     path: Arc<Path>,
     slot: Arc<Mutex<Slot>>,
 }
 
-/// Where the connection is kept.
+/// Place of the connection.
 #[derive(Default)]
 struct Slot {
     open: Option<Open>,
-    /// The file that was opened first.
+    /// Id of the file that was opened.
     file: Option<FileId>,
 }
 
-/// An open connection and what was learned on it.
+/// An open connection, and the table as it was last read.
 pub(super) struct Open {
     pub(super) connection: Connection,
-    /// The table as it was at a version of the schema.
+    /// The table, and the version of the schema at which it was read.
     pub(super) table: Option<(i64, LiveTable)>,
 }
 
-/// The connection, held until dropped.
+/// Exclusive use of the connection, until dropped.
 pub(super) struct LockedConnection {
     slot: OwnedMutexGuard<Slot>,
     path: Arc<Path>,
@@ -61,12 +71,12 @@ impl SharedConnection {
         Self { path: path.into(), slot: Arc::default() }
     }
 
-    /// The database file.
+    /// Returns the path of the database file.
     pub(super) fn path(&self) -> &Path {
         &self.path
     }
 
-    /// Waits for the connection, and opens it if need be.
+    /// Waits for the connection, and opens it if it is not open.
     pub(super) async fn lock(&self) -> Result<LockedConnection, String> {
         let slot = Arc::clone(&self.slot).lock_owned().await;
         let path = Arc::clone(&self.path);
@@ -81,7 +91,7 @@ fn lock(mut slot: OwnedMutexGuard<Slot>, path: Arc<Path>) -> Result<LockedConnec
             None => return Err(moved(&path)),
             Some(_) => {
                 may_reopen(&path)?;
-                tracing::warn!(file = %path.display(), "the database file was replaced: its positions are read again");
+                tracing::warn!(file = %path.display(), "the database file was replaced, reading its positions");
                 *slot = Slot::default();
             }
         }
@@ -96,14 +106,14 @@ fn lock(mut slot: OwnedMutexGuard<Slot>, path: Arc<Path>) -> Result<LockedConnec
 
 fn moved(path: &Path) -> String {
     format!(
-        "{} is gone: it was moved or deleted while it was open, and what is committed now would be \
-         lost with it; put it back, with the files that end in -wal and -shm",
+        "{} is missing: it was moved or deleted while it was open, and commits would be lost with it; put it \
+         back, with the files that end in -wal and -shm",
         path.display()
     )
 }
 
-/// Whether another file at the path of the open one can be opened: a log that the old one left there would
-/// be played into the new one, and damage it.
+/// Refuses to open another file at the path of the open one if a log is beside it. SQLite would replay a log of the old
+/// file into the new one, and damage it.
 fn may_reopen(path: &Path) -> Result<(), String> {
     let mut log = path.as_os_str().to_owned();
     log.push("-wal");
@@ -135,13 +145,11 @@ fn open(path: &Path) -> Result<Connection, String> {
     Ok(connection)
 }
 
-/// Opens the file for a check that leaves it as it is; a missing one is stood in for by an empty database
-/// in memory.
+/// Opens the file for a check that does not change it. For a missing file, opens an empty database in memory.
 pub(super) fn open_to_check(path: &Path) -> Result<Connection, String> {
     let failed =
         |error: rusqlite::Error| format!("cannot open {}: {}", path.display(), sanitized(error));
-    // The log and its index lie beside the file, so the folder must take files even where the database is
-    // there already.
+    // SQLite creates the log and its index beside the file, so the folder must be writable even if the database exists.
     let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
     local::check_writable(folder.unwrap_or(Path::new(".")))?;
     if FileId::at(path)?.is_none() {
@@ -155,7 +163,7 @@ pub(super) fn open_to_check(path: &Path) -> Result<Connection, String> {
 }
 
 impl LockedConnection {
-    /// Makes sure that the open file is the one at its path.
+    /// Checks that the open file is the one at its path.
     pub(super) fn check_file(&self) -> Result<(), String> {
         match FileId::at(&self.path)? {
             now if now == self.slot.file => Ok(()),
@@ -197,5 +205,5 @@ pub(super) async fn blocking<T: Send + 'static>(
 ) -> Result<T, String> {
     tokio::task::spawn_blocking(call)
         .await
-        .map_err(|error| format!("a call to SQLite did not end properly: {error}"))
+        .map_err(|error| format!("a call to SQLite was interrupted: {error}"))
 }

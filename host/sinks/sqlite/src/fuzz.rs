@@ -1,4 +1,4 @@
-//! Values as they are bound for SQLite.
+//! Fuzz target of the values that are bound for SQLite.
 
 #![allow(
     missing_docs,

@@ -1,11 +1,12 @@
-//! The SQLite sink: a table in a file, exactly once.
+//! SQLite sink: a table in a file, exactly once.
 //!
-//! Rows and position move in one transaction. The shards of a sink share one connection, which calls
-//! on blocking threads take turns on; other processes may read the file meanwhile (WAL mode).
-//! [`connection`] opens the file, [`table`] is the live table, [`mod@write`] the commit itself. Reading
-//! JSON by column type is `rows`' work; buffering and retries are the delivery's.
+//! Rows and position are written in one transaction. The shards of a sink share one connection: their calls run on
+//! blocking threads, one at a time. Other processes may read the file meanwhile (WAL mode). [`connection`] opens the
+//! file, [`table`] reads and checks the live table, [`mod@write`] commits. `rows` (in `sinks/common`) reads JSON by
+//! column type. The engine buffers rows (deliveries) and retries commits (committers).
 //!
-//! [`TYPE`] is what the program's registry lists: `settings` reads `type = "sqlite"`, names its keys and makes the sink.
+//! [`TYPE`] is the entry in the program's registry of sinks: `settings` reads `type = "sqlite"`, lists its keys and
+//! makes the sink.
 
 mod connection;
 #[cfg(any(test, feature = "fuzzing"))]
@@ -34,19 +35,19 @@ use shardmill_core::sink::{
 };
 use shardmill_sinks_common::rows;
 
-/// A table in a SQLite file.
+/// Sink of a table in a SQLite file.
 pub struct SqliteSink {
     shared: Arc<Shared>,
     create: bool,
 }
 
-/// What the writers of all shards have in common.
+/// Parts that the writers of all shards share.
 struct Shared {
     sink: SinkName,
     table: String,
     mode: WriteMode,
     connection: SharedConnection,
-    /// Who writes; unset in a sink that only answers questions.
+    /// Process that writes; unset in a sink that is only read from.
     ownership: OnceLock<Ownership>,
     known_columns: rows::KnownColumns,
 }
@@ -70,14 +71,14 @@ impl Shared {
 }
 
 impl SqliteSink {
-    /// Names a table in the database file at `path`, which is created if it is missing, and how rows
-    /// go into it. With `create`, [`Sink::prepare`] makes the table from the columns that the routes
-    /// declare, with the mode's key as its primary key.
+    /// Makes a sink for a table in the database file at `path`, which is created if it is missing. `mode` says how rows
+    /// are written. With `create`, [`Sink::prepare`] creates the table with the columns that the routes declare, and
+    /// the mode's key as its primary key.
     ///
     /// Opens nothing yet.
     ///
     /// # Errors
-    /// [`SinkError::Unavailable`] when `table` is no name.
+    /// [`SinkError::Unavailable`] when `table` is not a valid name.
     pub fn new(
         name: SinkName,
         path: impl Into<PathBuf>,
@@ -86,7 +87,7 @@ impl SqliteSink {
         mode: WriteMode,
     ) -> Result<Self, SinkError> {
         if table.is_empty() || table.contains('\0') || table.starts_with("sqlite_") {
-            let cause = format!("{table:?} is no table's name in SQLite");
+            let cause = format!("not a valid table name in SQLite: {table:?}");
             return Err(SinkError::Unavailable { sink: name, cause });
         }
         let connection = SharedConnection::new(path.into());
@@ -179,7 +180,7 @@ impl Sink for SqliteSink {
     }
 
     fn set_ownership(&self, ownership: Ownership) {
-        // The first stays: a sink has one owner as long as it lives.
+        // The first one stays: a sink has the same owner for its whole life.
         let _ = self.shared.ownership.set(ownership);
     }
 
@@ -195,7 +196,7 @@ impl Sink for SqliteSink {
     }
 }
 
-/// Commits one shard's rows.
+/// Writer of one shard's rows.
 struct SqliteWriter {
     shared: Arc<Shared>,
     shard: ShardKey,
@@ -203,8 +204,8 @@ struct SqliteWriter {
 }
 
 impl SqliteWriter {
-    /// Writes rows and position, and commits them unless a row was refused: then the transaction
-    /// stays open in the connection that comes back.
+    /// Writes rows and position, and commits them unless a row was refused. In that case the transaction stays open in
+    /// the connection that is returned.
     async fn write(&self, commit: &Commit) -> Result<(LockedConnection, Written), SinkError> {
         let locked =
             self.shared.connection.lock().await.map_err(|cause| self.shared.unavailable(cause))?;

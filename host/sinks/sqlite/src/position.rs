@@ -1,7 +1,10 @@
-//! The position table: how far each shard is, and who may move it.
+//! Position table: the position of each shard, and the epoch of its owner.
 //!
-//! SQLite's numbers are doubles beyond 64 bits, so a sequence number is text, padded with zeros to
-//! 129 digits: text order is then number order.
+//! Invariant: a position moves only by [`move_on`], from exactly the expected position, and only with the current
+//! epoch. Acquiring a shard ([`acquire_shard`]) raises the epoch, so an earlier owner's update changes no row.
+//!
+//! SQLite's numbers are doubles beyond 64 bits, so a sequence number is text, padded with zeros to 129 digits: the
+//! order of the texts is then that of the numbers.
 
 use rusqlite::{Connection, OptionalExtension as _, Row, params};
 
@@ -26,7 +29,7 @@ const CREATE: &str = "CREATE TABLE IF NOT EXISTS shardmill_position (
     PRIMARY KEY (pipeline, sink, stream, shard)
 ) STRICT, WITHOUT ROWID";
 
-/// Columns that tables of earlier versions have not: who wrote a position, and by which state.
+/// Columns that tables of earlier versions do not have: the writer of a position, and its state.
 const LATER_COLUMNS: [&str; 3] = ["state_id TEXT", "state_number INTEGER", "owner TEXT"];
 
 const LATER_COLUMNS_THERE: &str = "SELECT count(*) FROM pragma_table_info('shardmill_position')
@@ -42,7 +45,7 @@ const ACQUIRE_SHARD: &str = "INSERT INTO shardmill_position
 const READ: &str = "SELECT epoch, sequence, sub_sequence, owner FROM shardmill_position
     WHERE pipeline = ?1 AND sink = ?2 AND stream = ?3 AND shard = ?4";
 
-/// The same from a table of an earlier version.
+/// The same query for a table of an earlier version.
 const READ_NARROW: &str = "SELECT epoch, sequence, sub_sequence, NULL FROM shardmill_position
     WHERE pipeline = ?1 AND sink = ?2 AND stream = ?3 AND shard = ?4";
 
@@ -62,15 +65,15 @@ const MOVE_ON: &str = "UPDATE shardmill_position SET sequence = ?6, sub_sequence
 const EXISTS: &str =
     "SELECT count(*) FROM sqlite_schema WHERE type = 'table' AND name = 'shardmill_position'";
 
-/// A position's row.
+/// Row of a shard.
 pub(super) struct Stored {
     pub(super) epoch: i64,
     pub(super) position: Option<Position>,
-    /// Who wrote it, if that is known.
+    /// Owner that wrote it, if known.
     pub(super) owner: Option<OwnerName>,
 }
 
-/// Makes the caller the shard's owner: earlier epochs can no longer move the position.
+/// Makes the caller the shard's owner: raises the epoch, so that earlier owners cannot move the position any more.
 pub(super) fn acquire_shard(
     connection: &mut Connection,
     sink: &SinkName,
@@ -78,7 +81,7 @@ pub(super) fn acquire_shard(
     ownership: Option<&Ownership>,
 ) -> Result<Stored, String> {
     let failed = |error: rusqlite::Error| {
-        format!("cannot take {} over in shardmill_position: {}", shard.shard, sanitized(error))
+        format!("cannot acquire {} in shardmill_position: {}", shard.shard, sanitized(error))
     };
     connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;
     connection.execute_batch(CREATE).map_err(failed)?;
@@ -99,7 +102,7 @@ pub(super) fn acquire_shard(
     Ok(stored)
 }
 
-/// Checks that positions can be kept: within a transaction that the caller rolls back.
+/// Checks that positions can be kept. The caller rolls back the transaction.
 pub(super) fn check(connection: &Connection) -> Result<(), String> {
     connection
         .execute_batch(CREATE)
@@ -108,11 +111,11 @@ pub(super) fn check(connection: &Connection) -> Result<(), String> {
         .and_then(|()| connection.prepare(MOVE_ON).map(drop))
         .map_err(|error| {
             let said = sanitized(error);
-            format!("positions cannot be kept in table shardmill_position: {said}: rename what has its name")
+            format!("cannot keep positions in table shardmill_position: {said}: rename the table or view of that name")
         })
 }
 
-/// Adds the columns that a table of an earlier version has not.
+/// Adds the columns that a table of an earlier version does not have.
 fn widen_if_narrow(connection: &Connection) -> rusqlite::Result<()> {
     if is_wide(connection)? {
         return Ok(());
@@ -128,13 +131,13 @@ fn widen_if_narrow(connection: &Connection) -> rusqlite::Result<()> {
     Ok(())
 }
 
-/// Whether the table has all columns.
+/// Returns whether the table has all columns.
 fn is_wide(connection: &Connection) -> rusqlite::Result<bool> {
     let there: i64 = connection.query_row(LATER_COLUMNS_THERE, [], |row| row.get(0))?;
     Ok(there == LATER_COLUMNS.len() as i64)
 }
 
-/// All rows of a sink of a pipeline; none when the table is missing.
+/// Reads all rows of a sink of a pipeline; none if the table is missing.
 pub(super) fn read_all(
     connection: &mut Connection,
     sink: &SinkName,
@@ -163,7 +166,7 @@ pub(super) fn read_all(
     read().map_err(|error| format!("cannot read shardmill_position: {}", sanitized(error)))
 }
 
-/// The shard's row; `None` when it or the table is missing.
+/// Reads the shard's row; `None` if it or the table is missing.
 pub(super) fn read_if_any(
     connection: &mut Connection,
     sink: &SinkName,
@@ -175,7 +178,7 @@ pub(super) fn read_if_any(
         .map_err(|error| format!("cannot read shardmill_position: {}", sanitized(error)))
 }
 
-/// The shard's row.
+/// Reads the shard's row; `None` if it is missing.
 pub(super) fn read(
     connection: &Connection,
     sink: &SinkName,
@@ -187,7 +190,8 @@ pub(super) fn read(
     connection.prepare_cached(sql)?.query_row(key, Stored::of).optional()
 }
 
-/// Moves a shard's row from the sink's old name to its new one; there may be none, or it was moved before.
+/// Moves a shard's row from the sink's former name to its new one. Does nothing if there is no such row. Raises the
+/// epoch, so that an owner under the former name cannot commit any more.
 pub(super) fn adopt(
     connection: &mut Connection,
     (old, new): (&SinkName, &SinkName),
@@ -206,8 +210,7 @@ pub(super) fn adopt(
     connection.execute_batch("BEGIN IMMEDIATE").map_err(failed)?;
     if read(connection, new, shard).map_err(failed)?.is_some_and(|own| own.position.is_some()) {
         return Err(format!(
-            "shardmill_position has rows of both sink {old} and sink {new} for shard {}: delete the one \
-             that does not count",
+            "shardmill_position has rows of both sink {old} and sink {new} for shard {}: delete the wrong one",
             shard.shard
         ));
     }
@@ -222,7 +225,7 @@ pub(super) fn adopt(
     connection.execute_batch("COMMIT").map_err(failed)
 }
 
-/// Moves the position over a span; false when it is not where the span begins, or has another owner.
+/// Moves the position over a range. Returns false if the position is not the range's start, or the epoch is not ours.
 pub(super) fn move_on(
     connection: &Connection,
     (sink, shard): (&SinkName, &ShardKey),
@@ -267,7 +270,7 @@ impl Stored {
     }
 }
 
-/// The column's form of a sub-sequence. An aggregate has at most some millions of records.
+/// Returns a sub-sequence number as the column has it. An aggregate has at most some millions of records, so it fits.
 fn sub_sequence(position: &Position) -> i64 {
     i64::try_from(position.sub_sequence).unwrap_or(i64::MAX)
 }

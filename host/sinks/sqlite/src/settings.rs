@@ -1,4 +1,4 @@
-//! The settings of a SQLite sink, as `[[sink]]` with `type = "sqlite"` has them.
+//! Settings of a SQLite sink: `[[sink]]` with `type = "sqlite"`.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use shardmill_config::{
 use shardmill_core::record::SinkName;
 use shardmill_core::sink::Sink;
 
-/// The sink type.
+/// Sink type of SQLite tables.
 pub const TYPE: &dyn SinkType = &SqliteType;
 
 struct SqliteType;
@@ -26,17 +26,17 @@ struct SqliteType;
 /// A table in a SQLite file.
 #[derive(Clone, Debug, PartialEq)]
 pub struct SqliteTarget {
-    /// The database file.
+    /// Database file.
     pub path: PathBuf,
-    /// The table.
+    /// Name of the table.
     pub table: String,
-    /// Create the table from the route's columns when it is missing.
+    /// Whether to create a missing table from the route's columns.
     pub create: bool,
-    /// How rows go into it.
+    /// Mode of writing rows.
     pub mode: WriteMode,
 }
 
-/// `[[sink]]` with `type = "sqlite"`
+/// `[[sink]]` with `type = "sqlite"`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]
 struct RawSqlite {
@@ -59,7 +59,7 @@ impl SinkType for SqliteType {
     }
 
     fn about(&self) -> &'static str {
-        "A table in a SQLite file, exactly once: rows and position move in one transaction."
+        "A table in a SQLite file, exactly once: rows and position are written in one transaction."
     }
 
     fn keys(&self) -> &'static [Key] {
@@ -68,7 +68,7 @@ impl SinkType for SqliteType {
                 name: "path",
                 form: KeyForm::Text,
                 default: KeyDefault::Required("\"data/cars.db\""),
-                about: "The database file; it is created when it is missing.",
+                about: "The database file; it is created if it is missing.",
             },
             Key {
                 name: "table",
@@ -113,14 +113,14 @@ fn target(raw: &RawSqlite, base: &Path, check: &mut Check) -> Option<SqliteTarge
 impl SinkSettings for SqliteTarget {
     fn destination(&self) -> Option<String> {
         let Self { path, table, .. } = self;
-        // The folder may be a link, and the file not there yet.
+        // The folder may be a link, and the file may not exist yet.
         let folder = path.parent().and_then(|folder| folder.canonicalize().ok());
         let path = match (folder, path.file_name()) {
             (Some(folder), Some(name)) => folder.join(name),
             _ => std::path::absolute(path).unwrap_or_else(|_| path.clone()),
         };
         let path = path.canonicalize().unwrap_or(path);
-        // SQLite's names are the same in capitals.
+        // SQLite's names are not case-sensitive.
         Some(format!("sqlite {} table {}", path.display(), table.to_ascii_lowercase()))
     }
 

@@ -1,5 +1,5 @@
-//! The live table: its columns as the file has them now, the check against what routes declare, and
-//! its creation.
+//! Live table: reads its columns as the file has them now, checks them against the columns that routes declare, and
+//! creates it.
 
 use rusqlite::{Connection, ErrorCode};
 
@@ -13,8 +13,8 @@ pub use shardmill_sinks_common::rows::declared::{
     DeclaredColumn, Fit, LiveFit, check_fit, create_table_sql, may_create,
 };
 
-/// Columns without the hidden ones of virtual tables; 2 and 3 mark generated ones.
-/// An `INTEGER PRIMARY KEY` is given a value where a row brings none.
+/// Query of the columns, without the hidden ones of virtual tables; 2 and 3 mark generated ones. SQLite gives an
+/// `INTEGER PRIMARY KEY` a value if the row has none, so it is not required.
 const READ_COLUMNS: &str = "SELECT name, type, hidden IN (2, 3), \
         \"notnull\" <> 0 AND dflt_value IS NULL AND hidden = 0 \
             AND NOT (pk = 1 AND upper(type) = 'INTEGER') \
@@ -23,20 +23,20 @@ const READ_COLUMNS: &str = "SELECT name, type, hidden IN (2, 3), \
 const IS_STRICT: &str =
     "SELECT count(*) FROM pragma_table_list(?1) WHERE schema = 'main' AND strict";
 
-/// The triggers of a table that may refuse rows.
+/// Query of a table's triggers, which may refuse rows.
 const TRIGGERS: &str = "SELECT name, sql FROM sqlite_schema \
     WHERE type = 'trigger' AND lower(tbl_name) = lower(?1) ORDER BY name";
 
-/// The tables that may roll whole transactions back.
+/// Query of the tables that may roll back whole transactions.
 const MAY_ROLL_BACK: &str = "SELECT name, sql FROM sqlite_schema \
     WHERE type = 'table' AND sql LIKE '%rollback%' ORDER BY name";
 
-/// Whether any table or trigger of the file may say FAIL; which of them a row reaches is not looked for.
+/// Query whether any table or trigger of the file contains FAIL, whether a row reaches it or not.
 const SAYS_FAIL: &str = "SELECT EXISTS (SELECT 1 FROM sqlite_schema WHERE sql LIKE '%fail%' \
     UNION ALL SELECT 1 FROM sqlite_temp_schema WHERE sql LIKE '%fail%')";
 
-/// Words of a declared type. Each is letters alone, so that nothing in one is read as SQL, and none
-/// begins a constraint.
+/// Words that begin a constraint, so a declared type must not contain them. All other words of a type may have only
+/// letters, digits and underscores, so that SQLite reads nothing else in them.
 const CONSTRAINT_WORDS: [&str; 12] = [
     "as",
     "check",
@@ -56,21 +56,21 @@ const CONSTRAINT_WORDS: [&str; 12] = [
 #[derive(Debug)]
 pub(super) struct LiveColumn {
     pub(super) name: String,
-    /// The declared type, for messages.
+    /// Declared type, for messages.
     pub(super) data_type: String,
     pub(super) column_type: ColumnType,
-    /// No row may lack a value, and none is made in its place.
+    /// Whether every row must have a value: NOT NULL without a default.
     pub(super) is_required: bool,
-    /// The table makes the value, no row may bring it.
+    /// Whether the table generates the value. No row may have one.
     pub(super) is_generated: bool,
 }
 
-/// The table as it was when it was read.
+/// A table as it was when it was read.
 #[derive(Debug)]
 pub(super) struct LiveTable {
     pub(super) columns: Vec<LiveColumn>,
     pub(super) names: ColumnNames,
-    /// A statement that fails may leave a part of what it did: a trigger says RAISE(FAIL), or a table that
+    /// Whether a statement that fails may leave a part of its changes: a trigger has RAISE(FAIL), or a table that
     /// triggers write to has ON CONFLICT FAIL. ABORT, the default, undoes the statement.
     ///
     /// Source: SQLite, "The ON CONFLICT Clause".
@@ -78,7 +78,7 @@ pub(super) struct LiveTable {
 }
 
 impl LiveTable {
-    /// Reads the table; `None` when there is none of that name.
+    /// Reads the table; `None` if there is no table with that name.
     pub(super) fn read(connection: &Connection, table: &str) -> rusqlite::Result<Option<Self>> {
         let strict: i64 =
             connection.prepare_cached(IS_STRICT)?.query_row([table], |row| row.get(0))?;
@@ -105,12 +105,13 @@ impl LiveTable {
     }
 }
 
-/// A number that grows with each change of the file's schema.
+/// Returns a number that changes with each change of the file's schema.
 pub(super) fn schema_version(connection: &Connection) -> rusqlite::Result<i64> {
     connection.prepare_cached("PRAGMA schema_version")?.query_row([], |row| row.get(0))
 }
 
-/// Makes sure that the table is there and takes the declared columns. Errors are sentences.
+/// Checks that the table exists and accepts the declared columns; creates it if that is configured. Errors are complete
+/// messages.
 pub(super) fn prepare(
     connection: &mut Connection,
     table: &str,
@@ -129,7 +130,7 @@ pub(super) fn prepare(
             create_table(connection, table, declared, create, mode)?;
             LiveTable::read(connection, table)
                 .map_err(cannot_read)?
-                .ok_or_else(|| format!("table {table} was created and is gone again"))?
+                .ok_or_else(|| format!("table {table} was created, and is missing now"))?
         }
     };
     check_key(connection, table, mode)?;
@@ -137,7 +138,7 @@ pub(super) fn prepare(
     check_insert(connection, table, declared)
 }
 
-/// Finds out whether rows could be written, in a transaction that is rolled back; gives warnings.
+/// Checks whether rows could be written, in a transaction that is rolled back; returns warnings.
 pub(super) fn try_out(
     connection: &mut Connection,
     table: &str,
@@ -145,15 +146,14 @@ pub(super) fn try_out(
     create: bool,
     mode: &WriteMode,
 ) -> Result<Vec<String>, String> {
-    let failed = |error: rusqlite::Error| {
-        format!("table {table} cannot be written to: {}", sanitized(error))
-    };
+    let failed =
+        |error: rusqlite::Error| format!("cannot write to table {table}: {}", sanitized(error));
     match connection.execute_batch("BEGIN IMMEDIATE") {
         Ok(()) => {}
         Err(error) if error.sqlite_error_code() == Some(ErrorCode::DatabaseBusy) => {
             return Ok(vec![
-                "another process holds the write lock of the database file: whether the table takes \
-                 rows was not tried"
+                "another process has the write lock of the database file: writing rows to the table was \
+                 not tried"
                     .into(),
             ]);
         }
@@ -166,7 +166,8 @@ pub(super) fn try_out(
     found
 }
 
-/// Compiles an insertion, which a view without a trigger and a table that takes no rows refuse.
+/// Compiles an insertion, without running it. This fails for a view without a trigger, and for a table that accepts no
+/// rows.
 fn check_insert(
     connection: &Connection,
     table: &str,
@@ -182,14 +183,14 @@ fn check_insert(
     let insert = format!("INSERT INTO {} {values}", quoted(table));
     connection.prepare(&insert).map(drop).map_err(|error| {
         format!(
-            "no row can be written to {table}: {}: name a table, or a view with an INSTEAD OF \
+            "cannot write rows to {table}: {}: set `table` to a table, or to a view with an INSTEAD OF \
              INSERT trigger",
             sanitized(error)
         )
     })
 }
 
-/// Finds what makes a table refuse rows that its columns have a place for.
+/// Finds reasons why the table may refuse rows that fit its columns.
 fn warnings(
     connection: &Connection,
     table: &str,
@@ -212,7 +213,7 @@ fn warnings(
         if column.is_required && own.is_none() && !declared.is_empty() {
             warnings.push(format!(
                 "column {name:?} of table {table} is NOT NULL without a default, and no route declares \
-                 it: rows that do not bring it become dead letters"
+                 it: rows without it become dead letters"
             ));
         }
     }
@@ -222,8 +223,8 @@ fn warnings(
         let is_written = || triggers.iter().any(|(_, sql)| trigger::names_on_insert(sql, &name));
         if trigger::rolls_back_conflicts(&sql) && (is_own || is_written()) {
             warnings.push(format!(
-                "table {name} rolls whole transactions back (ON CONFLICT ROLLBACK): a row that violates such a \
-                 constraint blocks its shard; make the table with ON CONFLICT ABORT, or without the clause"
+                "table {name} rolls back whole transactions (ON CONFLICT ROLLBACK): a row that violates such a \
+                 constraint blocks its shard; create the table with ON CONFLICT ABORT, or without the clause"
             ));
         }
     }
@@ -244,7 +245,7 @@ fn warnings(
     Ok(warnings)
 }
 
-/// Names of the schema's entries with their statements.
+/// Returns the names of entries of the schema, with their statements.
 fn named_sql(
     connection: &Connection,
     query: &str,
@@ -255,7 +256,7 @@ fn named_sql(
     rows.collect()
 }
 
-/// Proves that the table has a unique index on the mode's key, which `ON CONFLICT` needs.
+/// Checks that the table has a unique index on the mode's key, which `ON CONFLICT` needs.
 fn check_key(connection: &Connection, table: &str, mode: &WriteMode) -> Result<(), String> {
     if *mode == WriteMode::Append {
         return Ok(());
@@ -266,7 +267,7 @@ fn check_key(connection: &Connection, table: &str, mode: &WriteMode) -> Result<(
     let clause = mode.on_conflict(&quoted(table), &columns, quoted);
     let insert =
         format!("INSERT INTO {} ({}) VALUES ({marks}) {clause}", quoted(table), names.join(", "));
-    // Compiled, not run.
+    // Only compiled, not run.
     connection.prepare(&insert).map(drop).map_err(|error| {
         let key = mode.key().join(", ");
         format!(
@@ -289,7 +290,7 @@ fn check(table: &str, live: &LiveTable, declared: &DeclaredColumn<'_>) -> Result
     check_fit(table, declared, live)
 }
 
-/// Checks that a declared type is a type's name and nothing more: words, then at most two numbers.
+/// Checks that a declared type is the name of a type and nothing else: words, then numbers in parentheses.
 fn check_type(column: &DeclaredColumn<'_>) -> Result<(), String> {
     let declared = column.data_type;
     let (words, numbers) = match declared.split_once('(') {
@@ -306,12 +307,12 @@ fn check_type(column: &DeclaredColumn<'_>) -> Result<(), String> {
         return Ok(());
     }
     Err(format!(
-        "route {:?} declares column {:?} as {declared:?}, which is no type's name",
+        "route {:?} declares column {:?} with an invalid type: {declared:?}",
         column.route, column.name
     ))
 }
 
-/// Creates the table from checked columns, if that is asked for.
+/// Creates the table from checked columns, if that is configured.
 fn create_table(
     connection: &Connection,
     table: &str,
@@ -334,7 +335,7 @@ fn create_table(
         .map_err(|error| format!("cannot create table {table}: {}", sanitized(error)))
 }
 
-/// A name as SQL has it: in double quotes.
+/// Returns a name in double quotes, for SQL.
 pub(super) fn quoted(name: &str) -> String {
     format!("\"{}\"", name.replace('"', "\"\""))
 }

@@ -1,13 +1,16 @@
-//! What a trigger of a table does with rows, as far as its text says so.
+//! Reads from the text of a trigger or a table which rows it refuses, for the warnings of `check`.
+//!
+//! SQLite has no query for this, so the SQL text is split into tokens. Only clear cases are decided; others become a
+//! warning.
 
-/// The effect of a trigger on the rows that a sink inserts.
+/// Effect of a trigger on the rows that a sink inserts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum TriggerEffect {
-    /// It raises nothing when a row is inserted.
+    /// The trigger raises nothing when a row is inserted.
     TakesAll,
-    /// It raises an error for each row.
+    /// The trigger raises an error for each row.
     RefusesAll,
-    /// It raises something for some rows; the text says what follows from that.
+    /// The trigger raises something for some rows; the text is the end of a warning about it.
     MayRefuse(&'static str),
 }
 
@@ -19,7 +22,7 @@ pub(super) fn reading(sql: &str) -> TriggerEffect {
     let on_insert = head.iter().any(|token| is(token, "insert"));
     if on_insert && says(body, &["or", "rollback"]) {
         return TriggerEffect::MayRefuse(
-            "rolls whole transactions back (OR ROLLBACK): a row that it refuses blocks its shard; use OR ABORT",
+            "rolls back whole transactions (OR ROLLBACK): a row that it refuses blocks its shard; use OR ABORT",
         );
     }
     let raises: Vec<usize> = (0..body.len())
@@ -28,7 +31,7 @@ pub(super) fn reading(sql: &str) -> TriggerEffect {
     let Some(first) = raises.first().filter(|_| on_insert) else { return TriggerEffect::TakesAll };
     let effect = |at: usize| body.get(at + 2).map_or("", String::as_str);
     let any = |word: &str| raises.iter().any(|at| is(effect(*at), word));
-    // `BEGIN SELECT RAISE(ABORT, '...'); ...` without WHEN: nothing decides before it.
+    // `BEGIN SELECT RAISE(ABORT, '...'); ...` without WHEN has no condition.
     let always = !head.iter().any(|token| is(token, "when"))
         && *first == 2
         && is(&body[1], "select")
@@ -39,27 +42,27 @@ pub(super) fn reading(sql: &str) -> TriggerEffect {
         TriggerEffect::RefusesAll
     } else if any("rollback") {
         TriggerEffect::MayRefuse(
-            "rolls whole transactions back (RAISE(ROLLBACK)): a row that it refuses blocks its shard; \
+            "rolls back whole transactions (RAISE(ROLLBACK)): a row that it refuses blocks its shard; \
              use RAISE(ABORT)",
         )
     } else if any("ignore") {
         TriggerEffect::MayRefuse(
-            "drops rows in silence (RAISE(IGNORE)): they become no dead letters",
+            "silently drops rows (RAISE(IGNORE)): they do not become dead letters",
         )
     } else {
-        TriggerEffect::MayRefuse("may refuse rows (RAISE): those become dead letters")
+        TriggerEffect::MayRefuse("may refuse rows (RAISE): they become dead letters")
     }
 }
 
-/// Whether a row that violates a constraint of the table makes SQLite roll the whole transaction back: so says the
-/// `CREATE TABLE` statement with ON CONFLICT ROLLBACK.
+/// Returns whether a `CREATE TABLE` statement has ON CONFLICT ROLLBACK. Then a row that violates the constraint makes
+/// SQLite roll back the whole transaction.
 ///
 /// Source: SQLite, "The ON CONFLICT Clause".
 pub(super) fn rolls_back_conflicts(sql: &str) -> bool {
     says(&tokens(sql), &["on", "conflict", "rollback"])
 }
 
-/// Whether a trigger has to do with a table when a row is inserted. What it does there is not looked for.
+/// Returns whether a trigger on INSERT mentions a table in its body, whatever it does there.
 pub(super) fn names_on_insert(sql: &str, table: &str) -> bool {
     let tokens = tokens(sql);
     let (head, body) = parts(&tokens);
@@ -67,19 +70,19 @@ pub(super) fn names_on_insert(sql: &str, table: &str) -> bool {
     says(head, &["insert"]) && body.iter().any(|token| name(token).eq_ignore_ascii_case(table))
 }
 
-/// Splits a trigger's text before its BEGIN.
+/// Splits the tokens of a trigger before its BEGIN.
 fn parts(tokens: &[String]) -> (&[String], &[String]) {
     let begin = tokens.iter().position(|token| token.eq_ignore_ascii_case("begin"));
     tokens.split_at(begin.unwrap_or(tokens.len()))
 }
 
-/// Whether these words come one after the other.
+/// Returns whether these words are in the text, one after the other.
 fn says(tokens: &[String], words: &[&str]) -> bool {
     let is = |(token, word): (&String, &&str)| token.eq_ignore_ascii_case(word);
     tokens.windows(words.len()).any(|some| some.iter().zip(words).all(is))
 }
 
-/// The place of the parenthesis that closes the one at `open`.
+/// Returns the index of the parenthesis that closes the one at `open`.
 fn closed_at(tokens: &[String], open: usize) -> Option<usize> {
     let mut depth = 0_usize;
     for (at, token) in tokens.iter().enumerate().skip(open) {
@@ -95,7 +98,7 @@ fn closed_at(tokens: &[String], open: usize) -> Option<usize> {
     None
 }
 
-/// The words and signs of a statement, without comments; strings and quoted names are one token each.
+/// Splits a statement into words and signs, without comments. Strings and quoted names are one token each.
 fn tokens(sql: &str) -> Vec<String> {
     let mut tokens = Vec::new();
     let mut rest = sql;

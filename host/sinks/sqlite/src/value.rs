@@ -1,10 +1,11 @@
-//! JSON values as SQLite keeps them, by the column's declared type.
+//! Converts JSON values to SQLite values, by the column's declared type.
 //!
-//! SQLite has five storage classes and converts between them by a column's affinity, where it may
-//! round. What a conversion would change is refused here instead: a decimal that no double holds
-//! does not fit a `numeric` column (declare `text` for those).
+//! Invariant: SQLite stores a value as it is bound, or the row is refused. SQLite has five storage classes and converts
+//! between them by a column's affinity, which may round. A value that a conversion would change is refused here: a
+//! decimal that a double cannot represent does not fit a `numeric` column (declare `text` for those).
 //!
-//! Dates, times and UUIDs are checked and kept as text, as they were written; documents likewise.
+//! Dates and times are checked and stored as text, as they were written; documents likewise. UUIDs are stored in one
+//! form, so that equal ones compare equal.
 
 use std::borrow::Cow;
 
@@ -16,18 +17,18 @@ pub use shardmill_sinks_common::rows::time::Zone;
 use shardmill_sinks_common::rows::value;
 pub use shardmill_sinks_common::rows::value::{Json, RawJson, Why};
 
-/// How a column's values are read.
+/// Kind of a column's values.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Kind {
     Bool,
     Integer,
     Real,
-    /// A number as SQLite keeps it: an integer, or a double that shows the same digits.
+    /// A number that SQLite stores exactly: an integer, or a double with the same shortest digits.
     Numeric,
     Text,
     /// A document in a column whose affinity turns a bare number into a double.
     Json,
-    /// A document in a column that keeps all text; SQLite reads `text` in its type's name.
+    /// A document in a column that keeps all text, since its type's name contains `text`.
     JsonText,
     Uuid,
     Date,
@@ -35,7 +36,7 @@ pub(super) enum Kind {
     Timestamp,
     Timestamptz,
     Blob,
-    /// No declared type, or one that says nothing: the value's own class.
+    /// No declared type, or an unknown one: the value's own storage class.
     Any,
 }
 
@@ -46,11 +47,11 @@ pub(super) enum Affinity {
     Real,
     Numeric,
     Text,
-    /// Nothing is converted. SQLite calls it BLOB.
+    /// No conversion. SQLite calls it BLOB.
     None,
 }
 
-/// A column's declared type, read.
+/// Kind and affinity of a column.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct ColumnType {
     pub(super) kind: Kind,
@@ -58,25 +59,26 @@ pub(super) struct ColumnType {
 }
 
 impl ColumnType {
-    /// The type of a live column. In a STRICT table `ANY` converts nothing; elsewhere the same word has
-    /// the affinity NUMERIC.
+    /// Returns the type of a live column. In a STRICT table `ANY` converts nothing; elsewhere the same word has the
+    /// affinity NUMERIC.
     pub(super) fn of(declared: &str, is_strict: bool) -> Self {
         let keeps_all = is_strict && declared.trim().eq_ignore_ascii_case("any");
         let affinity = if keeps_all { Affinity::None } else { Affinity::of(declared) };
         Self { kind: Kind::of(declared), affinity }
     }
 
-    /// Whether texts go into the column unchecked but for this: one that looks like a number is refused,
-    /// since SQLite would keep the number in its place.
+    /// Returns whether the column accepts texts, except those that look like a number: SQLite would store the number
+    /// instead.
     pub(super) fn takes_some_texts_only(self) -> bool {
         self.kind == Kind::Any && self.affinity.converts_text()
     }
 }
 
 impl Affinity {
-    /// Source: sqlite.org/datatype3.html, 3.1, "Determination Of Column Affinity". The whole declared
-    /// type counts, what stands in parentheses too, and the order of the rules: `FLOATING POINT` has
-    /// the affinity INTEGER, because of the `INT` in it.
+    /// Returns the affinity of a declared type. The whole type counts, with its parentheses, and so does the order of
+    /// the rules: `FLOATING POINT` has the affinity INTEGER, because of the `INT` in it.
+    ///
+    /// Source: sqlite.org/datatype3.html, 3.1, "Determination Of Column Affinity".
     pub(super) fn of(declared: &str) -> Self {
         let upper = declared.to_ascii_uppercase();
         let has = |part: &str| upper.contains(part);
@@ -97,7 +99,7 @@ impl Affinity {
         matches!(self, Self::Integer | Self::Real | Self::Numeric)
     }
 
-    /// Makes sure that SQLite keeps a value as it is bound.
+    /// Checks that SQLite stores a value as it is bound.
     fn check(self, bound: &ToSqlOutput<'_>) -> Result<(), Why> {
         let (text, integer) = match bound {
             ToSqlOutput::Borrowed(ValueRef::Text(text)) => (Some(*text), None),
@@ -119,7 +121,7 @@ impl Affinity {
     }
 }
 
-/// Why an integer does not fit a column of doubles.
+/// Reason why an integer does not fit a column of doubles.
 const ROUNDED: &str =
     "SQLite would round this integer to a double; a column of type INTEGER or TEXT keeps it";
 
@@ -131,7 +133,7 @@ fn is_exact_as_double(integer: i64) -> bool {
         .is_some_and(|exact| exact == integer)
 }
 
-/// Whether SQLite's affinities turn a text into a number: `sqlite3AtoF` takes all of it, with white space
+/// Returns whether SQLite's affinities turn a text into a number: `sqlite3AtoF` accepts all of it, with white space
 /// around it.
 fn looks_like_a_number(text: &[u8]) -> bool {
     let is_space = |byte: &u8| matches!(byte, b' ' | b'\t' | b'\n' | 0x0b | 0x0c | b'\r');
@@ -162,7 +164,7 @@ fn looks_like_a_number(text: &[u8]) -> bool {
 }
 
 impl Kind {
-    /// The kind of a declared type: by its name, else by SQLite's rules of affinity.
+    /// Returns the kind of a declared type: by its name, otherwise by SQLite's rules of affinity.
     pub(super) fn of(declared: &str) -> Self {
         let lower = declared.to_ascii_lowercase();
         let base = lower.split('(').next().unwrap_or_default().trim();
@@ -182,8 +184,8 @@ impl Kind {
         }
     }
 
-    /// The kind of a type by the words of its name. One whose affinity comes from a mere part of a word
-    /// (`POINT`, `INTERVAL`) says nothing of its values.
+    /// Returns the kind of a type by the words of its name. A type whose affinity comes from a part of a word (`POINT`,
+    /// `INTERVAL`) says nothing about its values.
     fn by_words(base: &str, affinity: Affinity) -> Self {
         const INTEGERS: [&str; 12] = [
             "int",
@@ -211,20 +213,19 @@ impl Kind {
         }
     }
 
-    /// The type to create a column with, for one declared as this: a name of the affinity that
-    /// keeps the values as they are.
+    /// Returns the type to create a column with: a name whose affinity keeps the values as they are.
     pub(super) fn created_as(self, declared: &str) -> &str {
         match self {
             Self::Json => "JSON_TEXT",
             Self::Blob => "BLOB",
-            // No type: nothing is converted. A type that SQLite does not know would turn texts into
+            // Without a type nothing is converted. An unknown type would have the affinity NUMERIC, and turn texts into
             // numbers.
             Self::Any => "",
             _ => declared,
         }
     }
 
-    /// Whether a column of this kind holds every value that the declared kind may bring.
+    /// Returns whether a column of this kind can store every value of the declared kind.
     pub(super) fn accepts(self, declared: Self) -> bool {
         match self {
             Self::Any => true,
@@ -238,7 +239,7 @@ impl Kind {
     }
 }
 
-/// Reads a JSON value for a column, as SQLite will keep it.
+/// Reads a JSON value for a column, as SQLite will store it.
 pub(super) fn bound<'r>(column: ColumnType, raw: RawJson<'r>) -> Result<ToSqlOutput<'r>, Why> {
     let bound = read(column.kind, raw)?;
     column.affinity.check(&bound)?;
@@ -282,14 +283,14 @@ fn borrowed(text: &str) -> Result<ToSqlOutput<'_>, Why> {
     Ok(ToSqlOutput::Borrowed(ValueRef::Text(text.as_bytes())))
 }
 
-/// A text that SQLite can keep, borrowed where it can be.
+/// Returns a text that SQLite can store, borrowed where possible.
 fn text(json: Json<'_>) -> Result<ToSqlOutput<'_>, Why> {
     value::text(&json)?;
     match json {
         Json::Text(Cow::Borrowed(text)) | Json::Number(text) => borrowed(text),
         Json::Text(Cow::Owned(text)) => Ok(ToSqlOutput::Owned(Value::Text(text))),
         Json::Bool(value) => borrowed(if value { "true" } else { "false" }),
-        Json::Null | Json::Nested(_) => Err("a string is due".into()),
+        Json::Null | Json::Nested(_) => Err("expected a string".into()),
     }
 }
 
@@ -302,12 +303,12 @@ fn check_time(kind: Kind, text: &str) -> Result<(), Why> {
     }
 }
 
-/// SQLite keeps a NaN as NULL.
+/// Refuses NaN, which SQLite would store as NULL.
 fn not_nan(value: f64) -> Result<f64, Why> {
-    if value.is_nan() { Err("SQLite has no NaN".into()) } else { Ok(value) }
+    if value.is_nan() { Err("SQLite cannot store NaN".into()) } else { Ok(value) }
 }
 
-/// A double. Fractions are rounded, as doubles are; an integer is not.
+/// Reads a double. Fractions are rounded, as usual for doubles; an integer is not.
 fn double(json: &Json<'_>) -> Result<f64, Why> {
     let double = not_nan(value::float64(json)?)?;
     if !double.is_finite() {
@@ -317,14 +318,15 @@ fn double(json: &Json<'_>) -> Result<f64, Why> {
     if !written.is_integer() {
         return Ok(double);
     }
-    // The shortest digits of the double, or all of them: 1e300 is as exact as 2 to the power of 70.
+    // The integer must equal the shortest digits of the double, or all of its digits: 1e300 is accepted, and so is
+    // 2^70.
     let shown = [format!("{double:e}"), format!("{double:.0}")];
     let is_same =
         |shown: &String| Decimal::parse(shown).is_some_and(|shown| shown.is_same_number(&written));
     if shown.iter().any(is_same) { Ok(double) } else { Err(ROUNDED.into()) }
 }
 
-/// A number that SQLite keeps with all its digits.
+/// Reads a number that SQLite stores with all its digits.
 fn number(decimal: &Decimal<'_>, written: &str) -> Result<Value, Why> {
     if let Some(integer) = decimal.to_i64() {
         return Ok(Value::Integer(integer));
@@ -383,7 +385,7 @@ mod tests {
         "TINYBLOB(1)",
     ];
 
-    /// SQLite itself is asked: a value that is bound comes back as it went in.
+    /// Checks with SQLite itself that a bound value is read back as it was written.
     #[test]
     fn fault_29_what_is_bound_is_kept_by_sqlite_as_it_is() {
         let database = rusqlite::Connection::open_in_memory().expect("a database");
@@ -460,7 +462,7 @@ mod tests {
         assert!(refused > 0);
     }
 
-    /// Nothing is refused that SQLite would have kept as text.
+    /// Checks that no text is refused that SQLite would store as it is.
     #[test]
     fn fault_29_texts_that_are_no_numbers_are_taken() {
         for declared in ["STRING", "NAME", "POINT", "ANY", "REALTY"] {

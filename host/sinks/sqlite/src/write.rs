@@ -1,8 +1,25 @@
-//! The commit: rows and position in one transaction, on a blocking thread.
+//! Commits rows and position in one transaction, on a blocking thread.
 //!
-//! The position moves first: a commit that had landed already is recognised before its rows could
-//! collide with themselves. A row that fails undoes its own statement alone; its neighbours stand. Where statements
-//! may fail halfway (FAIL in place of ABORT), a savepoint around each row undoes it.
+//! Invariant: the position moves from `from` to `to` in the same transaction that inserts the rows of `(from, to]`, and
+//! only while the shard's epoch is ours.
+//!
+//! Order of the steps, and the reason for each:
+//! 1. `BEGIN IMMEDIATE` gets the write lock of the file, so nothing changes between the steps.
+//! 2. Move the position. It comes before the rows: a commit that has landed already is recognised before its rows could
+//!    violate a unique constraint against themselves.
+//! 3. Insert the rows. A row that fails undoes only its own statement; the others stay. Where a statement may fail
+//! halfway
+//!    (FAIL in place of ABORT), a savepoint around each row undoes it.
+//! 4. Keep the refused rows as dead letters, while the transaction is open. So a dead letter exists before its range is
+//!    committed.
+//! 5. `COMMIT`, then check that the file is still the one at its path.
+//!
+//! | row of the shard in `shardmill_position` | outcome |
+//! |---|---|
+//! | at `from`, with our epoch | the position moves, the rows are inserted |
+//! | at `to`, with our epoch | committed: an earlier try landed, and its answer was lost |
+//! | another epoch | fenced: the shard has another owner |
+//! | elsewhere, or no row | fenced, with the reason |
 
 use std::sync::Arc;
 
@@ -21,7 +38,7 @@ use shardmill_sinks_common::rows::RowError;
 use shardmill_sinks_common::rows::form::RowForm;
 use shardmill_sinks_common::rows::value::RawJson;
 
-/// A commit as a blocking thread takes it along.
+/// A commit, with all that a blocking thread needs for it.
 pub(super) struct Work {
     pub(super) shared: Arc<Shared>,
     pub(super) shard: ShardKey,
@@ -30,30 +47,30 @@ pub(super) struct Work {
     pub(super) rows: Arc<Vec<Row>>,
 }
 
-/// What was done.
+/// Outcome of a commit.
 pub(super) enum Written {
-    /// All of it, durably.
+    /// All rows are durable.
     Committed,
-    /// All but the refused rows; the transaction is open until the refusals are kept.
+    /// All rows but the refused ones are written. The transaction is open until the refusals are kept.
     Open(Vec<Refusal>),
 }
 
-/// Why nothing was done.
+/// Reason why nothing was committed.
 pub(super) enum Failure {
-    /// The shard has another owner, who may be known.
+    /// The shard has another owner, which may be known.
     Fenced(String, Option<OwnerName>),
-    /// The file does not take it now.
+    /// The file cannot be written now.
     Unavailable(String),
 }
 
-/// A row that the table does not take, or the end of the commit.
+/// A row that the table refuses, or an error that ends the commit.
 enum RowFailure {
     Refused(String),
     Unavailable(String),
 }
 
 impl Work {
-    /// Does the work. After a failure the transaction may be open: dropping the connection ends it.
+    /// Commits. After a failure the transaction may be open: dropping `Held` rolls it back.
     pub(super) fn run(
         self,
         mut locked: LockedConnection,
@@ -88,7 +105,7 @@ impl Work {
         Ok(Written::Committed)
     }
 
-    /// After the position did not move: the commit has landed before, or the shard has another owner.
+    /// Finds out why the position did not move: the commit has landed before, or the shard has another owner.
     fn look_where_it_stands(&self, connection: &Connection) -> Result<Written, Failure> {
         let stored =
             position::read(connection, &self.shared.sink, &self.shard).map_err(|error| {
@@ -98,9 +115,9 @@ impl Work {
                 ))
             })?;
         match stored {
-            None => Err(Failure::Fenced("its row is gone from shardmill_position".into(), None)),
+            None => Err(Failure::Fenced("its row is missing in shardmill_position".into(), None)),
             Some(stored) if stored.epoch != self.epoch => {
-                let detail = format!("epoch {} in place of {}", stored.epoch, self.epoch);
+                let detail = format!("expected epoch {}, found {}", self.epoch, stored.epoch);
                 Err(Failure::Fenced(detail, stored.owner))
             }
             Some(stored) if stored.position.as_ref() == Some(&self.range.to_inclusive) => {
@@ -111,16 +128,16 @@ impl Work {
                     position.unwrap_or_else(|| "the beginning".to_owned())
                 };
                 let detail = format!(
-                    "the position is {}, the commit begins at {}",
-                    shown(stored.position.map(|position| position.to_string())),
-                    shown(self.range.from_exclusive.as_ref().map(ToString::to_string))
+                    "expected position {}, where the commit begins, found {}",
+                    shown(self.range.from_exclusive.as_ref().map(ToString::to_string)),
+                    shown(stored.position.map(|position| position.to_string()))
                 );
                 Err(Failure::Fenced(detail, None))
             }
         }
     }
 
-    /// Inserts all rows that the table takes; returns the others by ascending row.
+    /// Inserts all rows that the table accepts; returns the refused ones in ascending order.
     fn insert_rows(&self, locked: &mut LockedConnection) -> Result<Vec<Refusal>, String> {
         if self.rows.is_empty() {
             return Ok(Vec::new());
@@ -138,7 +155,7 @@ impl Work {
                 Err(RowFailure::Unavailable(cause)) => return Err(cause),
             }
         }
-        // SQLite would say so at COMMIT, and not by which row.
+        // Otherwise COMMIT would fail, and SQLite does not say for which row.
         if has_open_foreign_key(&open.connection) {
             open.connection.execute_batch("ROLLBACK TO all_rows").map_err(failed)?;
             refusals = insert.without_orphans(&self.rows)?;
@@ -147,7 +164,7 @@ impl Work {
         Ok(refusals)
     }
 
-    /// The table as it is now; read anew when the file's schema has changed.
+    /// Returns the table as it is now. Reads it again when the file's schema has changed.
     fn live_table<'h>(
         &self,
         connection: &Connection,
@@ -170,17 +187,17 @@ impl Work {
     }
 }
 
-/// Commits what refused rows had kept open.
+/// Commits a transaction that was open until refused rows were kept.
 pub(super) fn finish(locked: LockedConnection) -> Result<(), String> {
     commit(&locked)
 }
 
-/// Whether rows of the transaction name parents that are not there yet.
+/// Returns whether rows of the transaction refer to parents that do not exist yet.
 ///
 /// Source: SQLite, "Status Parameters for database connections", `SQLITE_DBSTATUS_DEFERRED_FKS`.
 fn has_open_foreign_key(connection: &Connection) -> bool {
     let (mut open, mut highest) = (0, 0);
-    // SAFETY: the handle is the connection's, which outlives the call; the call writes two numbers.
+    // SAFETY: the handle belongs to the connection, which outlives the call; the call writes two numbers.
     let asked = unsafe {
         ffi::sqlite3_db_status(
             connection.handle(),
@@ -204,12 +221,12 @@ fn commit(locked: &LockedConnection) -> Result<(), String> {
         };
         format!("cannot commit: {}{hint}", sanitized(error))
     })?;
-    // A file that went away meanwhile took the commit along. It counts once the file is back, where the
-    // position then says so.
+    // If the file was moved meanwhile, the commit is in the moved file. So this is an error; once the file is back, its
+    // position shows that the commit has landed.
     locked.check_file()
 }
 
-/// Inserts rows into a table, by one prepared statement per set of columns.
+/// Inserter of rows into a table, with one prepared statement per set of columns.
 struct Insert<'c, 'r> {
     shared: &'c Shared,
     connection: &'c Connection,
@@ -237,7 +254,7 @@ impl<'c, 'r> Insert<'c, 'r> {
             (0..self.slots.len()).filter(|place| self.slots[*place].is_some()).collect();
         if present.is_empty() {
             return Err(RowFailure::Refused(format!(
-                "the row names no column of table {}",
+                "the row has no column of table {}",
                 self.shared.table
             )));
         }
@@ -254,7 +271,7 @@ impl<'c, 'r> Insert<'c, 'r> {
             .map_err(|error| self.failed(&error))
     }
 
-    /// Inserts a row; of one that is refused nothing is left, whatever the table does at a failure.
+    /// Inserts a row. Nothing of a refused row is left, whatever the table does on a failure.
     fn row_alone(&mut self, row: &'r Row) -> Result<(), RowFailure> {
         if !self.live.fails_halfway {
             return self.row(row);
@@ -263,7 +280,7 @@ impl<'c, 'r> Insert<'c, 'r> {
         let step = |sql: &str| {
             connection.execute_batch(sql).map_err(|error| {
                 let said = sanitized(error);
-                RowFailure::Unavailable(format!("cannot undo the row that was refused: {said}"))
+                RowFailure::Unavailable(format!("cannot undo a refused row: {said}"))
             })
         };
         step("SAVEPOINT row_alone")?;
@@ -271,22 +288,25 @@ impl<'c, 'r> Insert<'c, 'r> {
         if matches!(inserted, Err(RowFailure::Refused(_))) {
             step("ROLLBACK TO row_alone")?;
         }
-        // After a failure of the file there may be no transaction any more.
+        // After a failure of the file, SQLite may have ended the transaction.
         if !matches!(inserted, Err(RowFailure::Unavailable(_))) {
             step("RELEASE row_alone")?;
         }
         inserted
     }
 
-    /// Inserts rows one by one, and refuses those that name a parent which neither the table nor another row
-    /// of the commit is: only a commit whose deferred foreign keys are violated pays for it. A row whose
-    /// parent comes later is tried again behind the others.
+    /// Inserts rows one by one, and refuses those whose parent is neither in the table nor among the rows of the
+    /// commit. Used only for a commit that violates a deferred foreign key, since it is slow. A row whose parent comes
+    /// later is tried again after the others, until a round inserts none.
     fn without_orphans(&mut self, rows: &'r [Row]) -> Result<Vec<Refusal>, String> {
         let connection = self.connection;
         let step = |sql: &str| {
             let done = connection.execute_batch(sql);
             done.map_err(|error| {
-                format!("cannot look for the row of a foreign key: {}", sanitized(error))
+                format!(
+                    "cannot search for the row that violates a foreign key: {}",
+                    sanitized(error)
+                )
             })
         };
         let mut refusals = Vec::new();
@@ -315,27 +335,27 @@ impl<'c, 'r> Insert<'c, 'r> {
                 break;
             }
         }
-        let reason = "a deferred foreign key names a row that is not there";
+        let reason = "a deferred foreign key refers to a row that does not exist";
         refusals.extend(waiting.into_iter().map(|row| Refusal { row, reason: reason.into() }));
         refusals.sort_by_key(|refusal| refusal.row);
         Ok(refusals)
     }
 
-    /// The columns by which rows find their like are there.
+    /// Checks that the row has a value for each column that the write mode needs (key, and `newest_by`).
     fn required(&self) -> Result<(), String> {
         for name in self.shared.mode.required() {
             let place = self.live.columns.iter().position(|column| column.name == name);
             let raw = place.and_then(|place| self.slots[place]);
             if raw.is_none_or(|raw| raw.get() == "null") {
                 return Err(format!(
-                    "column {name:?} is missing or null, by which rows find their like"
+                    "column {name:?} is missing or null, which the sink's `key` or `newest_by` needs"
                 ));
             }
         }
         Ok(())
     }
 
-    /// The present columns' values.
+    /// Returns the values of the present columns.
     fn values(&self) -> Result<Vec<ToSqlOutput<'r>>, String> {
         let mut values = Vec::with_capacity(self.present.len());
         for place in &self.present {
@@ -358,13 +378,14 @@ impl<'c, 'r> Insert<'c, 'r> {
         if self.shared.known_columns.contains(key) {
             return RowFailure::Unavailable(format!(
                 "column {key:?} is gone from table {table}: add it again, or run plugins whose \
-                 rows do not bring it"
+                 rows do not have it"
             ));
         }
         RowFailure::Refused(format!("no column {key:?} in table {table}"))
     }
 
-    /// Constraints, types and sizes blame the row; the rest is the file's failure.
+    /// Classifies an error of an insertion: violated constraints, types and sizes are the row's fault, all others are
+    /// the file's. If the table has rolled back the whole transaction, the row cannot be refused alone.
     fn failed(&self, error: &rusqlite::Error) -> RowFailure {
         let blamed = matches!(
             error.sqlite_error_code(),
@@ -375,8 +396,8 @@ impl<'c, 'r> Insert<'c, 'r> {
         }
         let table = &self.shared.table;
         let hint = if blamed {
-            ": the table rolls whole transactions back (ON CONFLICT ROLLBACK, or RAISE(ROLLBACK) in a \
-             trigger), which keeps the neighbours of such a row from it: use ABORT in its place"
+            ": the table rolls back whole transactions (ON CONFLICT ROLLBACK, or RAISE(ROLLBACK) in a \
+             trigger), so such a row stops the others of its commit: use ABORT instead"
         } else {
             ""
         };

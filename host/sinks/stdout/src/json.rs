@@ -1,7 +1,7 @@
-//! JSON text that is read where it lies: nothing is built of it, however large it is.
+//! Reads JSON in place: no values are built, however large the text is.
 //!
-//! A tree of values would take up to thirty times the bytes of its text (an array of digits does), and a string
-//! without its escapes would be a second copy. All functions but [`checked`] expect text that it has accepted.
+//! A tree of values would use up to thirty times the bytes of its text (an array of digits does), and a string without
+//! its escapes would be a second copy. All functions except [`checked`] expect text that it has accepted.
 
 use std::cmp::Ordering;
 use std::io;
@@ -9,17 +9,17 @@ use std::io;
 use memchr::{memchr, memchr2};
 use serde::de::IgnoredAny;
 
-/// Levels of nesting that a payload may have. `serde_json` has the same limit for its values, and
-/// [`write_value`] calls itself for each level.
+/// Most levels of nesting of a payload. `serde_json` has the same limit for its values, and [`write_value`] calls
+/// itself for each level.
 const NESTING_MAX: usize = 127;
 
-/// Takes one piece of a text after the other.
+/// Receiver of the pieces of a text.
 pub(super) type Take<'t> = dyn FnMut(&str) -> io::Result<()> + 't;
 
 /// Returns the payload as text that is one valid JSON value.
 ///
 /// # Errors
-/// Why it is not, as the end of a sentence.
+/// The reason why it is not, as the end of a sentence.
 pub(super) fn checked(payload: &[u8]) -> Result<&str, String> {
     let text = std::str::from_utf8(payload).map_err(|error| error.to_string())?;
     serde_json::from_str::<IgnoredAny>(text).map_err(|error| error.to_string())?;
@@ -45,7 +45,7 @@ pub(super) fn checked(payload: &[u8]) -> Result<&str, String> {
     Ok(text)
 }
 
-/// Checks that each escape is a character: a half of a surrogate pair is not.
+/// Checks that each escape is a character, and not half of a surrogate pair.
 fn check_escapes(mut text: &str) -> Result<(), String> {
     while let Some(at) = memchr(b'\\', text.as_bytes()) {
         let (_, length) = escape(&text[at..])
@@ -65,7 +65,7 @@ pub(super) fn items(value: &str) -> Items<'_> {
     }
 }
 
-/// See [`items`].
+/// Iterator of [`items`].
 pub(super) struct Items<'a> {
     text: &'a str,
     at: usize,
@@ -73,7 +73,7 @@ pub(super) struct Items<'a> {
 }
 
 impl<'a> Items<'a> {
-    /// The next string or other value, whose end becomes the place to go on from.
+    /// Returns the next string or other value, and moves to its end.
     fn value(&mut self) -> Option<&'a str> {
         let bytes = self.text.as_bytes();
         let begin = token(bytes, self.at);
@@ -97,7 +97,7 @@ impl<'a> Iterator for Items<'a> {
     }
 }
 
-/// Whether a string as it is written, with its quotation marks, has this text.
+/// Returns whether a string as it is written, with its quotation marks, has this text.
 pub(super) fn is_text(quoted: &str, text: &str) -> bool {
     let inside = inside(quoted);
     match memchr(b'\\', inside.as_bytes()) {
@@ -106,8 +106,8 @@ pub(super) fn is_text(quoted: &str, text: &str) -> bool {
     }
 }
 
-/// Gives a value's text in pieces: the characters of a string, or the JSON of any other value without blanks,
-/// with sorted keys, and with the last of several members of one name.
+/// Writes a value's text in pieces: the characters of a string, or the JSON of any other value without white space,
+/// with sorted keys, and with only the last of several members of one name.
 pub(super) fn pieces(value: &str, take: &mut Take<'_>) -> io::Result<()> {
     match value.as_bytes().first() {
         Some(b'"') => {
@@ -138,7 +138,7 @@ fn write_value(value: &str, take: &mut Take<'_>) -> io::Result<()> {
 }
 
 fn write_object(object: &str, take: &mut Take<'_>) -> io::Result<()> {
-    // Where each key begins. Four bytes for each: less than any member has, but for repeated names.
+    // The place of each key, in four bytes: less than a member has, except with repeated names.
     let begin = object.as_ptr() as usize;
     let keys = items(object).filter_map(|(key, _)| key);
     let mut places: Vec<u32> = keys.map(|key| (key.as_ptr() as usize - begin) as u32).collect();
@@ -165,7 +165,7 @@ fn write_object(object: &str, take: &mut Take<'_>) -> io::Result<()> {
     take("}")
 }
 
-/// The key that begins at this place of an object.
+/// Returns the key that begins at this place of an object.
 fn member_key(object: &str, place: usize) -> &str {
     &object[place..string_end(object.as_bytes(), place)]
 }
@@ -190,7 +190,7 @@ fn write_string(quoted: &str, take: &mut Take<'_>) -> io::Result<()> {
     take("\"")
 }
 
-/// An exponent has a sign and a small `e`, as `serde_json` has it.
+/// Writes a number; an exponent gets a sign and a lower-case `e`, as in `serde_json`.
 fn write_number(number: &str, take: &mut Take<'_>) -> io::Result<()> {
     let Some((digits, exponent)) = number.split_once(['e', 'E']) else { return take(number) };
     take(digits)?;
@@ -198,7 +198,7 @@ fn write_number(number: &str, take: &mut Take<'_>) -> io::Result<()> {
     take(exponent)
 }
 
-/// Gives the inside of a string: what stands there without an escape as it is, and each escaped character.
+/// Writes the inside of a string: text without escapes to `take`, and each escaped character to `take_escaped`.
 fn unescaped(
     mut text: &str,
     take: &mut Take<'_>,
@@ -215,7 +215,7 @@ fn unescaped(
     if text.is_empty() { Ok(()) } else { take(text) }
 }
 
-/// The characters of the inside of a string.
+/// Characters of the inside of a string.
 struct Characters<'a>(&'a str);
 
 impl Iterator for Characters<'_> {
@@ -231,7 +231,7 @@ impl Iterator for Characters<'_> {
     }
 }
 
-/// The character whose escape the text begins with, and the escape's length; `None`: a lone surrogate.
+/// Returns the character of the escape at the beginning of a text, and the escape's length; `None`: a lone surrogate.
 fn escape(text: &str) -> Option<(char, usize)> {
     let c = match text.as_bytes().get(1)? {
         b'n' => '\n',
@@ -260,12 +260,12 @@ fn hex(digits: &str) -> Option<u32> {
     u32::from_str_radix(digits, 16).ok()
 }
 
-/// A string without its quotation marks.
+/// Returns a string without its quotation marks.
 fn inside(quoted: &str) -> &str {
     quoted.get(1..quoted.len().saturating_sub(1)).unwrap_or_default()
 }
 
-/// Where the next token begins. Between values only blanks, commas and colons can stand.
+/// Returns the place of the next token. Between values there are only white space, commas and colons.
 fn token(bytes: &[u8], mut at: usize) -> usize {
     while matches!(bytes.get(at), Some(b' ' | b'\t' | b'\n' | b'\r' | b',' | b':')) {
         at += 1;
@@ -273,7 +273,7 @@ fn token(bytes: &[u8], mut at: usize) -> usize {
     at
 }
 
-/// The end of the string that begins at this place.
+/// Returns the end of the string that begins at this place.
 fn string_end(bytes: &[u8], begin: usize) -> usize {
     let mut at = begin + 1;
     while let Some(found) = bytes.get(at..).and_then(|rest| memchr2(b'"', b'\\', rest)) {
@@ -285,7 +285,7 @@ fn string_end(bytes: &[u8], begin: usize) -> usize {
     bytes.len()
 }
 
-/// The end of the value that begins at this place.
+/// Returns the end of the value that begins at this place.
 fn value_end(bytes: &[u8], begin: usize) -> usize {
     let (mut at, mut nesting) = (begin, 0_usize);
     while let Some(byte) = bytes.get(at) {
@@ -313,7 +313,7 @@ fn value_end(bytes: &[u8], begin: usize) -> usize {
     bytes.len()
 }
 
-/// The end of the number, `true`, `false` or `null` that begins at this place.
+/// Returns the end of the number, `true`, `false` or `null` that begins at this place.
 fn scalar_end(bytes: &[u8], begin: usize) -> usize {
     let is_end =
         |byte: &u8| matches!(byte, b' ' | b'\t' | b'\n' | b'\r' | b',' | b':' | b'}' | b']');

@@ -1,12 +1,13 @@
-//! Rows as lines of text on standard output; at least once.
+//! Standard output sink: prints rows as lines of text, at least once.
 //!
-//! The sink keeps no position: a line that is printed cannot be taken back, and after a crash the
-//! lines since the host's last checkpoint come again. It prints to whatever writer it is given.
+//! The sink keeps no position: a printed line cannot be taken back, so after a crash the lines since the host's last
+//! checkpoint are printed again. It prints to any writer that it is given.
 //!
-//! Rows are checked first, so that nothing is written of one that is refused. The lines are then written in pieces:
-//! what they are together, or one alone, has no bound but the template's (it may repeat a field).
+//! Rows are checked first, so that nothing of a refused row is printed. Lines are then written in pieces: a template
+//! may repeat a field, so the lines of a commit, or even one line, may be much larger than the rows.
 //!
-//! [`TYPE`] is what the program's registry lists: `settings` reads `type = "stdout"`, names its keys and makes the sink.
+//! [`TYPE`] is the entry in the program's registry of sinks: `settings` reads `type = "stdout"`, lists its keys and
+//! makes the sink.
 
 mod json;
 mod pieces;
@@ -31,7 +32,7 @@ use shardmill_core::sink::{
 };
 use shardmill_sinks_common::line::{LINE_MEDIA_TYPES, LineFormat};
 
-/// A sink of lines.
+/// Sink of lines of text.
 pub struct StdoutSink {
     name: SinkName,
     template: Option<Arc<LineTemplate>>,
@@ -40,21 +41,20 @@ pub struct StdoutSink {
 }
 
 impl StdoutSink {
-    /// A sink on the process's standard output; see [`StdoutSink::to`].
+    /// Makes a sink on the process's standard output; see [`StdoutSink::to`].
     ///
     /// # Errors
-    /// A malformed template, with the place.
+    /// An invalid template, with the place.
     pub fn new(name: SinkName, template: Option<&str>) -> Result<Self, TemplateError> {
         Self::to(name, template, Arc::new(Mutex::new(io::stdout())))
     }
 
-    /// A sink that prints each row's payload, or what a template makes of it:
-    /// `{field}` or `{outer.inner}` is a field of the JSON payload; `{shard}`, `{sequence}`,
-    /// `{key}` and `{route}` say where the row comes from (`{.shard}` is the payload's field of
-    /// that name); `{{` and `}}` are braces.
+    /// Makes a sink that prints each row's payload, or a line by a template. `{field}` or `{outer.inner}` is a field of
+    /// the JSON payload; `{shard}`, `{sequence}`, `{key}` and `{route}` are those of the row (`{.shard}` is the
+    /// payload's field with that name); `{{` and `}}` are braces.
     ///
     /// # Errors
-    /// A malformed template, with the place.
+    /// An invalid template, with the place.
     pub fn to(
         name: SinkName,
         template: Option<&str>,
@@ -67,7 +67,7 @@ impl StdoutSink {
     fn check_route(&self, route: &BoundRoute) -> Result<(RouteName, LineFormat), SinkError> {
         let needs_json = self.template.as_ref().is_some_and(|template| template.reads_payload());
         let (takes, way_out) = if needs_json {
-            ("application/json, whose fields its template names", "bind a route that carries JSON")
+            ("application/json, whose fields its template uses", "bind a route that carries JSON")
         } else {
             (LINE_MEDIA_TYPES, "add a stage that makes text of it")
         };
@@ -130,7 +130,7 @@ struct StdoutWriter {
 }
 
 impl StdoutWriter {
-    /// Runs work off the async threads: a reader of our output may be slow.
+    /// Runs work off the async threads, since the reader of the output may be slow.
     async fn off_thread<T: Send + 'static>(
         &self,
         work: impl FnOnce() -> io::Result<T> + Send + 'static,
@@ -145,7 +145,7 @@ impl StdoutWriter {
         Err(match error.kind() {
             io::ErrorKind::BrokenPipe => SinkError::Closed {
                 sink,
-                cause: format!("{cause}: its reader is gone; start again with a reader"),
+                cause: format!("{cause}: the reader has closed it; restart with a reader"),
             },
             _ => SinkError::Unavailable { sink, cause },
         })
@@ -181,7 +181,7 @@ impl SinkWriter for StdoutWriter {
     }
 }
 
-/// Makes lines of one shard's rows.
+/// Printer of one shard's rows.
 struct Printer {
     shard: ShardId,
     template: Option<Arc<LineTemplate>>,
@@ -189,7 +189,7 @@ struct Printer {
 }
 
 impl Printer {
-    /// The rows that have no line, ascending.
+    /// Returns the rows that cannot be lines, ascending.
     fn refusals(&self, rows: &[Row]) -> Vec<Refusal> {
         let refusal = |(index, row)| {
             let reason = self.check(row).err()?;

@@ -1,13 +1,13 @@
-//! A commit's lines on their way to an output that other writers share.
+//! Writes the lines of a commit to an output that other writers share.
 
 use std::io::{self, Write};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-/// The bytes that are gathered before they are written. Many lines of the usual size go out with one call.
+/// Most bytes that are gathered before they are written. Many lines of the usual size are written with one call.
 const PIECE_BYTES: usize = 64 << 10;
 
-/// Gathers text, and writes it in pieces. From the first piece to the end, the output is locked: lines of others
-/// never stand within a line, nor between the lines of one commit.
+/// Writer that gathers text and writes it in pieces. It locks the output from the first piece to the end, so that lines
+/// of other writers are never within a line, nor between the lines of one commit.
 pub(super) struct Pieces<'o> {
     output: &'o Mutex<dyn Write + Send>,
     locked: Option<MutexGuard<'o, dyn Write + Send + 'static>>,
@@ -20,7 +20,7 @@ impl<'o> Pieces<'o> {
         Self { output, locked: None, gathered: Vec::new(), bytes_written: 0 }
     }
 
-    /// Writes the rest. Returns how many bytes were written in all.
+    /// Writes the rest. Returns the number of bytes written in all.
     pub(super) fn finish(mut self) -> io::Result<u64> {
         self.flush()?;
         Ok(self.bytes_written)
@@ -52,7 +52,7 @@ impl Write for Pieces<'_> {
             self.send_gathered()?;
         }
         let mut rest = bytes;
-        // An output that escapes makes a copy of each write, so a large one is not passed on whole either.
+        // An output that escapes control characters copies each write, so a large text is split, too.
         while rest.len() > PIECE_BYTES {
             let (piece, after) = rest.split_at(whole_characters(rest));
             self.send(piece)?;
@@ -68,8 +68,8 @@ impl Write for Pieces<'_> {
     }
 }
 
-/// The end of the last character that ends in the first piece of a longer text. Bytes that are not UTF-8 are
-/// split anywhere.
+/// Returns the end of the last whole character in the first piece of a longer text. Bytes that are not UTF-8 are split
+/// anywhere.
 fn whole_characters(bytes: &[u8]) -> usize {
     let is_boundary = |at: &usize| bytes[*at] & 0xC0 != 0x80;
     (PIECE_BYTES - 3..=PIECE_BYTES).rev().find(is_boundary).unwrap_or(PIECE_BYTES)
@@ -81,7 +81,7 @@ mod tests {
 
     use super::*;
 
-    /// Keeps each write.
+    /// Output that keeps each write.
     struct Writes(Arc<Mutex<Vec<Vec<u8>>>>);
 
     impl Write for Writes {

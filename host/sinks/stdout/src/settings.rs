@@ -1,4 +1,4 @@
-//! The settings of a sink on standard output, as `[[sink]]` with `type = "stdout"` has them.
+//! Settings of a sink on standard output: `[[sink]]` with `type = "stdout"`.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -14,7 +14,7 @@ use shardmill_config::{
 };
 use shardmill_core::sink::Sink;
 
-/// The sink type.
+/// Sink type of standard output.
 pub const TYPE: &dyn SinkType = &StdoutType;
 
 struct StdoutType;
@@ -22,11 +22,12 @@ struct StdoutType;
 /// Lines on standard output.
 #[derive(Clone, Debug, PartialEq)]
 pub struct StdoutTarget {
-    /// With `{field}` for a JSON field and `{shard}`, `{sequence}`, `{key}`, `{route}`; `None`: the payload as it is.
+    /// Template of a line, with `{field}` for a JSON field and `{shard}`, `{sequence}`, `{key}`, `{route}`; `None`: the
+    /// payload as it is.
     pub template: Option<String>,
 }
 
-/// `[[sink]]` with `type = "stdout"`
+/// `[[sink]]` with `type = "stdout"`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields, expecting = "a table")]
 struct RawStdout {
@@ -57,7 +58,7 @@ impl SinkType for StdoutType {
     }
 
     fn commit_policy(&self) -> CommitPolicy {
-        // A person watches: small steps.
+        // A person watches the lines, so commits are small.
         CommitPolicy::patient(1_000, 1 << 20, Duration::from_millis(200))
     }
 

@@ -1,7 +1,7 @@
-//! Line templates: `getRecords [{shard}]: {make} [# {id}]`.
+//! Templates of lines, such as `getRecords [{shard}]: {make} [# {id}]`.
 //!
-//! Parsed once, with the place of a mistake. A row is checked before anything of its line is written, and the line
-//! is then written in pieces: a template may repeat a large field, so the whole line is never in memory.
+//! A template is parsed once; errors have their place. A row is checked before anything of its line is written. The
+//! line is then written in pieces: a template may repeat a large field, so the whole line is never in memory.
 
 use std::io::{self, Write};
 
@@ -9,19 +9,19 @@ use super::json;
 use shardmill_core::escape::controls_terminal;
 use shardmill_core::record::{Row, ShardId};
 
-/// A template that is malformed.
+/// Error of an invalid template.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{problem} at character {character} of template {template:?}")]
 pub struct TemplateError {
-    /// What is wrong and what to write instead.
+    /// Problem, and what to write instead.
     pub problem: String,
-    /// Where, in characters from 1.
+    /// Place, in characters from 1.
     pub character: usize,
-    /// The whole template.
+    /// Whole template.
     pub template: String,
 }
 
-/// What a template can name of a row.
+/// A row and its shard, which a template can use.
 pub(super) struct RowContext<'a> {
     pub(super) shard: &'a ShardId,
     pub(super) row: &'a Row,
@@ -31,9 +31,9 @@ pub(super) struct RowContext<'a> {
 #[derive(Debug, PartialEq, Eq)]
 pub(super) struct LineTemplate {
     parts: Vec<Part>,
-    /// The fields of the JSON payload that it names, each once, by the names on the way to it.
+    /// Fields of the JSON payload that it uses, each once, as paths of names.
     paths: Vec<Vec<String>>,
-    /// The same as a tree, by which one pass over the payload finds all of them.
+    /// The same paths as a tree, with which one pass over the payload finds all of them.
     names: Names,
 }
 
@@ -48,10 +48,10 @@ enum Part {
     Field(usize),
 }
 
-/// What the template names of one value of the payload.
+/// Tree of the paths below one value of the payload.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct Names {
-    /// The path that ends here.
+    /// Index of the path that ends here.
     path: Option<usize>,
     below: Vec<(String, Names)>,
 }
@@ -70,8 +70,8 @@ impl Names {
         self.below[at].1.add(rest, path);
     }
 
-    /// Finds the values of the paths. A number is an index into an array; of several members of one name, the last
-    /// one counts.
+    /// Finds the values of the paths. A number is an index into an array. Of several members of one name, the last one
+    /// counts.
     fn find<'p>(&self, value: &'p str, found: &mut [Option<&'p str>]) {
         if let Some(path) = self.path {
             found[path] = Some(value);
@@ -100,7 +100,7 @@ impl Names {
 }
 
 impl LineTemplate {
-    /// Reads a template.
+    /// Parses a template.
     pub(super) fn parse(template: &str) -> Result<Self, TemplateError> {
         let (mut parts, mut paths) = (Vec::new(), Vec::new());
         let mut text = String::new();
@@ -122,7 +122,7 @@ impl LineTemplate {
                 return Err(error(rest, lone(rest)));
             };
             let Some((name, after)) = inside.split_once('}') else {
-                return Err(error(rest, "a { that is not closed (write {{ for a brace)"));
+                return Err(error(rest, "a { without its } (write {{ for a brace)"));
             };
             let part = placeholder(name, &mut paths).map_err(|problem| error(inside, problem))?;
             if !text.is_empty() {
@@ -142,31 +142,31 @@ impl LineTemplate {
         Ok(Self { parts, paths, names })
     }
 
-    /// Whether it names a field of the payload, which must then be JSON.
+    /// Returns whether it uses a field of the payload, which must then be JSON.
     pub(super) fn reads_payload(&self) -> bool {
         !self.paths.is_empty()
     }
 
-    /// Checks that a row has a line. Nothing may be written of one that has not.
+    /// Checks that a row can be a line, before anything of it is written.
     ///
     /// # Errors
-    /// Why it has none, as a fragment for a dead letter.
+    /// The reason why it cannot, as a fragment for a dead letter.
     pub(super) fn check(&self, row: &Row) -> Result<(), String> {
         if !self.reads_payload() {
             return Ok(());
         }
-        let payload =
-            json::checked(&row.payload).map_err(|error| format!("payload is no JSON: {error}"))?;
+        let payload = json::checked(&row.payload)
+            .map_err(|error| format!("payload is not valid JSON: {error}"))?;
         match self.paths.iter().zip(self.find(payload)).find(|(_, value)| value.is_none()) {
             Some((path, _)) => Err(format!("payload has no field {}", path.join("."))),
             None => Ok(()),
         }
     }
 
-    /// Writes the line of a row that was checked, in pieces and without a line end.
+    /// Writes the line of a checked row, in pieces and without a line end.
     ///
     /// # Errors
-    /// Those of the output.
+    /// The errors of the output.
     pub(super) fn write(&self, context: &RowContext<'_>, line: &mut dyn Write) -> io::Result<()> {
         let row = context.row;
         let payload = match self.reads_payload() {
@@ -193,7 +193,7 @@ impl LineTemplate {
         Ok(())
     }
 
-    /// The value of each path in the payload.
+    /// Returns the value of each path in the payload.
     fn find<'p>(&self, payload: &'p str) -> Vec<Option<&'p str>> {
         let mut found = vec![None; self.paths.len()];
         self.names.find(payload.trim_ascii(), &mut found);
@@ -231,7 +231,7 @@ fn placeholder(name: &str, paths: &mut Vec<Vec<String>>) -> Result<Part, &'stati
     }
 }
 
-/// A value of the payload, for a line that may repeat it.
+/// A value of the payload, which a line may repeat.
 struct Shown<'p> {
     value: &'p str,
     has_control: bool,
@@ -247,7 +247,7 @@ impl<'p> Shown<'p> {
         Ok(Self { value, has_control })
     }
 
-    /// Writes it as [`write_text`] would write the whole.
+    /// Writes the value as [`write_text`] would write the whole text.
     fn write(&self, line: &mut dyn Write) -> io::Result<()> {
         json::pieces(self.value, &mut |piece| match self.has_control {
             true => write_escaped(piece, line),
@@ -256,7 +256,8 @@ impl<'p> Shown<'p> {
     }
 }
 
-/// Control characters are escaped: a value can neither break the line nor steer a terminal.
+/// Writes a text with its control characters escaped, so that a value can neither break the line nor control a
+/// terminal.
 fn write_text(text: &str, line: &mut dyn Write) -> io::Result<()> {
     match text.contains(char::is_control) {
         true => write_escaped(text, line),
@@ -317,7 +318,7 @@ mod tests {
         assert_eq!(String::from_utf8_lossy(&line), "a\\n\\u{1b}[1mé");
     }
 
-    /// The value at a path as it was found before: in a tree of the whole payload.
+    /// Returns the value at a path in a tree of the whole payload, as a reference for the comparison.
     fn in_tree(payload: &Value, path: &str) -> Option<String> {
         let value = path.split('.').try_fold(payload, |value, name| match value {
             Value::Array(items) => items.get(name.parse::<usize>().ok()?),

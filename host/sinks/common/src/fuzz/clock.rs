@@ -1,4 +1,4 @@
-//! Dates and times, counted day by day.
+//! Reference for dates and times: counts day by day.
 
 use fastrand::Rng;
 

@@ -1,4 +1,4 @@
-//! Decimal numbers with any number of digits.
+//! Reference for decimal numbers with any number of digits.
 
 #![allow(
     missing_docs,
@@ -7,7 +7,7 @@
 
 use fastrand::Rng;
 
-/// Larger exponents are read as this one: no column holds them, and arithmetic does not overflow.
+/// Largest exponent. Larger ones are read as this one: no column can store them, and arithmetic does not overflow.
 const EXPONENT_MAX: i64 = 1 << 40;
 
 /// `digits` × 10^`exponent`. Zero has no digits.
@@ -92,12 +92,12 @@ impl Number {
         Some(if self.negative { -value } else { value })
     }
 
-    /// Says whether the shortest digits of a double are this number.
+    /// Returns whether the shortest digits of a double are this number.
     pub(crate) fn is_shortest_of(&self, double: f64) -> bool {
         Self::read(&format!("{double:e}")).is_some_and(|(shown, _)| shown == *self)
     }
 
-    /// Says whether all digits of a double, or the shortest, are this number.
+    /// Returns whether all digits of a double, or the shortest ones, are this number.
     pub(crate) fn is_shown_by(&self, double: f64) -> bool {
         let is_exact = Self::read(&format!("{double:.0}")).is_some_and(|(shown, _)| shown == *self);
         double.is_finite() && (is_exact || self.is_shortest_of(double))

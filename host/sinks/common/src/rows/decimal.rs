@@ -1,23 +1,22 @@
-//! Decimal numbers as text, of any precision: their parts, exactly.
+//! Parses decimal numbers of any precision into exact parts.
 //!
-//! Pure. Knows JSON's number grammar (and leading zeros, which strings may have); what a number
-//! becomes on a wire is the sinks' work.
+//! Accepts JSON's number grammar, and leading zeros, which strings may have. Sinks convert the parts to their formats.
 
 use std::borrow::Cow;
 
-/// A decimal number, taken apart: `digits` × 10^`exponent`.
+/// Parts of a decimal number: `digits` × 10^`exponent`.
 #[derive(Debug, PartialEq, Eq)]
 pub struct Decimal<'a> {
-    /// Below zero (or minus zero).
+    /// Whether the number has a minus sign; minus zero has one.
     pub negative: bool,
     /// ASCII digits without leading zeros; empty is zero. Trailing zeros stay: 1.50 is 150 × 10^-2.
     pub digits: Cow<'a, [u8]>,
-    /// The power of ten of the last digit.
+    /// Power of ten of the last digit.
     pub exponent: i64,
 }
 
 impl<'a> Decimal<'a> {
-    /// Reads `-?digits[.digits][(e|E)[+|-]digits]`; `None` for anything else.
+    /// Parses `-?digits[.digits][(e|E)[+|-]digits]`; `None` for anything else.
     pub fn parse(text: &'a str) -> Option<Self> {
         let (negative, rest) = match text.as_bytes() {
             [b'-', rest @ ..] => (true, rest),
@@ -44,24 +43,24 @@ impl<'a> Decimal<'a> {
         Some(Self { negative, digits, exponent })
     }
 
-    /// Whether the number is zero.
+    /// Returns whether the number is zero.
     pub fn is_zero(&self) -> bool {
         self.digits.iter().all(|digit| *digit == b'0')
     }
 
-    /// Whether the number is an integer, of any size.
+    /// Returns whether the number is an integer, of any size.
     pub fn is_integer(&self) -> bool {
         let dropped = self.digits.len() - without_trailing_zeros(&self.digits).len();
         let dropped = i64::try_from(dropped).unwrap_or(i64::MAX);
         self.is_zero() || self.exponent.saturating_add(dropped) >= 0
     }
 
-    /// The number as an integer of 64 bits, if it is one, exactly.
+    /// Returns the number as an integer of 64 bits, if it is one exactly.
     pub fn to_i64(&self) -> Option<i64> {
         i64::try_from(self.to_unscaled(0)?).ok()
     }
 
-    /// The number times 10^`scale` as an integer of 128 bits, if it is one, exactly.
+    /// Returns the number times 10^`scale` as an integer of 128 bits, if it is one exactly.
     pub fn to_unscaled(&self, scale: u32) -> Option<i128> {
         let significant = without_trailing_zeros(&self.digits);
         if significant.is_empty() {
@@ -75,7 +74,7 @@ impl<'a> Decimal<'a> {
         Some(if self.negative { -magnitude } else { magnitude })
     }
 
-    /// Whether two texts are the same number.
+    /// Returns whether two numbers are equal, whatever their zeros and exponents.
     pub fn is_same_number(&self, other: &Decimal<'_>) -> bool {
         let parts = |number: &Decimal<'_>| {
             let significant = without_trailing_zeros(&number.digits).to_vec();
@@ -90,7 +89,7 @@ impl<'a> Decimal<'a> {
     }
 }
 
-/// One or more digits, and what follows them.
+/// Splits after one or more digits at the beginning.
 fn take_digits(text: &[u8]) -> Option<(&[u8], &[u8])> {
     let end = text.iter().position(|byte| !byte.is_ascii_digit()).unwrap_or(text.len());
     (end > 0).then(|| text.split_at(end))
@@ -101,13 +100,13 @@ fn without_leading_zeros(digits: &[u8]) -> &[u8] {
     &digits[start..]
 }
 
-/// The digits up to the last one that is not zero.
+/// Returns the digits up to the last one that is not zero.
 fn without_trailing_zeros(digits: &[u8]) -> &[u8] {
     let end = digits.iter().rposition(|digit| *digit != b'0').map_or(0, |last| last + 1);
     &digits[..end]
 }
 
-/// An exponent; beyond 64 bits it saturates, which no type of any table holds either.
+/// Parses an exponent. Beyond 64 bits it saturates: no type of any table can store such a number.
 fn parse_exponent(text: &[u8]) -> Option<i64> {
     let (sign, digits) = match text {
         [b'-', digits @ ..] => (-1, digits),

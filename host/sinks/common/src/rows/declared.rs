@@ -1,51 +1,50 @@
-//! Columns as routes declare them, and what a table must be for them: what all SQL sinks ask before the
-//! first row.
+//! Columns that routes declare, and the checks of a table against them, which all SQL sinks make before the first row.
 
 use std::fmt::Display;
 
 use shardmill_config::WriteMode;
 use shardmill_core::record::BoundRoute;
 
-/// A column as the routes of one sink declare it together.
+/// A column as all routes of one sink declare it.
 #[derive(Debug, PartialEq, Eq)]
 pub struct DeclaredColumn<'r> {
-    /// Its name.
+    /// Name.
     pub name: &'r str,
-    /// Its type, as the plugin declares it.
+    /// Type, as the plugin declares it.
     pub data_type: &'r str,
-    /// Whether a row may lack it or bring null.
+    /// Whether a row may have no value or null.
     pub nullable: bool,
-    /// The first route that declares it, for errors.
+    /// First route that declares it, for errors.
     pub route: &'r str,
 }
 
-/// What a column of the live table is to a declared one.
+/// A column of the live table, compared with a declared one.
 pub struct LiveFit<'c> {
-    /// Its name.
+    /// Name.
     pub name: &'c str,
-    /// The type as people write it.
+    /// Type, as people write it.
     pub data_type: &'c str,
-    /// The table makes the value, no row may bring it.
+    /// Whether the table generates the value. No row may have one.
     pub is_generated: bool,
-    /// Whether a declared column has its place here.
+    /// Whether it can store the declared column's values.
     pub fit: Fit,
 }
 
-/// Whether the values of a declared column have their place in a live one.
+/// Whether a live column can store the values of a declared one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fit {
-    /// All of them.
+    /// It can store all of them.
     Full,
-    /// Not every one.
+    /// It cannot store every one.
     TooNarrow,
-    /// None: rows cannot fill a column of its type.
+    /// It can store none: rows cannot fill a column of its type.
     Unsupported,
 }
 
-/// Checks that the live columns have a place for a declared one.
+/// Checks that the live columns can store a declared one.
 ///
 /// # Errors
-/// What does not fit, with both sides and the way out.
+/// The mismatch, with both sides and the way out.
 pub fn check_fit<'c>(
     table: impl Display,
     declared: &DeclaredColumn<'_>,
@@ -75,16 +74,16 @@ pub fn check_fit<'c>(
         ));
     }
     Err(format!(
-        "route {route:?} declares column {name:?} ({data_type}), table {table} has no such column, it \
-         has {}: add the column, or bind the route to another table",
+        "route {route:?} declares column {name:?} ({data_type}), which is missing in table {table} with \
+         columns {}: add the column, or bind the route to another table",
         others.join(", ")
     ))
 }
 
-/// Checks that the columns that a mode names are there.
+/// Checks that the columns that a mode needs exist.
 ///
 /// # Errors
-/// The one that is not.
+/// The first column that is missing.
 pub fn check_required<'c>(
     table: impl Display,
     mode: &WriteMode,
@@ -93,13 +92,14 @@ pub fn check_required<'c>(
     match mode.required().find(|name| !live.clone().any(|column| column == *name)) {
         None => Ok(()),
         Some(name) => Err(format!(
-            "table {table} has no column {name:?}, which the sink's `key` or `newest_by` names"
+            "table {table} has no column {name:?}, which is in the sink's `key` or `newest_by`: add the column, or \
+             change the sink"
         )),
     }
 }
 
-/// The statement that makes a table of these columns, each with its type, and the mode's key. `table` and
-/// what `quoted` gives are SQL already.
+/// Returns the statement that creates a table of these columns, each with its type, and the mode's key. `table` and the
+/// result of `quoted` are SQL already.
 pub fn create_table_sql(
     table: &str,
     mut columns: Vec<String>,
@@ -113,10 +113,10 @@ pub fn create_table_sql(
     format!("CREATE TABLE IF NOT EXISTS {table} ({})", columns.join(", "))
 }
 
-/// Whether a missing table may be made, from what is configured and declared.
+/// Checks that a missing table may and can be created, by the configuration and the declared columns.
 ///
 /// # Errors
-/// Why not, and the way out.
+/// The reason why not, and the way out.
 pub fn may_create(
     table: impl Display,
     declared: &[DeclaredColumn<'_>],
@@ -135,8 +135,8 @@ pub fn may_create(
     Ok(())
 }
 
-/// What the routes declare together, in the order of its first mention. A column that one route
-/// has and another lacks is nullable.
+/// Returns the columns that all routes declare, in the order in which they are first declared. A column that a
+/// declaring route does not have is nullable.
 pub fn declared_columns(routes: &[BoundRoute]) -> Result<Vec<DeclaredColumn<'_>>, String> {
     let mut columns: Vec<DeclaredColumn<'_>> = Vec::new();
     let declaring = routes.iter().filter(|route| !route.columns.is_empty());

@@ -1,23 +1,22 @@
-//! The form of rows: mostly all rows of a plugin bring the same columns in the same order, as plain
-//! values. Then nothing need be looked for: what stands before each value is known.
+//! Fast path for rows of one form. Most plugins write the same columns in the same order, with plain values. Then the
+//! text before each value is known, and values are found without parsing.
 //!
-//! A row of another form is read by serde_json, whose answer is the rule: what is read here, it would
-//! read the same.
+//! Invariant: a row that is read here gives the same values as serde_json, which reads all other rows.
 
 use super::value::RawJson;
 use super::{ColumnNames, Slots};
 
-/// What was learned from rows.
+/// Form of rows, as learned from earlier ones.
 #[derive(Debug, Default)]
 pub struct RowForm {
-    /// What stands before each value, such as `,"make":`, and the place of its column.
+    /// Text before each value, such as `,"make":`, and the place of its column.
     fields: Vec<(String, usize)>,
-    /// The order of the last row that was read by serde_json.
+    /// Order of the columns in the last row that serde_json read.
     seen: Vec<usize>,
 }
 
 impl RowForm {
-    /// Reads a row that has the form. False: it has another, and some slots may be filled.
+    /// Reads a row that has this form. Returns false if it has another; some slots may be filled then.
     pub(super) fn read<'a>(&self, row: &'a str, slots: &mut Slots<'a>) -> bool {
         let mut rest = row;
         for (before, place) in &self.fields {
@@ -30,13 +29,13 @@ impl RowForm {
         !self.fields.is_empty() && rest == "}"
     }
 
-    /// Gives the fields of the form: what stands before each value, and the place of its column.
+    /// Iterates over the fields of the form: the text before each value, and the place of its column.
     pub fn fields(&self) -> impl Iterator<Item = (&str, usize)> {
         self.fields.iter().map(|(before, place)| (before.as_str(), *place))
     }
 
-    /// Notes in which order a row has brought its columns. Twice in a row, that is the form: where rows
-    /// differ from each other, to learn each would cost more than it saves.
+    /// Notes the order of columns in a row. If two rows in succession have the same order, it becomes the form. Where
+    /// rows differ from each other, learning each one would cost more than it saves.
     pub(super) fn saw(&mut self, order: Vec<usize>, columns: &ColumnNames) {
         if order != self.seen {
             self.seen = order;
@@ -44,7 +43,7 @@ impl RowForm {
         }
         let before = |(index, place): (usize, &usize)| {
             let opens = if index == 0 { '{' } else { ',' };
-            // Text has a JSON form.
+            // Writing a text as JSON does not fail.
             let name = serde_json::to_string(columns.name(*place)).unwrap_or_default();
             (format!("{opens}{name}:"), *place)
         };
@@ -52,8 +51,9 @@ impl RowForm {
     }
 }
 
-/// An integer as it is mostly written, at the beginning of a text: perhaps a sign, then 1 to 18 digits without
-/// leading zeros; with its length. It is the value only if a comma or brace follows. `None`: another value.
+/// Reads an integer in its usual form at the beginning of a text (an optional minus sign, then 1 to 18 digits without
+/// leading zeros), and returns it with its length. It is the whole value only if a comma or brace follows. `None`:
+/// another value.
 #[inline]
 pub fn leading_integer(text: &[u8]) -> Option<(i64, usize)> {
     let sign = usize::from(*text.first()? == b'-');
@@ -70,7 +70,8 @@ pub fn leading_integer(text: &[u8]) -> Option<(i64, usize)> {
     is_whole.then_some((if sign == 1 { -value } else { value }, at))
 }
 
-/// A string of ASCII without escapes at the beginning of a text, without its quotation marks. `None`: another value.
+/// Returns an ASCII string without escapes at the beginning of a text, without its quotation marks. `None`: another
+/// value.
 #[inline]
 pub fn leading_ascii(text: &[u8]) -> Option<&[u8]> {
     let inside = text.strip_prefix(b"\"")?;
@@ -78,14 +79,14 @@ pub fn leading_ascii(text: &[u8]) -> Option<&[u8]> {
     (inside[end] == b'"').then(|| &inside[..end])
 }
 
-/// Any plain value at the beginning of a text. `None`: it is not plain, or is none.
+/// Returns any plain value at the beginning of a text. `None`: it is not plain, or not a value.
 pub fn leading_value(text: &[u8]) -> Option<RawJson<'_>> {
     let value = &text[..plain_value(text)?];
     std::str::from_utf8(value).ok().map(RawJson::known)
 }
 
-/// The length of the value at the beginning, if it is plain: a number without exponent, a string without
-/// escapes, `true`, `false` or `null`. `None`: it is not, or is none.
+/// Returns the length of the value at the beginning, if it is plain: a number without exponent, a string without
+/// escapes, `true`, `false` or `null`. `None`: it is not plain, or not a value.
 fn plain_value(text: &[u8]) -> Option<usize> {
     match text.first()? {
         b'"' => {
@@ -100,7 +101,7 @@ fn plain_value(text: &[u8]) -> Option<usize> {
     }
 }
 
-/// The length of a number without sign and exponent.
+/// Returns the length of a number without sign and exponent.
 fn number(text: &[u8]) -> Option<usize> {
     let whole = digits(text);
     if whole == 0 || (whole > 1 && text[0] == b'0') {
@@ -130,7 +131,7 @@ mod tests {
         ColumnNames::new(["id", "make \"x\"", "cents", "at"].map(String::from))
     }
 
-    /// Values that are read here, values that serde_json reads, and what is none.
+    /// Values that are read here, values that only serde_json reads, and texts that are not values.
     const VALUES: [&str; 33] = [
         "0",
         "7",

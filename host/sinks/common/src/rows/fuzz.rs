@@ -1,4 +1,4 @@
-//! Rows spread over columns, compared with a reader that keeps every pair.
+//! Fuzz target of rows that are spread over columns: compares them with a reader that keeps every pair.
 
 #![allow(clippy::expect_used, reason = "a finding is a panic")]
 
@@ -59,7 +59,7 @@ fn run(data: &[u8]) {
         let shown = row.escape_ascii();
         match serde_json::from_slice::<Pairs>(row) {
             Ok(Pairs(pairs)) => assert_eq!(found, reference(pairs), "{shown}"),
-            // A key may be found at fault before the text is.
+            // An invalid key may be found before invalid text.
             Err(_) => assert!(found.is_err(), "{shown}: {found:?}"),
         }
     }
@@ -78,7 +78,7 @@ fn reference(pairs: Vec<(String, Box<RawValue>)>) -> Found {
     Ok(values)
 }
 
-/// All pairs of a JSON object in their order.
+/// All pairs of a JSON object, in their order.
 struct Pairs(Vec<(String, Box<RawValue>)>);
 
 impl<'de> Deserialize<'de> for Pairs {

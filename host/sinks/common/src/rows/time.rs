@@ -1,7 +1,7 @@
-//! Dates and times as text: RFC 3339, and the same with a space where it has a `T`.
+//! Parses dates and times: RFC 3339, also with a space instead of the `T`.
 //!
-//! Pure. Results count from 1970-01-01, in days or microseconds. Digits past the microsecond round
-//! to the nearest one, as PostgreSQL does. Years 0001 to 9999.
+//! Results count from 1970-01-01, in days or microseconds. Digits after the microsecond are rounded to the nearest one,
+//! as in PostgreSQL. Years are 0001 to 9999.
 
 use std::borrow::Cow;
 
@@ -10,19 +10,19 @@ const MICROS_PER_MINUTE: i64 = 60 * MICROS_PER_SECOND;
 const MICROS_PER_HOUR: i64 = 60 * MICROS_PER_MINUTE;
 const MICROS_PER_DAY: i64 = 24 * MICROS_PER_HOUR;
 
-/// The offsets from UTC that a place on earth can have, with room: PostgreSQL's own limit.
+/// Most hours of an offset from UTC: PostgreSQL's own limit, more than any place on earth has.
 const OFFSET_HOURS_MAX: i64 = 15;
 
-/// Why a text is no date or time.
+/// Reason why a text is not a date or time.
 type Why = Cow<'static, str>;
 
-/// What a timestamp's offset from UTC may be.
+/// Meaning of a timestamp's offset from UTC.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Zone {
-    /// A `timestamptz`: with an offset; a text without one is UTC, whatever the server's zone is.
+    /// A `timestamptz`, with an offset. A text without one is UTC, whatever the server's zone is.
     Instant,
-    /// A `timestamp`: a wall clock, without an offset. `Z` is let pass as UTC's wall clock; another
-    /// offset would be lost and is refused.
+    /// A `timestamp`: a wall clock, without an offset. `Z` is accepted as UTC's wall clock. Another offset is refused,
+    /// as it would be lost.
     WallClock,
 }
 
@@ -33,7 +33,7 @@ pub fn date(text: &str) -> Result<i32, Why> {
         Some(days) if rest.is_empty() => {
             i32::try_from(days).map_err(|_| "the date is out of range".into())
         }
-        _ => Err("a date as 2013-01-31 is due".into()),
+        _ => Err("expected a date such as 2013-01-31".into()),
     }
 }
 
@@ -42,15 +42,15 @@ pub fn time(text: &str) -> Result<i64, Why> {
     let mut rest = text.as_bytes();
     match take_time(&mut rest) {
         Some(micros) if rest.is_empty() => Ok(micros),
-        _ => Err("a time as 23:59:59.123456 is due".into()),
+        _ => Err("expected a time such as 23:59:59.123456".into()),
     }
 }
 
 /// Reads a date and a time, `T` or a space between them, as microseconds since 1970-01-01.
 pub fn timestamp(text: &str, zone: Zone) -> Result<i64, Why> {
     let expected = || match zone {
-        Zone::Instant => Why::from("a timestamp as 2013-01-31T23:59:59.123456Z is due"),
-        Zone::WallClock => Why::from("a timestamp as 2013-01-31 23:59:59.123456 is due"),
+        Zone::Instant => Why::from("expected a timestamp such as 2013-01-31T23:59:59.123456Z"),
+        Zone::WallClock => Why::from("expected a timestamp such as 2013-01-31 23:59:59.123456"),
     };
     let mut rest = text.as_bytes();
     let days = take_date(&mut rest).ok_or_else(expected)?;
@@ -66,7 +66,7 @@ pub fn timestamp(text: &str, zone: Zone) -> Result<i64, Why> {
     Ok(days * MICROS_PER_DAY + micros - offset)
 }
 
-/// The days of a `YYYY-MM-DD`.
+/// Reads `YYYY-MM-DD` as days.
 fn take_date(text: &mut &[u8]) -> Option<i64> {
     let year = take_number(text, 4)?;
     take_any(text, b"-")?;
@@ -81,7 +81,7 @@ fn take_date(text: &mut &[u8]) -> Option<i64> {
     Some(date.signed_duration_since(chrono::NaiveDate::default()).num_days())
 }
 
-/// The microseconds of an `HH:MM[:SS[.f…]]`. A leap second counts as the next minute's first.
+/// Reads `HH:MM[:SS[.f…]]` as microseconds. A leap second counts as the next minute's first second.
 fn take_time(text: &mut &[u8]) -> Option<i64> {
     let hours = take_number(text, 2)?;
     take_any(text, b":")?;
@@ -97,7 +97,7 @@ fn take_time(text: &mut &[u8]) -> Option<i64> {
     (micros <= MICROS_PER_DAY).then_some(micros)
 }
 
-/// The microseconds of a fraction's digits, rounded to the nearest.
+/// Reads a fraction's digits as microseconds, rounded to the nearest.
 fn take_fraction(text: &mut &[u8]) -> Option<i64> {
     let length = text.iter().take_while(|byte| byte.is_ascii_digit()).count();
     let (digits, rest) = text.split_at(length);
@@ -109,7 +109,7 @@ fn take_fraction(text: &mut &[u8]) -> Option<i64> {
     (length > 0).then_some(micros + i64::from(round_up))
 }
 
-/// The microseconds of an offset, `Z` or `±HH[:MM]` or `±HHMM`; none is zero.
+/// Reads an offset as microseconds: `Z`, `±HH[:MM]` or `±HHMM`. No offset is zero.
 fn take_offset(text: &mut &[u8]) -> Option<i64> {
     let sign = match take_any(text, b"Zz+-") {
         None | Some(b'Z' | b'z') => return Some(0),
@@ -125,7 +125,7 @@ fn take_offset(text: &mut &[u8]) -> Option<i64> {
     Some(sign * (hours * MICROS_PER_HOUR + minutes * MICROS_PER_MINUTE))
 }
 
-/// Exactly `length` digits as a number.
+/// Reads exactly `length` digits as a number.
 fn take_number(text: &mut &[u8], length: usize) -> Option<i64> {
     let (digits, rest) = text.split_at_checked(length)?;
     if !digits.iter().all(u8::is_ascii_digit) {
@@ -135,7 +135,7 @@ fn take_number(text: &mut &[u8], length: usize) -> Option<i64> {
     Some(digits.iter().fold(0, |value, digit| value * 10 + i64::from(digit - b'0')))
 }
 
-/// The next byte, if it is one of these.
+/// Takes the next byte, if it is one of these.
 fn take_any(text: &mut &[u8], wanted: &[u8]) -> Option<u8> {
     let (first, rest) = text.split_first().filter(|(first, _)| wanted.contains(first))?;
     *text = rest;

@@ -1,7 +1,7 @@
-//! One JSON value, read as the type of the column that it goes to.
+//! Reads one JSON value as the type of its column.
 //!
-//! Pure. A value is taken exactly or refused with the reason. Numbers may come as JSON strings too:
-//! JavaScript cannot write a 64-bit integer any other way.
+//! A value is read exactly, or refused with the reason. Numbers may also be JSON strings: JavaScript cannot write a
+//! 64-bit integer any other way.
 
 use std::borrow::Cow;
 
@@ -12,31 +12,30 @@ use serde_json::value::RawValue;
 
 use super::decimal::Decimal;
 
-/// Levels of nesting that a document for a `json` column may have. PostgreSQL's parser answers a
-/// deeper one with an error that does not blame the row (54001, its stack limit), so it would block
-/// the shard instead of going to the dead letters.
+/// Most levels of nesting of a document for a `json` column. PostgreSQL's parser answers a deeper one with an error
+/// that does not blame the row (54001, its stack limit), so it would block the shard instead of becoming a dead letter.
 const NESTING_MAX: usize = 512;
 
-/// Standard base64; the padding may be left out.
+/// Standard base64; the padding is optional.
 const BASE64: GeneralPurpose = GeneralPurpose::new(
     &alphabet::STANDARD,
     GeneralPurposeConfig::new().with_decode_padding_mode(DecodePaddingMode::Indifferent),
 );
 
-/// Why a value does not fit: a fragment that follows the value.
+/// Reason why a value does not fit: a fragment that follows the value.
 pub type Why = Cow<'static, str>;
 
-/// A JSON value's text, whose syntax is known to be right.
+/// Text of a JSON value with valid syntax.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawJson<'a>(&'a str);
 
 impl<'a> RawJson<'a> {
-    /// Takes text that was read as one JSON value.
+    /// Makes one of text that was read as one JSON value.
     pub(super) fn known(text: &'a str) -> Self {
         Self(text)
     }
 
-    /// The text, as it was written.
+    /// Returns the text, as it was written.
     pub fn get(self) -> &'a str {
         self.0
     }
@@ -48,23 +47,23 @@ impl<'a> From<&'a RawValue> for RawJson<'a> {
     }
 }
 
-/// A JSON value, as far as a column cares.
+/// A JSON value, read only as far as columns need it.
 #[derive(Debug, PartialEq)]
 pub enum Json<'a> {
     /// `null`, which is SQL's NULL in a column of any type.
     Null,
     /// `true` or `false`.
     Bool(bool),
-    /// A number's text, as it was written.
+    /// Text of a number, as it was written.
     Number(&'a str),
-    /// A string's characters.
+    /// Characters of a string.
     Text(Cow<'a, str>),
-    /// An object's or array's text, as it was written.
+    /// Text of an object or array, as it was written.
     Nested(&'a str),
 }
 
 impl<'a> Json<'a> {
-    /// Reads a value whose syntax is known to be right.
+    /// Reads a value with valid syntax.
     #[inline]
     pub fn of(raw: RawJson<'a>) -> Result<Self, Why> {
         let text = raw.get();
@@ -78,16 +77,16 @@ impl<'a> Json<'a> {
         })
     }
 
-    /// The text of a number, which may come as a string.
+    /// Returns the text of a number, which may be a JSON string.
     pub fn number(&self) -> Result<&str, Why> {
         match self {
             Self::Number(text) => Ok(text),
             Self::Text(text) => Ok(text),
-            _ => Err("a number is due".into()),
+            _ => Err("expected a number".into()),
         }
     }
 
-    /// The characters of a string.
+    /// Returns the characters of a string.
     fn string(&self, expected: &'static str) -> Result<&str, Why> {
         match self {
             Self::Text(text) => Ok(text),
@@ -96,28 +95,28 @@ impl<'a> Json<'a> {
     }
 }
 
-/// A JSON string's characters; borrowed unless it has escapes.
+/// Returns a JSON string's characters; borrowed unless it has escapes.
 fn unescaped(quoted: &str) -> Result<Cow<'_, str>, Why> {
     match quoted.strip_prefix('"').and_then(|rest| rest.strip_suffix('"')) {
         Some(plain) if !plain.contains('\\') => Ok(Cow::Borrowed(plain)),
         _ => serde_json::from_str(quoted)
             .map(Cow::Owned)
-            .map_err(|_| "the string is no Unicode (a lone surrogate)".into()),
+            .map_err(|_| "the string is not valid Unicode (a lone surrogate)".into()),
     }
 }
 
-/// A boolean: `true`, `false`, or one of these as a string.
+/// Reads a boolean: `true`, `false`, or one of these as a string.
 pub fn boolean(json: &Json<'_>) -> Result<bool, Why> {
     match json {
         Json::Bool(value) => Ok(*value),
         Json::Text(text) if text == "true" => Ok(true),
         Json::Text(text) if text == "false" => Ok(false),
-        _ => Err("true or false is due".into()),
+        _ => Err("expected true or false".into()),
     }
 }
 
-/// An integer as it is mostly written: perhaps a sign, then at most 18 digits. `None`: it is written in
-/// another way, or is none.
+/// Reads an integer in its usual form: an optional minus sign, then at most 18 digits. `None`: another form, or not an
+/// integer.
 #[inline]
 pub fn plain_integer(raw: RawJson<'_>) -> Option<i64> {
     let (text, sign) = match raw.get().as_bytes() {
@@ -138,53 +137,53 @@ pub fn plain_integer(raw: RawJson<'_>) -> Option<i64> {
     Some(value * sign)
 }
 
-/// The characters of a string without escapes, which most are. `None`: it has some, or is none.
+/// Returns the characters of a string without escapes, the usual form. `None`: it has escapes, or is not a string.
 #[inline]
 pub fn plain_text(raw: RawJson<'_>) -> Option<&str> {
     let plain = raw.get().strip_prefix('"')?.strip_suffix('"')?;
     memchr::memchr(b'\\', plain.as_bytes()).is_none().then_some(plain)
 }
 
-/// An integer that the type holds. `3.0` and `3e2` are integers, `3.5` is none.
+/// Reads an integer in the range of the type. `3.0` and `3e2` are integers, `3.5` is not.
 pub fn integer<T: TryFrom<i64>>(json: &Json<'_>) -> Result<T, Why> {
     let text = json.number()?;
     let value = match text.parse::<i64>() {
         Ok(value) if !text.starts_with('+') => value,
         _ => {
-            let number = Decimal::parse(text).ok_or("an integer is due")?;
+            let number = Decimal::parse(text).ok_or("expected an integer")?;
             match number.to_i64() {
                 Some(value) => value,
                 None if number.exponent >= 0 => return Err("the integer is out of range".into()),
-                None => return Err("an integer is due".into()),
+                None => return Err("expected an integer".into()),
             }
         }
     };
     T::try_from(value).map_err(|_| "the integer is out of range".into())
 }
 
-/// A double. `NaN`, `Infinity` and `-Infinity` come as strings.
+/// Reads a double. `NaN`, `Infinity` and `-Infinity` are strings.
 pub fn float64(json: &Json<'_>) -> Result<f64, Why> {
     if let Some(value) = not_finite(json) {
         return Ok(value);
     }
     let (text, number) = decimal_text(json)?;
-    let value: f64 = text.parse().map_err(|_| "a number is due")?;
+    let value: f64 = text.parse().map_err(|_| "expected a number")?;
     let lost = !value.is_finite() || (value == 0.0 && !number.is_zero());
     if lost { Err("the number is out of a double's range".into()) } else { Ok(value) }
 }
 
-/// A float of single precision.
+/// Reads a float of single precision.
 pub fn float32(json: &Json<'_>) -> Result<f32, Why> {
     if let Some(value) = not_finite(json) {
         return Ok(value);
     }
     let (text, number) = decimal_text(json)?;
-    let value: f32 = text.parse().map_err(|_| "a number is due")?;
+    let value: f32 = text.parse().map_err(|_| "expected a number")?;
     let lost = !value.is_finite() || (value == 0.0 && !number.is_zero());
     if lost { Err("the number is out of a real's range".into()) } else { Ok(value) }
 }
 
-/// One of the three values that JSON has no number for.
+/// Reads one of the three values for which JSON has no number.
 pub fn not_finite<T: From<f32>>(json: &Json<'_>) -> Option<T> {
     match json {
         Json::Text(text) => match &**text {
@@ -197,32 +196,32 @@ pub fn not_finite<T: From<f32>>(json: &Json<'_>) -> Option<T> {
     }
 }
 
-/// A decimal number of any precision.
+/// Reads a decimal number of any precision.
 pub fn decimal<'j>(json: &'j Json<'_>) -> Result<Decimal<'j>, Why> {
     Ok(decimal_text(json)?.1)
 }
 
 fn decimal_text<'j>(json: &'j Json<'_>) -> Result<(&'j str, Decimal<'j>), Why> {
     let text = json.number()?;
-    Ok((text, Decimal::parse(text).ok_or("a number is due")?))
+    Ok((text, Decimal::parse(text).ok_or("expected a number")?))
 }
 
-/// Characters: a string's, or a number or boolean as it was written.
+/// Returns the characters of a string, or a number or boolean as it was written.
 pub fn text<'j>(json: &'j Json<'_>) -> Result<&'j str, Why> {
     let text = match json {
         Json::Text(text) => &**text,
         Json::Number(text) => text,
         Json::Bool(true) => "true",
         Json::Bool(false) => "false",
-        Json::Null | Json::Nested(_) => return Err("a string is due".into()),
+        Json::Null | Json::Nested(_) => return Err("expected a string".into()),
     };
     if text.as_bytes().contains(&0) {
-        return Err("a database's text cannot hold the character U+0000".into());
+        return Err("databases cannot store the character U+0000 in a text".into());
     }
     Ok(text)
 }
 
-/// A document for a `json` column: any value, as it was written.
+/// Returns a document for a `json` column: any value, as it was written.
 pub fn document(raw: RawJson<'_>) -> Result<&str, Why> {
     let text = raw.get();
     if is_nested_deeper_than(text, NESTING_MAX) {
@@ -231,7 +230,7 @@ pub fn document(raw: RawJson<'_>) -> Result<&str, Why> {
     Ok(text)
 }
 
-/// Whether brackets outside of strings are open deeper than this. The syntax is known to be right.
+/// Returns whether brackets outside of strings are nested deeper than `levels`. The syntax must be valid.
 fn is_nested_deeper_than(json: &str, levels: usize) -> bool {
     let (mut depth, mut in_string, mut escaped) = (0_usize, false, false);
     json.bytes().any(|byte| {
@@ -247,9 +246,9 @@ fn is_nested_deeper_than(json: &str, levels: usize) -> bool {
     })
 }
 
-/// Bytes: a string of base64, or of hexadecimal digits behind `\x`.
+/// Reads bytes: a string of base64, or of hexadecimal digits after `\x`.
 pub fn bytes(json: &Json<'_>) -> Result<Vec<u8>, Why> {
-    let expected = "bytes as base64, or as hexadecimal digits behind \\x, are due";
+    let expected = "expected bytes as base64, or as hexadecimal digits after \\x";
     let text = json.string(expected)?;
     match text.strip_prefix("\\x") {
         Some(digits) => hex::decode(digits).map_err(|_| expected.into()),
@@ -257,15 +256,15 @@ pub fn bytes(json: &Json<'_>) -> Result<Vec<u8>, Why> {
     }
 }
 
-/// A UUID.
+/// Reads a UUID.
 pub fn uuid(json: &Json<'_>) -> Result<uuid::Uuid, Why> {
-    let expected = "a UUID as 6ba7b810-9dad-11d1-80b4-00c04fd430c8 is due";
+    let expected = "expected a UUID such as 6ba7b810-9dad-11d1-80b4-00c04fd430c8";
     uuid::Uuid::try_parse(json.string(expected)?).map_err(|_| expected.into())
 }
 
-/// The characters of a date or time.
+/// Returns the characters of a date or time.
 pub fn time_text<'j>(json: &'j Json<'_>) -> Result<&'j str, Why> {
-    json.string("a date or time as a string is due")
+    json.string("expected a date or time as a string")
 }
 
 #[cfg(test)]

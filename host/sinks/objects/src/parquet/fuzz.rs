@@ -1,4 +1,4 @@
-//! Values as a Parquet file holds them.
+//! Fuzz target of the values in a Parquet file.
 
 #![allow(
     missing_docs,
@@ -43,7 +43,7 @@ fn read(data_type: &str, raw: RawJson<'_>) -> Option<Value> {
     let column =
         ParquetColumn { name: "a".into(), data_type: data_type.into(), kind, nullable: true };
     let cell = column.cell(raw).ok()?;
-    // An integer of the last digit's unit, in either length.
+    // The number times 10^scale as an integer, of 8 or 16 bytes.
     let decimal = |unscaled: i128| match kind {
         Kind::Decimal { scale, .. } => {
             let digits = unscaled.unsigned_abs().to_string();

@@ -1,28 +1,28 @@
-//! How rows lie in objects, as the configuration says it: their format, and the folders that a template names.
+//! Configured layout of objects: format, compression, and the template of folders.
 
 use serde::{Deserialize, Serialize};
 
-/// The folder of the claim logs, below the URL of a sink of objects.
+/// Folder of the claim logs, below the URL of a sink of objects.
 pub(crate) const LOG_FOLDER: &str = "_shardmill";
 
-/// What objects hold.
+/// Format of objects.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ObjectFormat {
     /// One row, one line.
     #[default]
     Ndjson,
-    /// Payloads as they are, one behind the other.
+    /// Payloads as they are, one after the other.
     Raw,
     /// Apache Parquet, with the columns that the route declares.
     Parquet,
 }
 
-/// How objects are compressed.
+/// Compression of objects.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Compression {
-    /// Not at all.
+    /// No compression.
     None,
     /// gzip, `.gz`.
     Gzip,
@@ -30,20 +30,20 @@ pub enum Compression {
     Zstd,
 }
 
-/// How an objects sink lays rows out.
+/// Layout of objects.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ObjectLayout {
-    /// What objects hold.
+    /// Format.
     #[serde(default)]
     pub format: ObjectFormat,
-    /// How they are compressed; in Parquet, each page.
+    /// Compression; in Parquet, of each page.
     pub compression: Compression,
-    /// The folder of each object under the sink's URL.
+    /// Folder of each object below the sink's URL.
     #[serde(default)]
     pub folder: FolderTemplate,
 }
 
-/// Lines in folders by route, stream and shard.
+/// Makes the layout of lines in folders by route, stream and shard.
 impl From<Compression> for ObjectLayout {
     fn from(compression: Compression) -> Self {
         let format = ObjectFormat::default();
@@ -51,45 +51,45 @@ impl From<Compression> for ObjectLayout {
     }
 }
 
-/// A folder with fields, such as `{route}/dt={date}/country={row.country}`.
+/// Template of a folder, such as `{route}/dt={date}/country={row.country}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(try_from = "String", into = "String")]
 pub struct FolderTemplate {
     text: String,
-    /// The parts of each level.
+    /// Parts of each level.
     pub levels: Vec<Vec<Part>>,
 }
 
-/// Part of a folder's name: text, or a value of the row that is put there.
+/// Part of a folder's name: text, or a value of the row.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Part {
     /// Text, as it is written.
     Text(String),
-    /// The pipeline's name.
+    /// Name of the pipeline.
     Pipeline,
-    /// The sink's name.
+    /// Name of the sink.
     Sink,
-    /// The stream's name.
+    /// Name of the stream.
     Stream,
-    /// The shard's id.
+    /// Id of the shard.
     Shard,
-    /// The route's name.
+    /// Name of the route.
     Route,
-    /// The day on which the record arrived, `YYYY-MM-DD` in UTC.
+    /// Day on which the record arrived, `YYYY-MM-DD` in UTC.
     Date,
-    /// Its year, of four digits.
+    /// Year of that day, four digits.
     Year,
-    /// Its month, of two digits.
+    /// Month of that day, two digits.
     Month,
-    /// Its day of the month, of two digits.
+    /// Day of the month, two digits.
     Day,
-    /// Its hour, of two digits.
+    /// Hour at which the record arrived, two digits.
     Hour,
-    /// A field of the row.
+    /// Field of the row.
     Row(String),
 }
 
-/// The fields of a template, for error texts.
+/// Fields of a template, for error texts.
 pub(crate) const FOLDER_FIELDS: &str = "{pipeline}, {sink}, {stream}, {shard}, {route}, {date}, {year}, \
      {month}, {day}, {hour} (of the record's arrival, UTC) and {row.FIELD}";
 
@@ -106,7 +106,7 @@ impl TryFrom<String> for FolderTemplate {
     fn try_from(text: String) -> Result<Self, String> {
         let levels: Vec<Vec<Part>> = text.split('/').map(level).collect::<Result<_, _>>()?;
         if levels.first().is_some_and(|first| *first == [Part::Text(LOG_FOLDER.into())]) {
-            return Err(format!("the folder {LOG_FOLDER} is the claim log's own"));
+            return Err(format!("the folder {LOG_FOLDER} is reserved for the claim log"));
         }
         Ok(Self { text, levels })
     }
@@ -121,12 +121,12 @@ impl From<FolderTemplate> for String {
 /// Reads one level of a template.
 fn level(text: &str) -> Result<Vec<Part>, String> {
     if matches!(text, "" | "." | "..") {
-        return Err(format!("a folder is named {text:?}"));
+        return Err(format!("invalid folder name {text:?}"));
     }
     let mut parts = Vec::new();
     let mut rest = text;
     while let Some((before, after)) = rest.split_once('{') {
-        let (field, after) = after.split_once('}').ok_or("a `{` is not closed")?;
+        let (field, after) = after.split_once('}').ok_or("a `{` without its `}`")?;
         if !before.is_empty() {
             parts.push(Part::Text(before.into()));
         }
@@ -143,7 +143,7 @@ fn level(text: &str) -> Result<Vec<Part>, String> {
             "hour" => Part::Hour,
             _ => match field.strip_prefix("row.") {
                 Some(name) if !name.is_empty() => Part::Row(name.into()),
-                _ => return Err(format!("there is no field {{{field}}}")),
+                _ => return Err(format!("unknown field {{{field}}}")),
             },
         });
         rest = after;
@@ -155,7 +155,7 @@ fn level(text: &str) -> Result<Vec<Part>, String> {
 }
 
 impl ObjectLayout {
-    /// The file name's ending.
+    /// Returns the file name's extension.
     pub fn extension(&self) -> &'static str {
         match (self.format, self.compression) {
             (ObjectFormat::Ndjson, Compression::None) => "ndjson",
@@ -170,7 +170,7 @@ impl ObjectLayout {
 }
 
 impl FolderTemplate {
-    /// Whether rows of one route and shard may lie in different folders.
+    /// Returns whether rows of one route and shard may have different folders.
     pub(crate) fn differs_by_row(&self) -> bool {
         let fixed = |part: &Part| {
             use Part::{Pipeline, Route, Shard, Sink, Stream, Text};
@@ -179,12 +179,12 @@ impl FolderTemplate {
         !self.levels.iter().flatten().all(fixed)
     }
 
-    /// Whether it tells routes apart.
+    /// Returns whether routes have different folders.
     pub(crate) fn names_route(&self) -> bool {
         self.levels.iter().flatten().any(|part| *part == Part::Route)
     }
 
-    /// Whether it names this field of rows.
+    /// Returns whether it uses this field of rows.
     pub(crate) fn names_field(&self, field: &str) -> bool {
         let is_named = |part: &Part| matches!(part, Part::Row(name) if name == field);
         self.levels.iter().flatten().any(is_named)

@@ -1,8 +1,8 @@
-//! JSON arrays in the binary form of PostgreSQL's arrays.
+//! Encodes JSON arrays in PostgreSQL's binary form of arrays.
 //!
-//! Source: PostgreSQL's `array_recv` (src/backend/utils/adt/arrayfuncs.c): the number of dimensions,
-//! whether there are nulls, the elements' type, each dimension's length and first index, the elements
-//! behind their lengths.
+//! Source: PostgreSQL's `array_recv` (src/backend/utils/adt/arrayfuncs.c). The form is: number of dimensions, whether
+//! there are nulls, type of the elements, length and first index of each dimension, then the elements after their
+//! lengths.
 
 use std::fmt;
 
@@ -15,18 +15,17 @@ use super::put_field;
 use crate::kind::{Element, Kind};
 use shardmill_sinks_common::rows::value::{RawJson, Why};
 
-/// PostgreSQL's own limit, `MAXDIM`.
+/// Limit of PostgreSQL, `MAXDIM`.
 const DIMENSIONS_MAX: usize = 6;
-/// Where indexes begin unless one says otherwise.
+/// Default first index of a dimension.
 const FIRST_INDEX: i32 = 1;
 
 /// Writes an array without its length.
 ///
-/// Its elements are written as they are read: a list of them would hold eight times the text of an array of
-/// digits.
+/// Elements are written as they are read. A list of them would take eight times the text of an array of digits.
 pub(super) fn put(out: &mut Vec<u8>, element: Element, raw: RawJson<'_>) -> Result<(), Why> {
     let kind = element.kind();
-    // An array in an array of documents is a document.
+    // An array inside an array of documents is a document.
     let nests = !matches!(kind, Kind::Json | Kind::Jsonb);
     let dimensions = if nests { brackets(raw.get()).clamp(1, DIMENSIONS_MAX) } else { 1 };
     let start = out.len();
@@ -37,7 +36,7 @@ pub(super) fn put(out: &mut Vec<u8>, element: Element, raw: RawJson<'_>) -> Resu
     array.take(raw, 0)?;
     let Array { lengths, depth, has_null, .. } = array;
     if out.len() == after_header {
-        // An array without elements has no dimensions, however deep it was written.
+        // An array without elements has no dimensions, however deeply it is nested.
         out.truncate(start);
         put_header(out, element, false, &[]);
         return Ok(());
@@ -53,11 +52,11 @@ pub(super) fn put(out: &mut Vec<u8>, element: Element, raw: RawJson<'_>) -> Resu
     Ok(())
 }
 
-/// Why arrays cannot be the dimensions of one.
-const RAGGED: &str = "all its arrays of one depth must have one length";
+/// Reason why nested arrays cannot be dimensions.
+const RAGGED: &str = "arrays of the same depth must have the same length";
 
 fn put_header(out: &mut Vec<u8>, element: Element, has_null: bool, lengths: &[i32]) {
-    // There are at most six.
+    // There are at most six dimensions.
     out.put_i32(lengths.len() as i32);
     out.put_i32(has_null.into());
     out.put_u32(element.oid);
@@ -67,7 +66,7 @@ fn put_header(out: &mut Vec<u8>, element: Element, has_null: bool, lengths: &[i3
     }
 }
 
-/// How many arrays a text begins with, each the first item of the one before.
+/// Counts the opening brackets at the start of a text: the depth of its first item.
 fn brackets(text: &str) -> usize {
     text.bytes().filter(|byte| !byte.is_ascii_whitespace()).take_while(|byte| *byte == b'[').count()
 }
@@ -76,15 +75,15 @@ struct Array<'o> {
     out: &'o mut Vec<u8>,
     kind: Kind,
     nests: bool,
-    /// The length of each dimension, the outermost first, as far as they are known.
+    /// Length of each dimension, the outermost first, as far as known.
     lengths: [Option<usize>; DIMENSIONS_MAX],
-    /// How deep the arrays lie that hold elements, or could.
+    /// Depth of the arrays that contain elements, or are empty.
     depth: Option<usize>,
     has_null: bool,
 }
 
 impl Array<'_> {
-    /// Takes a JSON array that lies `depth` arrays deep.
+    /// Writes a JSON array at nesting level `depth`.
     fn take(&mut self, raw: RawJson<'_>, depth: usize) -> Result<(), Why> {
         if depth == DIMENSIONS_MAX {
             return Err(format!("an array has at most {DIMENSIONS_MAX} dimensions").into());
@@ -98,8 +97,7 @@ impl Array<'_> {
         }
     }
 
-    /// Takes an item of an array that lies `depth` arrays deep; `in_arrays` says whether the first one was an
-    /// array.
+    /// Writes an item of an array at nesting level `depth`. `in_arrays`: the first item of it was an array.
     fn take_item(&mut self, item: RawJson<'_>, depth: usize, in_arrays: bool) -> Result<(), Why> {
         if self.is_array(item) != in_arrays {
             return Err(RAGGED.into());
@@ -115,10 +113,10 @@ impl Array<'_> {
         self.nests && item.get().starts_with('[')
     }
 
-    /// Checks the length of an array that lies `depth` arrays deep against others of that depth.
+    /// Checks that an array at nesting level `depth` has the same length as others of that level.
     fn has(&mut self, count: usize, depth: usize, in_arrays: bool) -> Result<(), Why> {
         let is_as_others = *self.lengths[depth].get_or_insert(count) == count;
-        // One that is empty counts too: the server would read fewer elements than are written.
+        // Empty arrays count, too: the server would otherwise read fewer elements than are written.
         match is_as_others && (in_arrays || *self.depth.get_or_insert(depth) == depth) {
             true => Ok(()),
             false => Err(RAGGED.into()),
@@ -126,7 +124,7 @@ impl Array<'_> {
     }
 }
 
-/// Takes the items of a JSON array one by one.
+/// Visits the items of a JSON array one by one.
 struct Items<'i, 'o> {
     array: &'i mut Array<'o>,
     depth: usize,
