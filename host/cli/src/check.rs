@@ -1,4 +1,4 @@
-//! `shardmill check`: everything that `run` proves before its first record, and nothing else.
+//! `shardmill check`: validates everything that `run` validates before its first record, and reads no record.
 
 use std::collections::BTreeSet;
 use std::sync::Arc;
@@ -24,13 +24,13 @@ use shardmill_state::{Changes, Checkpoints, DeadLetters, StateStore, StoredDeadL
 pub struct Options {
     #[command(flatten)]
     pipeline: PipelineFile,
-    /// Check the file and the plugins only; talk to no sink.
+    /// Check only the file and the plugins; connect to no sink.
     #[arg(long)]
     offline: bool,
-    /// Also write what only writing can find out: probes of object stores, and tables that are missing.
+    /// Also check what only a write can show: probe object stores, create missing tables.
     #[arg(long, conflicts_with = "offline")]
     write: bool,
-    /// Say what the running pipeline would change if it read its files now.
+    /// Show what the running pipeline would change if it reloaded its files now.
     #[arg(long, conflicts_with = "offline")]
     diff: bool,
 }
@@ -43,7 +43,7 @@ struct Report<'a> {
     stages: Vec<StageReport<'a>>,
     sinks: Vec<String>,
     warnings: Vec<String>,
-    /// What sinks were not given, and what fills it.
+    /// Holes in what sinks were given, each with the command that fills it.
     holes: Vec<String>,
 }
 
@@ -96,7 +96,7 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     report.warnings.extend(sink_warnings);
     if let Some(state) = StateStore::open_if_current(&holes::folder(&config))? {
         report.warnings.extend(roster::start_warnings(&config, &state).await?);
-        // One that cannot be read stops the next start.
+        // A record of what runs that cannot be read would stop the next start, so it fails here too.
         Changes::new(state.clone()).running().await?;
         if !options.offline {
             let stream = match &file_source {
@@ -118,7 +118,7 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
             && let Some(copied) = StateStore::open_if_current(&holes::folder_of_copies(&config))?
         {
             let dead_letter_sinks = &sinks[config.sinks.len()..];
-            // The copies read the log of the letters in the pipeline's own state.
+            // The copies read the log of dead letters in the pipeline's own state.
             let log = DeadLetters::new(state).log_stream(&config.name).await?;
             let warnings =
                 agreement::start_warnings(copies, &copied, dead_letter_sinks, Some(&log)).await?;
@@ -135,7 +135,7 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
             stage.routes.join(", ")
         ));
     }
-    let state = if options.offline { "not asked" } else { "ready" };
+    let state = if options.offline { "not checked" } else { "ready" };
     for sink in &report.sinks {
         console.say(format!("sink {sink}: {state}"));
     }
@@ -145,7 +145,7 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     for hole in &report.holes {
         console.say(hole);
     }
-    console.say(format!("pipeline {} is sound (generation {})", report.pipeline, report.revision));
+    console.say(format!("pipeline {} is valid (revision {})", report.pipeline, report.revision));
     console.report(&report)?;
     if options.diff {
         let running = RunningPipeline::find(&config).await?;
@@ -155,7 +155,7 @@ pub async fn check(options: Options, console: &Console) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Checks that a start could go on in the file where the last one ended.
+/// Checks that a start could continue in the file where the last run ended.
 async fn check_going_on(
     source: &FileSource,
     stream: &StreamIdentity,
@@ -168,8 +168,9 @@ async fn check_going_on(
     Ok(())
 }
 
-/// Stages whose outputs may differ at a replay and go to more than one exact sink: with the sinks at
-/// different positions, a replayed record may go by another route and miss one of them.
+/// Returns warnings for stages whose outputs may differ at a replay and that feed more than one exactly-once
+/// sink. If these sinks are at different positions, a replayed record may take another route and miss one of
+/// them.
 fn replay_warnings(config: &PipelineConfig, revision: &Revision) -> Vec<String> {
     let is_exact = |sink: &&SinkName| {
         let known = config.sinks.iter().find(|known| known.name.value == **sink);
@@ -190,9 +191,9 @@ fn replay_warnings(config: &PipelineConfig, revision: &Revision) -> Vec<String> 
         if !fickle.is_empty() && fed.len() > 1 {
             let fed: Vec<&str> = fed.into_iter().map(SinkName::as_str).collect();
             warnings.push(format!(
-                "stage {} uses {}, so a replay may give other outputs, and feeds {}: after a crash, \
-                 one of them may have a row that the others have not; give each sink a pipeline of \
-                 its own where that matters",
+                "stage {} uses {}, so a replay may give other outputs, and feeds {}: after a crash, one of \
+                 them may have a row that the others do not have; where that matters, give each sink a \
+                 pipeline of its own",
                 stage.name,
                 fickle.join(", "),
                 fed.join(" and ")
@@ -227,7 +228,7 @@ fn report<'a>(
             .collect(),
     });
     let mut warnings = replay_warnings(config, revision);
-    // Without asking the stream: as many lanes as shards are known from the file.
+    // Assumes the shards that the file names, or one, because the stream is not asked.
     let shards = config.source.kinesis().and_then(|it| it.create).map_or(1, |it| it.shards);
     let bound = MemoryBound::of(config, shards as usize);
     warnings.extend(bound.warning(memory_bytes_available().as_ref()));

@@ -1,4 +1,4 @@
-//! Commands to a pipeline that runs: found by its folder, asked by HTTP on loopback.
+//! Commands to a running pipeline: found through its state folder, asked by HTTP on loopback.
 
 use std::time::{Duration, Instant};
 
@@ -11,11 +11,11 @@ use shardmill_core::retry::RetryPolicy;
 use shardmill_engine::lock::PipelineLock;
 use shardmill_serve::admin::control::ControlAddress;
 
-/// Time for a running pipeline to answer that it is there.
+/// Time limit for a running pipeline to answer its first request.
 const FIND_MAX: Duration = Duration::from_secs(30);
-/// Of that, time for one answer: a connection that was pushed out is tried again.
+/// Time limit of one attempt within [`FIND_MAX`]. A full port may close a connection, so it is tried again.
 const ASK_MAX: Duration = Duration::from_secs(10);
-/// Questions to a pipeline that is starting, or busy.
+/// Pauses between attempts to reach a pipeline that is starting or busy.
 const RETRY: RetryPolicy =
     RetryPolicy::doubling(Duration::from_secs(1), Duration::from_secs(3)).with_jitter();
 
@@ -26,21 +26,23 @@ pub(super) struct RunningPipeline {
     token: String,
 }
 
-/// What it answered: the report, or why nothing was changed.
+/// Answer of a running pipeline.
 pub(super) enum ControlAnswer {
-    /// The report.
+    /// The change was made; its report.
     Done(Value),
-    /// Nothing was changed; the report says why.
+    /// Nothing was changed; the report gives the reason.
     Refused(Value),
 }
 
 impl RunningPipeline {
-    /// Finds the pipeline of a configuration. As long as a process has the pipeline's lock, it is asked again
-    /// for [`FIND_MAX`]: it may be starting, or busy with other clients. Without such a process, an address is
-    /// of one that was killed, and its port may be another user's by now.
+    /// Finds the running pipeline of a configuration.
+    ///
+    /// While a process holds the pipeline's lock, it is asked again for up to [`FIND_MAX`]: it may be starting,
+    /// or busy with other clients. Without such a process a stored address is not used: it belongs to a process
+    /// that was killed, and its port may now belong to another user.
     ///
     /// # Errors
-    /// When it does not run, or does not answer in time.
+    /// The pipeline does not run, or does not answer in time.
     pub(super) async fn find(config: &PipelineConfig) -> anyhow::Result<Self> {
         shardmill_tls::install();
         let client = reqwest::Client::builder().no_proxy().build()?;
@@ -49,7 +51,7 @@ impl RunningPipeline {
         loop {
             if !PipelineLock::is_taken(&config.state_dir, &config.name)? {
                 bail!(
-                    "pipeline {} does not run with its state in {}: start it with `shardmill run {}`",
+                    "pipeline {} is not running with its state in {}: start it with `shardmill run {}`",
                     config.name,
                     config.state_dir.display(),
                     config.file.path.display()
@@ -59,7 +61,7 @@ impl RunningPipeline {
             let asked = match ControlAddress::find(&folder)? {
                 Some(at) => Self::ask(&client, at, deadline).await,
                 None => Err(anyhow!(
-                    "it has left no address for commands: it may be starting or ending"
+                    "it has stored no address for commands: it may be starting or ending"
                 )),
             };
             let cause = match asked {
@@ -70,7 +72,7 @@ impl RunningPipeline {
             if left.is_zero() {
                 return Err(cause.context(format!(
                     "pipeline {} runs with its state in {} and did not answer within {} s; nothing was \
-                     changed; see its log for what keeps it, and try again",
+                     changed; see its log for the cause, and try again",
                     config.name,
                     config.state_dir.display(),
                     FIND_MAX.as_secs()
@@ -80,7 +82,7 @@ impl RunningPipeline {
         }
     }
 
-    /// Asks once, at the address that the process has left.
+    /// Asks once, at the address that the process has stored.
     async fn ask(
         client: &reqwest::Client,
         at: ControlAddress,
@@ -91,12 +93,12 @@ impl RunningPipeline {
         let time = ASK_MAX.min(deadline.saturating_duration_since(Instant::now()));
         let asked = running.client.get(format!("{}/changes?limit=1", running.base));
         let answer = asked.timeout(time).bearer_auth(&running.token).send().await?;
-        // Another process may have the port of one that was killed.
+        // Another process may now have the port of one that was killed.
         ensure!(answer.status().is_success(), "{address} answered {}", answer.status());
         Ok(running)
     }
 
-    /// Asks for a change.
+    /// Requests a change.
     pub(super) async fn post(
         &self,
         path: &str,
@@ -113,8 +115,8 @@ impl RunningPipeline {
         }
         let asked = self.client.post(url).bearer_auth(&self.token).body(body);
         let answer = asked.send().await.context(
-            "the pipeline stopped meanwhile, or closed the connection; whether the change was made, \
-             `shardmill plugin history` says",
+            "the pipeline stopped during the request, or closed the connection; `shardmill plugin history` \
+             shows whether the change was made",
         )?;
         let status = answer.status();
         let report: Value = serde_json::from_slice(&answer.bytes().await?)

@@ -1,8 +1,9 @@
-//! `shardmill demo`: the whole path once, from nothing, in one process.
+//! `shardmill demo`: the complete path of a record, from nothing, in one process.
 //!
-//! Creates the stream `test` with 5 shards, publishes 100 cars in bincode, reads them through
-//! decode, transform and route into a data mart and log files, prints what became of them, and
-//! deletes the stream. It is the pipeline of `pipeline.toml`, which the binary carries.
+//! Creates the stream `test` with 5 shards, publishes 100 cars in bincode, and reads them through the plugins
+//! for decoding, transforming and routing into a data mart and log files. It then prints how many records and
+//! rows there are, and deletes the stream. It runs the pipeline of `pipeline.toml`, which is compiled into the
+//! binary.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -27,20 +28,20 @@ use shardmill_kinesis::source::KinesisSource;
 use shardmill_kinesis::{client, stream};
 use shardmill_state::DeadLetters;
 
-/// Makes that the cars bear, in turn.
+/// Makes of the cars, in turn.
 const MAKES: [&str; 5] = ["Toyota", "BMW", "Honda", "Volvo", "Ford"];
 
 #[derive(clap::Args)]
 pub struct Options {
-    /// Where the data mart, the log files and the state go. Emptied at the start.
+    /// Folder for the data mart, the log files and the state. It is emptied at the start.
     #[arg(long, value_name = "FOLDER", default_value = "demo-data")]
     data: PathBuf,
-    /// How many cars are published.
+    /// Number of cars to publish.
     #[arg(long, default_value_t = 100)]
     cars: u64,
 }
 
-/// A car as the web application has it.
+/// A car as the web application encodes it.
 #[derive(Serialize)]
 struct Car {
     id: u64,
@@ -91,7 +92,7 @@ pub async fn demo(options: Options, console: &Console) -> anyhow::Result<()> {
     let supervisor = run::prepare(config.clone(), source, run_options).await?;
     let (statuses, dead_letters) = (supervisor.statuses(), supervisor.dead_letters());
     let stop = signals::stop_on_signals(config.timing.drain_max)?;
-    // Its rows go to standard output: a reader such as `head` may have enough of them.
+    // A stdout sink writes the rows: a reader such as `head` may close the pipe early.
     run::ask_when_closed(&stop);
     supervisor.run_until(stop).await?;
 
@@ -101,21 +102,21 @@ pub async fn demo(options: Options, console: &Console) -> anyhow::Result<()> {
     console.report(&report)
 }
 
-/// Empties the demo's folder, if it is one that a demo made.
+/// Empties the demo's folder, but only if a demo made it.
 fn start_afresh(data: &Path) -> anyhow::Result<()> {
     let mark = data.join(".shardmill-demo");
     if data.exists() {
         let is_empty = data.read_dir()?.next().is_none();
         anyhow::ensure!(
             mark.exists() || is_empty,
-            "{} was not made by a demo; choose another folder with --data",
+            "{} is not a demo folder and not empty; choose another folder with --data",
             data.display()
         );
         std::fs::remove_dir_all(data)
             .with_context(|| format!("failed to empty {}", data.display()))?;
     }
-    // The folder itself is made here, or this fails: in /tmp, another user may have made it meanwhile, with
-    // links in it.
+    // `create_dir` fails if the folder exists. That is wanted: in /tmp, another user may have created it
+    // meanwhile, with links in it.
     let above = data.parent().filter(|above| !above.as_os_str().is_empty());
     above
         .map_or(Ok(()), std::fs::create_dir_all)
@@ -125,7 +126,7 @@ fn start_afresh(data: &Path) -> anyhow::Result<()> {
         .with_context(|| format!("failed to write {}", mark.display()))
 }
 
-/// The pipeline that the binary carries, with its data and state in the demo's folder.
+/// Returns the pipeline that is compiled into the binary, with its data and state in the demo's folder.
 fn pipeline(data: &Path) -> anyhow::Result<PipelineConfig> {
     let lookup = |name: &str| match name {
         "SHARDMILL_DATA" => Some(data.display().to_string()),
@@ -139,7 +140,7 @@ fn pipeline(data: &Path) -> anyhow::Result<PipelineConfig> {
     Ok(config)
 }
 
-/// The plugins that the binary carries, by the file that the pipeline names.
+/// Returns the plugins that are compiled into the binary, by the file name in the pipeline.
 fn bundled_plugin(path: &Path) -> Option<&'static [u8]> {
     match path.file_name()?.to_str()? {
         "car-decode.wasm" => Some(CAR_DECODE),
@@ -199,7 +200,7 @@ async fn report(
     })
 }
 
-/// Lines over all log files.
+/// Counts the lines of all log files.
 fn count_lines(folder: &Path) -> anyhow::Result<u64> {
     use std::io::Read as _;
     let mut lines = 0;

@@ -1,5 +1,5 @@
-//! `shardmill dev`: a plugin under work. Each save is built, swapped into a pipeline that runs, and shown
-//! by what it does differently to sample records.
+//! `shardmill dev`: development of a plugin. Each save builds the plugin, swaps it into a running pipeline, and
+//! shows which outputs for sample records changed.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -30,15 +30,15 @@ use shardmill_workbench::build::build_plugin_in_haste;
 use shardmill_workbench::case::CaseFile;
 use shardmill_workbench::manifest::PluginManifest;
 
-/// How often the sources are looked at.
+/// Interval between looks at the sources.
 const POLL_INTERVAL: Duration = Duration::from_millis(100);
-/// How often the samples are put: so that what was tried is fresh, and the records keep flowing.
+/// Interval between puts of the samples: records keep flowing, and a trial has recent ones.
 const PUT_INTERVAL: Duration = Duration::from_secs(5);
-/// Samples of one round.
+/// Samples of one round, at most.
 const SAMPLES_MAX: usize = 1_000;
-/// Folders that hold what is built, not what it is built from.
+/// Folders with build outputs, which are not sources.
 const BUILT: [&str; 5] = ["target", "node_modules", "state", "__pycache__", "bind"];
-/// The name of the stream, the stage's pipeline and its folder.
+/// Name of the stream and of the pipeline.
 const NAME: &str = "dev";
 
 #[derive(clap::Args)]
@@ -46,10 +46,10 @@ pub struct Options {
     /// The plugin's folder.
     #[arg(default_value = ".")]
     folder: PathBuf,
-    /// A file of sample records, one a line; default: those of the plugin's cases, or its input.ndjson.
+    /// File of sample records, one per line [default: the records of the plugin's test cases and input.ndjson].
     #[arg(long, value_name = "FILE")]
     input: Option<PathBuf>,
-    /// End after so many saves, as a test does.
+    /// End after this number of saves; for tests.
     #[arg(long, hide = true)]
     saves: Option<u32>,
 }
@@ -89,7 +89,7 @@ pub async fn dev(options: Options, console: &Console) -> anyhow::Result<()> {
     tokio::spawn(put_repeatedly(producer, samples, ends.token().clone()));
     let running = tokio::spawn(supervisor.run_until(ends.clone()));
     console.say(format!(
-        "running on sample records; save a file in {} to see what changes (Ctrl-C ends)",
+        "running on sample records; save a file in {} to see what changes (Ctrl-C stops)",
         folder.display()
     ));
     let mut saves = options.saves.unwrap_or(u32::MAX);
@@ -99,9 +99,10 @@ pub async fn dev(options: Options, console: &Console) -> anyhow::Result<()> {
         let swapped = stop.unless_asked(async {
             match build(&folder, &component).await {
                 Ok(()) => show(&swapper, &manifest.name, &component, saved, console).await,
-                // The compiler has said on standard error what is wrong.
+                // The compiler has printed its errors to standard error.
                 Err(error) => {
-                    console.say(format!("not built, the version before runs on: {error}"));
+                    console
+                        .say(format!("build failed, the previous version keeps running: {error}"));
                     Ok(())
                 }
             }
@@ -119,7 +120,7 @@ async fn build(folder: &Path, component: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Swaps what was built, and shows what it does differently.
+/// Swaps in the new build, and shows which outputs changed.
 async fn show(
     swapper: &Swapper,
     name: &str,
@@ -154,7 +155,7 @@ async fn show(
     console.report(&serde_json::json!({ "seconds": took_s, "refused": why_not, "trial": trial }))
 }
 
-/// A line of a difference in its colour, on a terminal.
+/// Colours a line of a difference, if standard output is a terminal.
 fn coloured(line: &str) -> String {
     let line = shardmill_core::escape::printable(line);
     let colour = match line.trim_start().as_bytes().first() {
@@ -168,7 +169,7 @@ fn coloured(line: &str) -> String {
     }
 }
 
-/// The sample records, and the configuration that they are for.
+/// Returns the sample records, and the configuration that they are meant for.
 fn samples(
     folder: &Path,
     input: Option<&Path>,
@@ -197,14 +198,14 @@ fn samples(
     samples.truncate(SAMPLES_MAX);
     ensure!(
         !samples.is_empty(),
-        "{} has no sample records: write cases in tests/, or name a file with --input",
+        "no sample records in {}: add test cases to tests/, or name a file with --input",
         folder.display()
     );
     Ok((samples, config_json))
 }
 
-/// A pipeline of the one stage, as the folder's own pipeline has it if there is one; what comes out goes
-/// nowhere.
+/// Makes a pipeline of this one stage, with the settings of the folder's own pipeline if there is one. Its
+/// outputs are discarded.
 fn pipeline(
     folder: &Path,
     name: &str,
@@ -221,7 +222,7 @@ fn pipeline(
     let config_json = config_json.unwrap_or_else(|| "{}".into());
     let config_text = config_text.unwrap_or_else(|| StageText::plain(config_json.clone()));
     let described = LoadedStage::alone(load_plugin(component)?, &config_json, NAME)
-        .map_err(|error| anyhow::anyhow!("{name} does not start: {error}"))?;
+        .map_err(|error| anyhow::anyhow!("plugin {name} does not start: {error}"))?;
     let routes = described.route_names.iter();
     let routes: Vec<String> =
         routes.map(|route| format!("{:?} = [\"nowhere\"]", route.as_str())).collect();
@@ -272,11 +273,11 @@ async fn put_repeatedly(
             let partition_key = String::from_utf8_lossy(&sample.key).into_owned();
             let record = NewRecord { partition_key, payload: sample.payload.clone() };
             if let Err(error) = producer.put(record).await {
-                tracing::warn!(%error, "a sample was not put");
+                tracing::warn!(%error, "failed to put a sample record on the stream");
             }
         }
         if let Err(error) = producer.flush().await {
-            tracing::warn!(%error, "samples were not put");
+            tracing::warn!(%error, "failed to put sample records on the stream");
         }
         tokio::select! {
             () = stop.cancelled() => return,
@@ -285,7 +286,7 @@ async fn put_repeatedly(
     }
 }
 
-/// The files that a plugin is built from, by when they were saved last.
+/// Source files of a plugin, with the time of their last change.
 struct Sources {
     folder: PathBuf,
     files: Vec<(PathBuf, SystemTime)>,
@@ -299,7 +300,7 @@ impl Sources {
         Self { folder: folder.to_owned(), files }
     }
 
-    /// Waits for a save; gives when it was. `None`: `stop` came first.
+    /// Waits for a save and returns its time. `None`: `stop` came first.
     async fn changed(&mut self, stop: &CancellationToken) -> Option<SystemTime> {
         loop {
             tokio::select! {
@@ -310,7 +311,7 @@ impl Sources {
             if now.files == self.files {
                 continue;
             }
-            // An editor may write several files, or one in pieces.
+            // An editor may write several files, or one file in pieces. Wait until nothing changes any more.
             let begun = Instant::now();
             while begun.elapsed() < Duration::from_secs(2) {
                 tokio::time::sleep(POLL_INTERVAL).await;

@@ -1,4 +1,4 @@
-//! `shardmill dlq`: what a pipeline could not process, and why.
+//! `shardmill dlq`: the records that a pipeline could not process, and why.
 
 mod redrive;
 
@@ -19,11 +19,11 @@ use shardmill_core::escape::escaped;
 use shardmill_core::record::DeadLetterPlace;
 use shardmill_state::{DeadLetterFilter, DeadLetters, PayloadDigest};
 
-/// Characters of a reason that a list shows.
+/// Characters of a reason in a list.
 const REASON_CHARS: usize = 100;
-/// What stays of control characters in a text of several lines.
+/// Control characters that are kept in a text of several lines.
 const LINES: [char; 2] = ['\n', '\t'];
-/// Letters that an export reads at once: each may hold two payloads of 10 MiB.
+/// Dead letters that an export reads at once. Each may contain two payloads of 10 MiB.
 const EXPORT_PIECE: u32 = 16;
 
 #[derive(clap::Subcommand)]
@@ -36,33 +36,37 @@ pub enum Command {
     List {
         #[command(flatten)]
         selection: Selection,
-        /// The most letters that are shown.
+        /// Maximum number of dead letters to show.
         #[arg(long, default_value_t = 50)]
         limit: u32,
     },
-    /// Show one dead letter with its payloads and the plugin's stack.
+    /// Show one dead letter with its payloads and the plugin's backtrace.
     #[command(after_help = "Example:\n  shardmill dlq show 17")]
     Show {
-        /// The letter's number, as `list` shows it.
+        /// Number of the dead letter, as `list` shows it.
         id: i64,
         #[command(flatten)]
         pipeline: DlqPipeline,
     },
-    /// Write dead letters as JSON, one a line, with all that is known of them.
+    /// Write dead letters as JSON, one per line, with all fields.
     #[command(after_help = "Example:\n  shardmill dlq export --sink mart -o letters.ndjson")]
     Export {
         #[command(flatten)]
         selection: Selection,
-        /// The file; default: standard output.
+        /// Output file [default: standard output].
         #[arg(short, long, value_name = "FILE")]
         out: Option<PathBuf>,
     },
-    /// Send dead letters through the pipeline as it is now, from where each of them failed.
+    /// Process dead letters again with the current pipeline, each from the stage or sink where it failed.
     ///
-    /// They go in the order of their records, while the pipeline runs or not. What goes through is no
-    /// letter any more, what fails again stays with the new reason. A redrive that was broken off goes
-    /// on where it was: sinks that are exactly once have each row once. While the pipeline runs, they go
-    /// through what it runs, whatever its files say by now.
+    /// The records run in their original order, whether the pipeline is running or not. While it runs, the
+    /// revision that it runs is used, even if its files have changed since. Nothing is read from the stream:
+    /// the stored payload enters the stage that rejected it (and passes the stages after it), or the sink that
+    /// refused it. A payload that was too large to store is first produced again from the stored record.
+    ///
+    /// A record that now succeeds is delivered and its dead letter is removed. A record that fails again stays
+    /// a dead letter with the new reason. An interrupted redrive continues where it stopped when the command is
+    /// run again; exactly-once sinks get each row once.
     #[command(
         after_help = "Examples:\n  shardmill dlq redrive --stage decode\n  shardmill dlq redrive 17 18\n  \
                       shardmill dlq redrive --all\n  shardmill dlq redrive --without mart"
@@ -70,18 +74,18 @@ pub enum Command {
     Redrive {
         #[command(flatten)]
         selection: Selection,
-        /// Redrive every letter.
+        /// Redrive all dead letters.
         #[arg(long)]
         all: bool,
-        /// Go on without a sink, or a stage, that is gone from the pipeline; its letters stay.
+        /// Continue without a sink or stage that is no longer in the pipeline; its dead letters stay.
         #[arg(long, value_name = "NAME")]
         without: Vec<String>,
-        /// Redrive letters of an older copy of the state too, which may have been redriven since that
-        /// copy was made: their rows would be doubled.
+        /// Also redrive dead letters from an older copy of the state. They may have been redriven since that
+        /// copy was made: their rows would be duplicated.
         #[arg(long)]
         even_if_redriven: bool,
     },
-    /// Delete dead letters: the records are then gone for this pipeline.
+    /// Delete dead letters. Their records are then lost for this pipeline.
     #[command(
         after_help = "Examples:\n  shardmill dlq purge --stage decode --reason \"no JSON\"\n  \
                       shardmill dlq purge --all"
@@ -89,40 +93,40 @@ pub enum Command {
     Purge {
         #[command(flatten)]
         selection: Selection,
-        /// Delete every letter.
+        /// Delete all dead letters.
         #[arg(long)]
         all: bool,
     },
 }
 
-/// The pipeline whose letters are meant.
+/// Pipeline whose dead letters are meant.
 #[derive(clap::Args)]
 pub struct DlqPipeline {
-    /// The pipeline's file.
+    /// The pipeline file.
     #[arg(long, value_name = "FILE", default_value = DEFAULT_PIPELINE)]
     pipeline: PathBuf,
-    /// Letters of what was run again after this change was undone (rollback --replay-from-swap).
+    /// Dead letters of the rerun after this change was undone (rollback --replay-from-swap).
     #[arg(long, value_name = "CHANGE")]
     again: Option<i64>,
 }
 
-/// Which letters are meant; several options narrow each other.
+/// Selection of dead letters. Several options narrow each other.
 #[derive(clap::Args)]
 pub struct Selection {
     #[command(flatten)]
     pipeline: DlqPipeline,
-    /// Letters by their numbers.
+    /// Numbers of dead letters.
     ids: Vec<i64>,
-    /// Only what this stage did not take.
+    /// Only records that this stage rejected.
     #[arg(long, value_name = "NAME", conflicts_with = "sink")]
     stage: Option<String>,
-    /// Only what this sink's table did not take.
+    /// Only rows that this sink refused.
     #[arg(long, value_name = "NAME")]
     sink: Option<String>,
-    /// Only of this shard.
+    /// Only records of this shard.
     #[arg(long)]
     shard: Option<String>,
-    /// Only those whose reason contains this.
+    /// Only dead letters whose reason contains this text.
     #[arg(long, value_name = "TEXT")]
     reason: Option<String>,
 }
@@ -139,15 +143,18 @@ impl Selection {
         }
     }
 
-    /// The letters that a command changes: a choice, or all of them if that is said.
+    /// Returns the dead letters that a command changes: a selection, or all of them with `--all`.
     fn chosen(&self, all: bool, verb: &str) -> anyhow::Result<DeadLetterFilter> {
         let filter = self.filter();
         ensure!(
             all || !filter.is_empty(),
-            "this would {verb} every dead letter: narrow it (--stage, --sink, --shard, --reason, \
-             numbers), or say --all"
+            "this would {verb} every dead letter: select some (--stage, --sink, --shard, --reason, numbers), \
+             or use --all"
         );
-        ensure!(!all || filter.is_empty(), "--all and a choice of letters contradict each other");
+        ensure!(
+            !all || filter.is_empty(),
+            "--all cannot be combined with a selection of dead letters"
+        );
         Ok(filter)
     }
 }
@@ -169,7 +176,7 @@ fn open(pipeline: &DlqPipeline) -> anyhow::Result<DeadLetters> {
     let mut config = load(&pipeline.pipeline)?;
     if let Some(change) = pipeline.again {
         let folder = rerun::folder(&config, change);
-        ensure!(folder.exists(), "nothing was run again after change {change} was undone");
+        ensure!(folder.exists(), "nothing was rerun after change {change} was undone");
         config.state_dir = config.state_dir.at(folder);
     }
     dead_letters(&config)
@@ -212,7 +219,7 @@ async fn list(wanted: &Selection, limit: u32, console: &Console) -> anyhow::Resu
         }
         print_line(table);
     }
-    // Some may have been purged since.
+    // Some may have been purged since they were listed.
     match count.saturating_sub(dead_letters.len() as u64) {
         0 => print_line(format!("{count} dead letters")),
         more => print_line(format!("{count} dead letters, {more} not shown (--limit)")),
@@ -224,7 +231,7 @@ async fn show(id: i64, pipeline: &DlqPipeline, console: &Console) -> anyhow::Res
     let filter = DeadLetterFilter { ids: vec![id], ..DeadLetterFilter::default() };
     let dead_letters = open(pipeline)?.select(filter, 1).await?;
     let Some(dead_letter) = dead_letters.first() else {
-        bail!("there is no dead letter {id}: `shardmill dlq list` shows their numbers");
+        bail!("unknown dead letter {id}: `shardmill dlq list` shows the numbers");
     };
     if console.json {
         return console.report(&dead_letter.to_json());
@@ -245,7 +252,7 @@ async fn show(id: i64, pipeline: &DlqPipeline, console: &Console) -> anyhow::Res
         ("key", &key),
     ] {
         if !said.is_empty() {
-            // Further lines are set in: none of them is taken for one of ours.
+            // Further lines are indented, so that no line of a reason looks like a line of this report.
             print_line(format!("{what:<10} {}", said.replace('\n', "\n           ")));
         }
     }
@@ -256,7 +263,7 @@ async fn show(id: i64, pipeline: &DlqPipeline, console: &Console) -> anyhow::Res
     ));
     if let Some(PayloadDigest { sha256, bytes }) = &dead_letter.entered_digest {
         print_line(format!(
-            "entered    {bytes} bytes, too large to be kept: a redrive makes them again\ndigest     {sha256}"
+            "entered    {bytes} bytes, too large to be stored: a redrive produces them again\ndigest     {sha256}"
         ));
     } else if dead_letter.entered != dead_letter.original {
         print_line(format!(
@@ -297,7 +304,7 @@ async fn export(wanted: &Selection, out: Option<PathBuf>, console: &Console) -> 
     }
     if let (Some(file), Some(path)) = (file, out) {
         let file = file.into_inner()?;
-        // Pipes and devices cannot be.
+        // Pipes and devices cannot be synced.
         if file.metadata()?.is_file() {
             file.sync_all()?;
         }
@@ -313,14 +320,14 @@ async fn purge(wanted: &Selection, all: bool, console: &Console) -> anyhow::Resu
     console.say(format!("{purged} dead letters deleted"));
     if left > 0 {
         console.say(format!(
-            "{left} dead letters are left: a redrive that was broken off has them; finish it by `shardmill dlq \
-             redrive`, then give the command again for those that are dead letters still"
+            "{left} dead letters are left, because an interrupted redrive has them: finish it with `shardmill dlq \
+             redrive`, then run this command again for those that are still dead letters"
         ));
     }
     console.report(&json!({ "deleted": purged, "left": left }))
 }
 
-/// Bytes for people; what is no text in base64.
+/// Formats bytes for people: text as it is, anything else in base64.
 fn text(bytes: &[u8]) -> String {
     match std::str::from_utf8(bytes) {
         Ok(text) => escaped(text, &LINES),
@@ -328,7 +335,7 @@ fn text(bytes: &[u8]) -> String {
     }
 }
 
-/// A time as people write it, in UTC.
+/// Formats a time for people, in UTC.
 fn time(ms: u64) -> String {
     let time = i64::try_from(ms).ok().and_then(chrono::DateTime::from_timestamp_millis);
     time.map_or_else(|| format!("{ms} ms"), |time| time.to_rfc3339())

@@ -1,4 +1,4 @@
-//! The sinks that `--drop-sink` names: each must have run, and have left the configuration since.
+//! Validation of `--drop-sink`: each named sink must have run before, and must be gone from the configuration.
 
 use std::collections::BTreeSet;
 
@@ -9,12 +9,12 @@ use shardmill_config::{PipelineConfig, SinkConfig, suggest};
 use shardmill_core::record::SinkName;
 use shardmill_state::{Roster, StateStore};
 
-/// Refuses names that would drop nothing, before anything is changed: a typing error would only be found
-/// by the records that a sink lacks. A name whose removal is on record already is accepted, so that a
-/// service with the option in its command can be started again.
+/// Refuses names that would drop nothing, before anything is changed. Otherwise a typing error would be noticed
+/// only by the records that a sink lacks. A name whose removal is already recorded is accepted, so that a
+/// service with the option in its command line can be restarted.
 ///
 /// # Errors
-/// An unknown name, one that is still configured, or a state that cannot be read.
+/// The name is unknown, the sink is still configured, or the state cannot be read.
 pub(crate) async fn validate(
     names: &[SinkName],
     config: &PipelineConfig,
@@ -56,12 +56,12 @@ pub(crate) async fn validate(
     Ok(())
 }
 
-/// The sinks that the pipeline, and what copies its dead letters, have had.
+/// Sinks that the pipeline, and the pipeline that copies its dead letters, have had.
 #[derive(Default)]
 struct Past {
-    /// Those that ran last.
+    /// Sinks of the last run.
     present: BTreeSet<SinkName>,
-    /// Those whose removal is on record.
+    /// Sinks whose removal is recorded.
     removed: BTreeSet<SinkName>,
 }
 

@@ -1,4 +1,4 @@
-//! How holes are shown, and what fills them.
+//! Display of holes, with the command that fills each of them.
 
 use std::path::PathBuf;
 
@@ -7,30 +7,30 @@ use shardmill_config::{PipelineConfig, ReplaySupport};
 use shardmill_core::record::SinkName;
 use shardmill_state::{Holes, RecordedHole, StateStore};
 
-/// Where the pipeline's state lies.
+/// Returns the state folder of the pipeline.
 pub(crate) fn folder(config: &PipelineConfig) -> PathBuf {
     config.state_dir.join(config.name.as_str())
 }
 
-/// Where the state of the pipeline lies that copies dead letters.
+/// Returns the state folder of the pipeline that copies dead letters.
 pub(crate) fn folder_of_copies(config: &PipelineConfig) -> PathBuf {
     folder(config).join("letters").join(config.name.as_str())
 }
 
-/// The state that a sink's holes are kept in.
+/// Opens the state in which a sink's holes are recorded.
 pub(crate) fn state_of(config: &PipelineConfig, sink: &SinkName) -> anyhow::Result<StateStore> {
     let copies = config.dead_letter_sinks.iter().any(|own| own.name.value == *sink);
     let folder = if copies { folder_of_copies(config) } else { folder(config) };
     anyhow::ensure!(
         folder.join("state.db").exists(),
-        "pipeline {} has no holes: it never ran with its state in {}",
+        "pipeline {} has no holes: no state found in {}; it has never run with this state_dir",
         config.name,
         folder.display()
     );
     Ok(StateStore::open(&folder)?)
 }
 
-/// The holes of a pipeline that has run; none where it has not.
+/// Returns the holes of a pipeline; none if it has never run.
 pub(crate) async fn of(
     config: &PipelineConfig,
     sink: Option<&SinkName>,
@@ -44,12 +44,12 @@ pub(crate) async fn of(
     Ok(holes)
 }
 
-/// The hole in words, with the command that fills it or why none does.
+/// Formats a hole as a line, with the command that fills it or the reason why none does.
 pub(crate) fn line(config: &PipelineConfig, hole: &RecordedHole) -> String {
     format!("{hole}; {}", filled_by(config, hole))
 }
 
-/// Prints holes, one a line.
+/// Prints holes, one per line.
 pub(crate) fn say(config: &PipelineConfig, holes: &[RecordedHole], console: &Console) {
     for hole in holes {
         console.say(line(config, hole));
@@ -60,28 +60,28 @@ fn filled_by(config: &PipelineConfig, hole: &RecordedHole) -> String {
     let file = config.file.path.display();
     let number = hole.number;
     let Some(name) = &hole.sink else {
-        return "these records are gone from the stream: nothing fills it".into();
+        return "these records are gone from the stream: the hole cannot be filled".into();
     };
     let sink = config.sinks.iter().find(|sink| sink.name.value == *name);
     match sink.map(|sink| sink.settings.replay()) {
         Some(ReplaySupport::Supported) => {
             format!(
-                "`shardmill replay {file} --sink {name} --hole {number} --swap` fills it while the stream \
-                 holds the records"
+                "`shardmill replay {file} --sink {name} --hole {number} --swap` fills it as long as the stream \
+                 has the records"
             )
         }
         Some(ReplaySupport::Needs(setting)) => format!(
-            "`shardmill replay {file} --sink {name} --hole {number}` writes the records to a table beside \
-             it once the sink has {setting}"
+            "`shardmill replay {file} --sink {name} --hole {number}` writes the records to a new table beside \
+             the live one after the sink has {setting}"
         ),
         Some(ReplaySupport::Unsupported) => format!(
-            "`replay` fills PostgreSQL tables only: to fill it, run a pipeline of another name with this \
-             sink alone that starts at this position, then say `shardmill replay {file} --sink {name} \
+            "`replay` supports PostgreSQL tables only: to fill the hole, run a pipeline with another name and only \
+             this sink that starts at this position, then run `shardmill replay {file} --sink {name} \
              --hole {number} --filled`"
         ),
         None => format!(
-            "its sink is not in the configuration: put it back to fill the hole, or say `shardmill replay {file} \
-             --sink {name} --hole {number} --filled` if nobody wants these rows any more"
+            "the sink is not in the configuration: put it back to fill the hole, or run `shardmill replay {file} \
+             --sink {name} --hole {number} --filled` if the rows are not needed any more"
         ),
     }
 }

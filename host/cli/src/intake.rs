@@ -1,4 +1,4 @@
-//! `shardmill intake`: the HTTP intake of a pipeline alone, for hosts that run no worker.
+//! `shardmill intake`: only the HTTP intake of a pipeline, for hosts that run no worker.
 
 use anyhow::Context as _;
 use shardmill_core::boxed;
@@ -37,7 +37,7 @@ pub async fn intake(options: Options, console: &Console) -> anyhow::Result<()> {
     let client = client?;
     if let Some((admin, admin_config)) = admin {
         console.say(format!("admin http://{}", admin.address()));
-        // There are no lanes here, and nothing to change: it is for the metrics.
+        // No lanes run here and nothing can be changed: the port is for metrics only.
         let access = Access::of(admin_config, None);
         admin.serve(Vec::new(), None, access, stop.token().clone());
     }

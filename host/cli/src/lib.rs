@@ -1,8 +1,9 @@
-//! The command line: what a person types, and what they are told.
+//! The command line: options, commands, reports and exit codes.
 //!
-//! Arguments go in, and an exit code comes out. Each command is a module; its options are its type's fields. Here alone
-//! all types of sources and sinks are known: `sinks` makes those that a configuration names. A command decides nothing
-//! about records: it prepares what the other crates run, and prints what they report. It may use every crate.
+//! Each command is a module, and the fields of its `Options` are its command-line options. Only this crate
+//! knows every type of source and sink: `registry` lists the types, and `sinks` makes the ones that a
+//! configuration names. A command makes no decision about records. It prepares what the other crates run, and
+//! prints what they report. It may use every crate.
 
 mod assets;
 mod check;
@@ -53,29 +54,29 @@ use shardmill_plugin::{
 };
 use shardmill_state::{DeadLetters, StateStore};
 
-/// The pipeline that is run when none is named.
+/// Pipeline file that is used if none is named.
 const DEFAULT_PIPELINE: &str = "pipeline.toml";
 
-/// Exit code when the command did what it says.
+/// Exit code of a command that succeeded.
 const EXIT_DONE: u8 = 0;
-/// Exit code when it failed.
+/// Exit code of a command that failed.
 const EXIT_FAILED: u8 = 1;
-/// Exit code when the command line or the configuration is wrong.
+/// Exit code for an invalid command line or an invalid configuration.
 const EXIT_MISUSED: u8 = 2;
 
-/// How long threads that are at work when a command has ended are waited for.
+/// Longest wait for threads that still work when a command has ended.
 const THREADS_WAIT_MAX: Duration = Duration::from_secs(3);
-/// How long the rest of the log is waited for at the end, where its reader does not read.
+/// Longest wait at the end for the rest of the log, if its reader does not read.
 const LOG_WAIT_MAX: Duration = Duration::from_secs(1);
-/// Lanes that one process has at most, by far: each needs address space for its sandboxes, of which 128 TiB
-/// hold no more.
+/// Upper limit of lanes in one process. Each lane needs address space for its sandboxes, and the 128 TiB of a
+/// process hold no more than this.
 const LANES_MAX: usize = 16_320;
-/// Threads for calls that block, beside those of the lanes: state, files, encoders of sinks.
+/// Threads for blocking calls other than those of lanes: state, files, encoders of sinks.
 const OTHER_THREADS_MAX: usize = 64;
-/// Threads for calls that block: one for each lane, and these others. A lane has one call of a plugin at a
-/// time, and no lane waits for the thread of another: with tokio's 512, a few hundred plugins that loop would
-/// hold all the others up, and the state's writes with them. How cores are shared among threads is the
-/// kernel's affair, which is fair to each. Threads are started when they are needed and end when they are not.
+/// Threads for blocking calls: one for each lane, plus [`OTHER_THREADS_MAX`]. A lane makes one plugin call at a
+/// time, and no lane may wait for the thread of another. With tokio's default of 512, a few hundred plugins
+/// that loop would stop all other lanes, and writes to the state with them. The kernel's scheduler shares the
+/// cores among threads fairly. Threads start when they are needed and end when they are idle.
 const BLOCKING_THREADS_MAX: usize = LANES_MAX + OTHER_THREADS_MAX;
 
 #[derive(Parser)]
@@ -85,38 +86,39 @@ const BLOCKING_THREADS_MAX: usize = LANES_MAX + OTHER_THREADS_MAX;
     about = "A stream processor whose logic is WebAssembly: Kinesis shards through sandboxed plugins \
              into data marts and log files.",
     after_help = "Examples:\n  shardmill demo                      see it work, from nothing\n  \
-                  shardmill check pipeline.toml       prove a pipeline without reading a record\n  \
+                  shardmill check pipeline.toml       validate a pipeline without reading a record\n  \
                   shardmill run pipeline.toml         run it until SIGTERM or Ctrl-C\n\n\
-                  Exit codes: 0 done, 1 failed, 2 the command line or the configuration is wrong."
+                  Exit codes: 0 success, 1 failure, 2 invalid command line or configuration, 130 stopped at \
+                  once by a second signal."
 )]
 struct Cli {
     #[command(subcommand)]
     command: Command,
-    /// Print reports as JSON, one object per line, on standard output.
+    /// Print reports as JSON, one object per line, to standard output.
     #[arg(long, global = true)]
     json: bool,
-    /// Log more; twice: everything. Logs go to standard error.
+    /// Log more (repeatable: -v info, -vv debug, -vvv trace). Logs go to standard error.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     verbose: u8,
-    /// Use a state folder that other users of this machine can change: whoever does decides what runs.
+    /// Use a state folder that other users of this machine can change. Whoever changes it decides what runs.
     #[arg(long, global = true)]
     trust_state_dir: bool,
 }
 
-/// Whether the command line trusts state folders. Set once, before a command begins.
+/// Whether the command line trusts state folders. Set once, before a command starts.
 static TRUSTS_STATE_DIR: OnceLock<bool> = OnceLock::new();
 
-/// A state folder as the command line has it.
+/// Applies `--trust-state-dir` to a state folder.
 fn with_trust(state_dir: StateDir) -> StateDir {
     state_dir.trusted(TRUSTS_STATE_DIR.get().copied().unwrap_or_default())
 }
 
 #[derive(Subcommand)]
 enum Command {
-    /// Run the whole path once: a stream of 5 shards, 100 cars, three plugins, a data mart.
+    /// Run a complete demo: a stream of 5 shards, 100 cars, three plugins, a data mart.
     #[command(after_help = "Example:\n  shardmill demo --data /tmp/cars")]
     Demo(demo::Options),
-    /// Work on a plugin: at each save it is built, swapped in, and shown by what it does differently.
+    /// Develop a plugin: each save builds it, swaps it in, and shows which outputs changed.
     #[command(after_help = "Example:\n  shardmill dev plugins/geo")]
     Dev(dev::Options),
     /// Run a pipeline until SIGTERM or Ctrl-C, then drain: finish the batch, commit, checkpoint.
@@ -124,44 +126,48 @@ enum Command {
         after_help = "Examples:\n  shardmill run\n  shardmill run flights.toml --until-caught-up"
     )]
     Run(run::Options),
-    /// Let a running pipeline take its files over as they are now: plugins, stages, sinks.
+    /// Apply the changed files of a running pipeline: plugins, stages, sinks.
     #[command(after_help = "Example:\n  shardmill reload pipeline.toml")]
     Reload(reload::Options),
-    /// Run a window of time again with today's plugins, beside the live table or in place of its rows.
+    /// Process a time window again with the current plugins, into a new table or in place of the old rows.
     #[command(
         after_help = "Examples:\n  shardmill replay --sink mart --from 2026-01-31T00:00:00Z --to \
                       2026-02-01T00:00:00Z\n  shardmill replay --sink mart --from 2026-01-31T00:00:00Z \
                       --to 2026-02-01T00:00:00Z --swap"
     )]
     Replay(replay::Options),
-    /// Prove a pipeline: its file, its plugins, its sinks. Reads no record.
+    /// Validate a pipeline: its file, its plugins, its sinks. Reads no record.
     #[command(after_help = "Example:\n  shardmill check pipeline.toml --json")]
     Check(check::Options),
-    /// Take events by HTTP and put them on the pipeline's stream, without running the pipeline.
+    /// Accept events by HTTP and put them on the pipeline's stream, without running the pipeline.
     #[command(after_help = "Example:\n  shardmill intake pipeline.toml")]
     Intake(intake::Options),
-    /// Create, fill, look at and delete streams; serve the embedded one.
+    /// Create, fill, inspect and delete streams; serve the embedded stream.
     #[command(subcommand)]
     Stream(stream::Command),
-    /// Look at a pipeline's dead letters, take them elsewhere, delete them.
+    /// List, show, export, redrive and delete dead letters.
+    ///
+    /// A dead letter is a record that a stage rejected or a sink refused, stored with the reason. `redrive`
+    /// processes dead letters again with the current pipeline, each from the stage or sink where it failed.
+    /// Those that succeed are delivered and are no longer dead letters.
     #[command(subcommand)]
     Dlq(dlq::Command),
-    /// Look after what an objects sink has written.
+    /// Verify and repair what an objects sink has written.
     #[command(subcommand)]
     Objects(objects::Command),
-    /// Make a new plugin.
+    /// Create a new plugin.
     #[command(subcommand)]
     New(new::Command),
-    /// Run a plugin's test cases; accept what it does; make cases of real records.
+    /// Run a plugin's test cases, accept its outputs, or make cases from real records.
     #[command(
         after_help = "Examples:\n  shardmill test\n  shardmill test geo --update\n  shardmill test geo \
                       --from-dlq --pipeline pipeline.toml --stage geo --redact /user/email"
     )]
     Test(test::Options),
-    /// Build, inspect, prove and measure plugins.
+    /// Build, inspect, verify, measure and swap plugins.
     #[command(subcommand)]
     Plugin(plugin::Command),
-    /// Compile a component: what this program starts itself for, in a process with limits.
+    /// Compile a component, in a process with limits. shardmill starts this command itself.
     #[command(name = compile::COMMAND, hide = true)]
     CompileComponent(CompileOptions),
     /// Print a completion script for a shell.
@@ -174,29 +180,30 @@ enum Command {
     },
 }
 
-/// What every command is given.
+/// Output settings that every command gets.
 #[derive(Clone)]
 pub(crate) struct Console {
-    /// Reports are printed as JSON.
+    /// Whether reports are printed as JSON.
     pub json: bool,
 }
 
 impl Console {
-    /// Prints a line of a report for people, without values of variables; nothing when JSON is asked for.
+    /// Prints a line of a report for people and masks the values of variables. Prints nothing with `--json`.
     pub fn say(&self, line: impl std::fmt::Display) {
         if !self.json {
             print_line(masking::hide(line.to_string()));
         }
     }
 
-    /// Prints a line with colours of ours, whose other parts were escaped; nothing when JSON is asked for.
+    /// Prints a line that contains our own colours; the caller has escaped the rest. Prints nothing with
+    /// `--json`.
     pub(crate) fn say_styled(&self, line: &str) {
         if !self.json {
             output::print_styled(line);
         }
     }
 
-    /// Prints a report as one JSON line, without values of variables, when JSON is asked for.
+    /// Prints a report as one JSON line and masks the values of variables. Prints nothing without `--json`.
     pub fn report(&self, report: &impl serde::Serialize) -> anyhow::Result<()> {
         if self.json {
             print_json(&masking::hide_json(serde_json::to_string(report)?));
@@ -205,16 +212,16 @@ impl Console {
     }
 }
 
-/// The limits that a compiling process sets itself.
+/// Limits that a compiling process sets for itself.
 #[derive(clap::Args)]
 struct CompileOptions {
-    /// The most memory that this process may have, in bytes.
+    /// Memory limit of this process, in bytes.
     #[arg(long)]
     memory_bytes: u64,
-    /// The most CPU time that this process may use, in seconds.
+    /// CPU time limit of this process, in seconds.
     #[arg(long)]
     cpu_seconds: u64,
-    /// The process that started this one, with which it ends.
+    /// Process that started this one. If it ends, this process ends too.
     #[arg(long)]
     parent: u32,
 }
@@ -226,7 +233,7 @@ impl CompileOptions {
     }
 }
 
-/// Reads the command line, does what it says, and gives the exit code.
+/// Parses the command line, runs the command, and returns the exit code.
 pub fn main() -> ExitCode {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
@@ -240,7 +247,7 @@ pub fn main() -> ExitCode {
             compile::serve(options.limits()).map_err(anyhow::Error::from)
         }
         Command::Completions { shell } => {
-            // Into memory first: the generator panics where a pipe is closed.
+            // Into memory first: the generator panics if standard output is a closed pipe.
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "shardmill", &mut script);
             output::print_styled(String::from_utf8_lossy(&script).trim_end());
@@ -250,7 +257,7 @@ pub fn main() -> ExitCode {
             Ok(runtime) => {
                 let code = exit_code(runtime.block_on(dispatch(command, &console)));
                 shardmill_core::off_thread::end_waits();
-                // A thread that is stuck does not keep the process.
+                // A stuck thread must not keep the process alive.
                 runtime.shutdown_timeout(THREADS_WAIT_MAX);
                 crate::stderr::flush(LOG_WAIT_MAX);
                 return code;
@@ -263,14 +270,15 @@ pub fn main() -> ExitCode {
     code
 }
 
-/// Prints what the parser of the command line found, and gives the exit code. Its errors repeat arguments, which
-/// scripts take from names and texts of strangers.
+/// Prints an error of the command-line parser and returns the exit code. Such errors repeat arguments, and
+/// scripts may build arguments from untrusted text, so arguments are escaped.
 fn misused(mut error: clap::Error) -> ExitCode {
     if !error.use_stderr() {
-        // The help or the version that was asked for: our own text, on standard output.
+        // Help or version: our own text, on standard output.
         error.exit();
     }
-    // In an argument the ends of lines are escaped, too: after this they cannot be told from those of the parser.
+    // Line ends in arguments are escaped here, because they cannot be distinguished from the parser's own
+    // later.
     let arguments: Vec<_> = (error.context())
         .filter_map(|(kind, value)| Some((kind, escaped_argument(value)?)))
         .collect();
@@ -287,7 +295,8 @@ fn misused(mut error: clap::Error) -> ExitCode {
     EXIT_MISUSED.into()
 }
 
-/// The part of a parser's error with the characters that steer a terminal escaped; `None`: it repeats no argument.
+/// Escapes the characters that control a terminal in a part of a parser's error. `None`: the part repeats no
+/// argument.
 fn escaped_argument(value: &ContextValue) -> Option<ContextValue> {
     let escaped = |text: &String| shardmill_core::escape::escaped(text, &[]);
     match value {
@@ -295,7 +304,7 @@ fn escaped_argument(value: &ContextValue) -> Option<ContextValue> {
         ContextValue::Strings(texts) => {
             Some(ContextValue::Strings(texts.iter().map(escaped).collect()))
         }
-        // Tips, of one line each.
+        // Tips of the parser, one line each.
         ContextValue::StyledStrs(tips) => {
             let escaped = |tip: &StyledStr| {
                 let tip = shardmill_core::escape::printable_styled(&tip.ansi().to_string());
@@ -307,7 +316,7 @@ fn escaped_argument(value: &ContextValue) -> Option<ContextValue> {
     }
 }
 
-/// The exit code of a command that has ended; an error is printed.
+/// Returns the exit code of a finished command, and prints its error if it failed.
 fn exit_code(done: anyhow::Result<()>) -> ExitCode {
     match done.and_then(|()| output::failure()) {
         Ok(()) => EXIT_DONE.into(),
@@ -343,31 +352,32 @@ fn runtime() -> anyhow::Result<tokio::runtime::Runtime> {
     built.map_err(shardmill_core::system::cannot_begin)
 }
 
-/// Blocks from this size on are given back to the system when they are freed.
+/// Blocks of at least this size are returned to the system when they are freed.
 #[cfg(target_env = "gnu")]
 const LARGE_BLOCK_BYTES: libc::c_int = 1 << 20;
 
-/// Keeps glibc from giving each thread a heap of its own. Batches are made on one thread and dropped
-/// on another, so that each heap would keep what others need: 52 MiB instead of 71 for the flights
-/// from a file, and a tenth less CPU time. Keeps it from holding what large blocks leave, too.
+/// Limits the number of glibc heaps. By default each thread gets a heap of its own. Batches are made on one
+/// thread and dropped on another, so each heap would keep memory that others need: 52 MiB instead of 71 MiB for
+/// the flights example read from a file, and 10 % less CPU time. Also makes glibc return large blocks to the
+/// system.
 fn bound_malloc_arenas() {
     #[cfg(target_env = "gnu")]
     {
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let arenas = libc::c_int::try_from(cores / 2).unwrap_or(libc::c_int::MAX).max(1);
-        // SAFETY: sets a number in malloc's own state, before other threads are started. A refusal
-        // leaves things as they are.
+        // SAFETY: sets a number in malloc's own state, before other threads are started. If glibc refuses the
+        // value, nothing changes.
         unsafe { libc::mallopt(libc::M_ARENA_MAX, arenas) };
-        // By itself glibc raises this to 32 MiB once a large block is freed, and the heap then keeps the
-        // holes that large blocks leave. Buffers of a batch stay in the heap.
-        // SAFETY: as above.
+        // By default glibc raises this threshold up to 32 MiB when a large block is freed, and the heap then
+        // keeps the holes that large blocks leave. Buffers of a batch are smaller and stay in the heap. SAFETY:
+        // as above.
         unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, LARGE_BLOCK_BYTES) };
         // SAFETY: as above.
         unsafe { libc::mallopt(libc::M_TRIM_THRESHOLD, 2 * LARGE_BLOCK_BYTES) };
     }
 }
 
-/// Logs go to standard error, so that standard output is the command's own.
+/// Sets up logging to standard error, so that standard output contains only the command's own output.
 fn init_logging(verbose: u8) {
     use tracing_subscriber::filter::{LevelFilter, Targets};
     use tracing_subscriber::layer::SubscriberExt as _;
@@ -379,12 +389,12 @@ fn init_logging(verbose: u8) {
         _ => (LevelFilter::TRACE, LevelFilter::DEBUG),
     };
     let styles = terminal::is_styled(&std::io::stderr());
-    // An event is one line and steers nothing, whatever its fields hold.
+    // Each event is one line and cannot control the terminal, whatever its fields contain.
     let kept = KeptCharacters::OneLine { styles };
     let lines = tracing_subscriber::fmt::layer()
         .with_writer(move || EscapingWriter::new(LogOutput, kept))
         .with_ansi(styles)
-        // It would report its own failures by a macro that panics.
+        // The layer reports its own failures with a macro that panics.
         .log_internal_errors(false)
         .with_target(false);
     let plugins = ours.max(LevelFilter::INFO);
@@ -396,8 +406,8 @@ fn init_logging(verbose: u8) {
     std::panic::set_hook(Box::new(log_panic));
 }
 
-/// Writes what the standard library does at a panic. Its own way waits for the reader, and what a panic holds at
-/// that time is held for as long.
+/// Writes the message of a panic, like the standard library's hook. That hook would block until the reader of
+/// standard error reads, and all locks held by the panicking thread would stay locked meanwhile.
 fn log_panic(panic: &std::panic::PanicHookInfo<'_>) {
     let thread = std::thread::current();
     let backtrace = std::backtrace::Backtrace::capture();
@@ -409,7 +419,7 @@ fn log_panic(panic: &std::panic::PanicHookInfo<'_>) {
     terminal::note(format_args!("thread '{name}' {panic}{backtrace}"));
 }
 
-/// Tells a person why the command failed, each cause once, and gives the exit code.
+/// Prints why the command failed, each cause once, and returns the exit code.
 fn print_error(error: &anyhow::Error) -> ExitCode {
     if let Some(config) = error.downcast_ref::<ConfigError>() {
         let is_styled = terminal::is_styled(&std::io::stderr());
@@ -420,8 +430,8 @@ fn print_error(error: &anyhow::Error) -> ExitCode {
     EXIT_FAILED.into()
 }
 
-/// Reads a pipeline's file with the process's environment, and checks that no other user can change its
-/// state.
+/// Reads a pipeline file with the environment of the process, and checks that no other user can change the
+/// pipeline's state.
 fn load(path: &std::path::Path) -> anyhow::Result<PipelineConfig> {
     let config = load_file(path)?;
     config.state_dir.check(config.name.as_str())?;
@@ -431,7 +441,7 @@ fn load(path: &std::path::Path) -> anyhow::Result<PipelineConfig> {
     Ok(config)
 }
 
-/// Reads a pipeline's file for what it says, and not for its state.
+/// Reads a pipeline file without checking its state folder.
 fn load_file(path: &std::path::Path) -> anyhow::Result<PipelineConfig> {
     let mut config = shardmill_config::load(path, &SINK_TYPES, &shardmill_config::environment)?;
     masking::register(&config.values);
@@ -439,7 +449,7 @@ fn load_file(path: &std::path::Path) -> anyhow::Result<PipelineConfig> {
     Ok(config)
 }
 
-/// Whether a pipeline finds an embedded stream by its state folder.
+/// Whether a pipeline finds an embedded stream through its state folder.
 fn uses_embedded(config: &PipelineConfig) -> bool {
     let sinks = config.sinks.iter().chain(&config.dead_letter_sinks);
     let asked = sinks.filter_map(|sink| sink.settings.stream_server());
@@ -447,63 +457,64 @@ fn uses_embedded(config: &PipelineConfig) -> bool {
     source.into_iter().chain(asked).any(|server| matches!(server.endpoint, Endpoint::Embedded))
 }
 
-/// The dead letters of a pipeline that ran. Another process may be running it.
+/// Opens the dead letters of a pipeline that has run. Another process may be running the pipeline.
 fn dead_letters(config: &PipelineConfig) -> anyhow::Result<DeadLetters> {
     let folder = config.state_dir.join(config.name.as_str());
     anyhow::ensure!(
         folder.join("state.db").exists(),
-        "pipeline {} has no dead letters: it never ran with its state in {}",
+        "pipeline {} has no dead letters: no state found in {}; it has never run with this state_dir",
         config.name,
         folder.display()
     );
     Ok(DeadLetters::new(state_beside(config)?))
 }
 
-/// The state of a pipeline that another process may be running: where it is of an earlier version, opening
-/// it would change it under that process.
+/// Opens the state of a pipeline that another process may be running. Refuses if that process is of an earlier
+/// version, because opening would migrate the state under it.
 fn state_beside(config: &PipelineConfig) -> anyhow::Result<StateStore> {
     let folder = config.state_dir.join(config.name.as_str());
     anyhow::ensure!(
         !StateStore::is_of_earlier_version(&folder)?
             || !PipelineLock::is_taken(&config.state_dir, &config.name)?,
-        "pipeline {} is run by an earlier version of shardmill, which could not read its state in {} after \
-         this command: give the command with that version, or restart the pipeline with this one first",
+        "pipeline {} is running with an earlier version of shardmill, which could not read its state in {} \
+         after this command: use that version for this command, or restart the pipeline with this version first",
         config.name,
         folder.display()
     );
     Ok(StateStore::open(&folder)?)
 }
 
-/// The environment variable that names a folder for compiled plugins, in place of `compiled` in the state
-/// folder. Pipelines and containers whose state folders are new can share it.
+/// Environment variable that names a folder for compiled plugins, instead of `compiled` in the state folder.
+/// Pipelines and containers with new state folders can share it.
 const COMPILED_DIR: &str = "SHARDMILL_COMPILED_DIR";
 
-/// The folder of compiled plugins that [`COMPILED_DIR`] names, else the one in the user's caches
-/// (`$XDG_CACHE_HOME/shardmill`); an empty value names none.
+/// Returns the shared folder of compiled plugins: the one that [`COMPILED_DIR`] names, otherwise the one in the
+/// user's cache folder (`$XDG_CACHE_HOME/shardmill`). An empty variable counts as unset.
 fn shared_cache() -> Option<CompileCache> {
     let named = |variable| std::env::var_os(variable).filter(|folder| !folder.is_empty());
     if let Some(folder) = named(COMPILED_DIR) {
         return Some(CompileCache::shared(folder));
     }
-    // The specification of base directories: a relative path is invalid, and is ignored.
+    // The XDG Base Directory specification says that relative paths are invalid and must be ignored.
     let caches =
         named("XDG_CACHE_HOME").map(PathBuf::from).filter(|folder| folder.is_absolute())?;
     Some(CompileCache::of_user(caches.join("shardmill")))
 }
 
-/// What a pipeline's plugins are loaded with.
+/// Makes what is needed to load a pipeline's plugins: engine, compile cache, backends of capabilities.
 fn plugin_host(config: &PipelineConfig) -> anyhow::Result<PluginHost> {
     shardmill_core::system::check_start()?;
     let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
     let cache = shared_cache().unwrap_or_else(CompileCache::none);
     let cache = cache.or_in_folder(config.state_dir.join("compiled")).in_child_processes();
-    // Of components that are stored, nobody knows any more which of the stages they are for.
+    // For a stored component it is not known for which stage it was compiled, so the largest limits of all
+    // stages apply.
     let cache = cache.with_limits(config.compile_limits());
     let backends = Backends::from_config(config, &tokio::runtime::Handle::current())?;
     Ok(PluginHost { engine, cache, backends })
 }
 
-/// Loads a plugin outside of any pipeline.
+/// Loads a plugin outside a pipeline.
 fn load_plugin(file: &std::path::Path) -> anyhow::Result<Plugin> {
     shardmill_core::system::check_start()?;
     let engine = PluginEngine::new().map_err(anyhow::Error::from)?;
@@ -511,10 +522,10 @@ fn load_plugin(file: &std::path::Path) -> anyhow::Result<Plugin> {
     Ok(Plugin::load_file(&engine, &cache, file)?.0)
 }
 
-/// The argument that names a pipeline's file.
+/// Argument that names a pipeline file.
 #[derive(clap::Args)]
 pub(crate) struct PipelineFile {
-    /// The pipeline's file.
+    /// The pipeline file.
     #[arg(default_value = DEFAULT_PIPELINE)]
     pub file: PathBuf,
 }

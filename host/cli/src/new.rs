@@ -1,4 +1,4 @@
-//! `shardmill new`: a plugin's folder that builds, is tested and runs as it is.
+//! `shardmill new`: makes a plugin folder that can be built, tested and run without changes.
 
 use std::path::PathBuf;
 
@@ -8,18 +8,19 @@ use shardmill_workbench::scaffold::new_plugin;
 
 #[derive(clap::Subcommand)]
 pub enum Command {
-    /// Make a plugin's folder: its source, test cases, and a pipeline that runs it.
+    /// Create a plugin folder: source, test cases, and a pipeline that runs the plugin.
     #[command(
         after_help = "Examples:\n  shardmill new plugin greet --lang rust\n  shardmill new plugin \
                       geo --lang go --dir plugins/geo"
     )]
     Plugin {
-        /// The plugin's name: a-z, 0-9, - and _.
+        /// Name of the plugin: a-z, 0-9, - and _.
         name: String,
-        /// The language that it is written in.
+        /// Language of the plugin.
         #[arg(long, value_enum)]
         lang: Language,
-        /// Its folder, missing or empty; default: its name, here.
+        /// Folder of the plugin; it must be missing or empty [default: the plugin's name, in the current
+        /// folder].
         #[arg(long, value_name = "FOLDER")]
         dir: Option<PathBuf>,
     },
@@ -29,7 +30,7 @@ pub fn new(command: Command, console: &Console) -> anyhow::Result<()> {
     let Command::Plugin { name, lang, dir } = command;
     let folder = dir.unwrap_or_else(|| PathBuf::from(&name));
     let made = new_plugin(&name, lang, &folder)?;
-    console.say(format!("made {}", made.folder.display()));
+    console.say(format!("created {}", made.folder.display()));
     for file in &made.files {
         console.say(format!("  {}", file.display()));
     }

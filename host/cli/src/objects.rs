@@ -1,4 +1,5 @@
-//! `shardmill objects`: is all that an objects sink claimed there, once?
+//! `shardmill objects`: checks that everything an objects sink has claimed exists exactly once, and repairs
+//! claim logs.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -21,28 +22,27 @@ use shardmill_state::{
 
 #[derive(clap::Subcommand)]
 pub enum Command {
-    /// Walk the claim logs of objects sinks: gaps, overlaps, and objects that nobody claims.
+    /// Check the claim logs of objects sinks for gaps, overlaps and objects without a claim.
     #[command(
         after_help = "Examples:\n  shardmill objects verify\n  shardmill objects verify pipeline.toml \
                       --sink logs --content"
     )]
     Verify {
-        /// The pipeline's file.
+        /// The pipeline file.
         #[arg(default_value = DEFAULT_PIPELINE)]
         pipeline: PathBuf,
-        /// Only this sink; default: every objects sink.
+        /// Only this sink [default: all objects sinks].
         #[arg(long, value_name = "NAME")]
         sink: Option<String>,
-        /// Read every object too, and compare it with its claim.
+        /// Also read every object and compare it with its claim.
         #[arg(long)]
         content: bool,
     },
-    /// Give up a shard's last claim, which can never be kept: its rows are run and claimed again.
+    /// Give up the last claim of a shard that can never be completed; its rows are processed and claimed again.
     ///
-    /// A claim promises objects. Where one of them can never be written (its name is too long for the
-    /// store, the revision that promised it is gone), the shard is blocked. This command writes into the
-    /// log that the claim is not kept, and removes those of its objects that are there. The pipeline must
-    /// not run.
+    /// A claim promises objects. If one of them can never be written (its name is too long for the store, or
+    /// the revision that promised it is gone), the shard is blocked. This command records in the log that the
+    /// claim is given up, and removes those of its objects that exist. The pipeline must be stopped.
     #[command(
         after_help = "Example:\n  shardmill objects give-up --sink logs --shard shardId-000000000000"
     )]
@@ -50,12 +50,12 @@ pub enum Command {
         #[command(flatten)]
         log: Log,
     },
-    /// Go on at the checkpoint, where a shard's log has lost a link or its last object.
+    /// Continue at the checkpoint after a shard's log has lost a link or its last object.
     ///
-    /// A lifecycle rule that removes objects by age removes the last ones of a quiet shard too. The log
-    /// then cannot say where it stood. This command writes into it that it goes on at the checkpoint; what
-    /// lies between is recorded as a hole, which `objects verify` names. Rows after the checkpoint that were
-    /// written may come twice. The pipeline must not run.
+    /// A lifecycle rule that removes objects by age also removes the last objects of a quiet shard. The log
+    /// then no longer shows its position. This command records in the log that it continues at the checkpoint.
+    /// The range in between is recorded as a hole, which `objects verify` reports. Rows after the checkpoint
+    /// that were already written may be duplicated. The pipeline must be stopped.
     #[command(
         after_help = "Example:\n  shardmill objects skip --sink logs --shard shardId-000000000000 \
                       --why \"the bucket keeps 90 days\""
@@ -63,16 +63,16 @@ pub enum Command {
     Skip {
         #[command(flatten)]
         log: Log,
-        /// Why; it is kept in the log.
+        /// Reason; it is stored in the log.
         #[arg(long, default_value = "a link or the last object was gone")]
         why: String,
     },
 }
 
-/// The claim log of a shard.
+/// Claim log of a shard.
 #[derive(clap::Args)]
 pub struct Log {
-    /// The pipeline's file.
+    /// The pipeline file.
     #[arg(default_value = DEFAULT_PIPELINE)]
     pipeline: PathBuf,
     /// The objects sink.
@@ -96,7 +96,7 @@ pub async fn objects(command: Command, console: &Console) -> anyhow::Result<()> 
             let objects = done.objects_removed.len();
             report(&log, &done, console)?;
             console.say(format_args!(
-                "sink {}: link {} of {} gives up the claim; {objects} of its objects were there and are \
+                "sink {}: link {} of {} gives up the claim; {objects} of its objects existed and were \
                  removed; the next run claims its rows again",
                 log.sink, done.link, log.shard
             ));
@@ -107,7 +107,7 @@ pub async fn objects(command: Command, console: &Console) -> anyhow::Result<()> 
             let checkpoint = Checkpoints::new(state.clone()).checkpoint(&shard).await?;
             let Some(checkpoint) = checkpoint else {
                 bail!(
-                    "the state has no checkpoint of {}: there is nothing to go on from",
+                    "the state has no checkpoint of {}: there is no position to continue from",
                     log.shard
                 );
             };
@@ -125,8 +125,8 @@ pub async fn objects(command: Command, console: &Console) -> anyhow::Result<()> 
             report(&log, &done, console)?;
             let from = done.from.as_ref().map_or("the beginning".to_owned(), Position::to_string);
             console.say(format_args!(
-                "sink {}: link {} of {} passes over the positions after {from} up to {checkpoint}; the \
-                 next run goes on there",
+                "sink {}: link {} of {} skips the positions after {from} up to {checkpoint}; the \
+                 next run continues there",
                 log.sink, done.link, log.shard
             ));
             Ok(())
@@ -134,8 +134,8 @@ pub async fn objects(command: Command, console: &Console) -> anyhow::Result<()> 
     }
 }
 
-/// Refuses to write into a log under a name or at a place that no start has settled: the sink may have another log,
-/// and two with claims would stop the next start.
+/// Refuses to write into a log whose sink has a name or a place that no start has confirmed. The sink may have
+/// another log, and two logs with claims would stop the next start.
 async fn refuse_unstarted(
     config: &PipelineConfig,
     name: &SinkName,
@@ -150,20 +150,20 @@ async fn refuse_unstarted(
         let was = known.destinations.get(name).filter(|was| !was.is_empty() && **was != place);
         if let Some(was) = was {
             bail!(
-                "expected sink {name} where it has written, at {was}, found it at {place}: put its `url` back, or \
-                 start the pipeline once (`shardmill run`), which says what is to be decided, and give the \
-                 command again"
+                "expected sink {name} at {was}, where it has written, found {place}: restore its `url`, or start the \
+                 pipeline once (`shardmill run`), which says what must be decided, and then run this command \
+                 again"
             );
         }
     }
     Ok(())
 }
 
-/// Parts that a command for a claim log works with.
+/// Parts that a command on a claim log needs.
 struct Opened {
     sink: ObjectsSink,
     shard: ShardKey,
-    /// The state that has the sink's positions.
+    /// State that has the sink's positions.
     state: StateStore,
     /// Keeps the pipeline from running meanwhile.
     _lock: PipelineLock,
@@ -183,12 +183,13 @@ impl Log {
         let copies = holes::folder_of_copies(&config);
         let is_copied = config.dead_letter_sinks.iter().any(|sink| sink.name.value == name);
         let copying = config.for_dead_letters(copies.clone(), StoredDeadLetter::columns());
-        // Dead letters are copied from the log of the pipeline's own state, with positions in another one.
+        // Dead letters are copied from the log in the pipeline's own state, but the positions of the copies are
+        // in another state.
         let (state, stream) = match copying.filter(|_| is_copied) {
             Some(copying) => {
                 ensure!(
                     copies.join("state.db").exists(),
-                    "expected positions of sink {name} in {}, found none: no dead letter was copied yet; start \
+                    "expected positions of sink {name} in {}, found none: no dead letter has been copied yet; start \
                      the pipeline first",
                     copies.display()
                 );
@@ -232,9 +233,9 @@ async fn verify(
     let mut problems = 0;
     for (name, target) in chosen(&config, sink)? {
         let sink = target.sink(name.clone())?;
-        let audit = sink.verify(content).await.context("cannot verify")?;
+        let audit = sink.verify(content).await.context("failed to verify")?;
         problems += audit.problems.len();
-        // The logs say nothing of what was never given to the sink.
+        // The logs contain nothing about what the sink was never given.
         let recorded = holes::of(&config, Some(name)).await?;
         console.report(&json!({ "sink": name.as_str(), "audit": audit, "holes": recorded }))?;
         say(name.as_str(), &audit, console);
@@ -247,7 +248,7 @@ async fn verify(
     }
 }
 
-/// The objects sinks that are meant, with their names.
+/// Returns the selected objects sinks with their names.
 fn chosen<'c>(
     config: &'c PipelineConfig,
     name: Option<&str>,
@@ -270,13 +271,13 @@ fn say(sink: &str, audit: &Audit, console: &Console) {
     ));
     if audit.unfinished > 0 {
         console.say(format_args!(
-            "{} logs end with a claim whose objects are not all there yet: a run makes them again",
+            "{} logs end with a claim whose objects do not all exist yet: the next run produces them again",
             audit.unfinished
         ));
     }
     if audit.temporary > 0 {
         console.say(format_args!(
-            "{} files are being written, or were when their writer was killed: a run removes them",
+            "{} temporary files: they are being written, or their writer was killed; the next run removes them",
             audit.temporary
         ));
     }

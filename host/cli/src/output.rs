@@ -1,5 +1,5 @@
-//! Standard output: shared by a command's reports and by the rows of a stdout sink, and closed by a reader
-//! such as `head` whenever it likes.
+//! Standard output. A command's reports and the rows of a stdout sink share it, and a reader such as `head` may
+//! close it at any time.
 
 use std::io::{self, IsTerminal as _, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,29 +11,30 @@ use crate::terminal::note_styled;
 use shardmill_config::{PipelineConfig, SharedOutput};
 use shardmill_core::escape::{EscapingWriter, KeptCharacters, printable, printable_json};
 
-/// Cancelled once a reader has closed standard output. The process has one, so this has one.
+/// Cancelled when a reader has closed standard output. A process has one standard output, hence one static.
 static CLOSED: LazyLock<CancellationToken> = LazyLock::new(CancellationToken::new);
-/// Why a report could not be printed, where it was not its reader that went away.
+/// Cause, other than a closed reader, for which a report could not be printed.
 static FAILURE: OnceLock<String> = OnceLock::new();
-/// Reports go to standard error, because rows go to standard output.
+/// Whether reports go to standard error, because rows go to standard output.
 static ROWS_HAVE_STDOUT: AtomicBool = AtomicBool::new(false);
-/// Rows go to standard error, because a JSON report goes to standard output.
+/// Whether rows go to standard error, because a JSON report goes to standard output.
 static ROWS_ON_STDERR: AtomicBool = AtomicBool::new(false);
 
-/// Prints a line of a report; what would steer a terminal is escaped.
+/// Prints a line of a report and escapes what would control a terminal.
 pub(crate) fn print_line(line: impl std::fmt::Display) {
     print_styled(&printable(&line.to_string()));
 }
 
-/// Prints a line of JSON: the same value, with what would steer a terminal escaped.
+/// Prints a line of JSON and escapes what would control a terminal; the JSON value stays the same.
 pub(crate) fn print_json(json: &str) {
     print_styled(&printable_json(json));
 }
 
-/// Prints a line with colours of ours, whose other parts were escaped. A reader that went away breaks
-/// nothing: work that has begun goes on, and commands that do nothing but print watch [`closed`]. Any other
-/// failure, such as a full disk, is reported at the command's end ([`failure`]): whoever exports letters and then
-/// deletes them must not take a cut file for a whole one.
+/// Prints a line that contains our own colours; the caller has escaped the rest.
+///
+/// A closed reader is not an error: work that has started continues, and commands that only print watch
+/// [`closed`]. Any other failure, such as a full disk, is reported at the end of the command ([`failure`]).
+/// Whoever exports dead letters and then deletes them must not mistake a truncated file for a complete one.
 pub(crate) fn print_styled(line: &str) {
     if ROWS_HAVE_STDOUT.load(Ordering::Relaxed) {
         note_styled(line);
@@ -48,27 +49,27 @@ pub(crate) fn print_styled(line: &str) {
     }
 }
 
-/// The error of a command whose report could not be printed, if it could not.
+/// Returns an error if a report of the command could not be printed.
 ///
 /// # Errors
-/// The system's first error.
+/// The first error that the system reported.
 pub(crate) fn failure() -> anyhow::Result<()> {
     match FAILURE.get() {
         Some(cause) => anyhow::bail!(
-            "standard output could not be written: {cause}; what was printed is cut short: make room, or \
-             write elsewhere, and give the command again"
+            "failed to write standard output: {cause}; the output is incomplete: free some space, or write \
+             elsewhere, and run the command again"
         ),
         None => Ok(()),
     }
 }
 
-/// A token that is cancelled once standard output was found closed.
+/// Returns a token that is cancelled when standard output is found closed.
 pub(crate) fn closed() -> CancellationToken {
     CLOSED.clone()
 }
 
-/// Leaves standard output to the rows of the pipeline's stdout sinks, if it has any: reports between them
-/// would spoil what a program reads.
+/// Leaves standard output to the rows of the pipeline's stdout sinks, if it has any. Reports between the rows
+/// would break programs that read them.
 pub(crate) fn leave_to_rows(config: &PipelineConfig) {
     let mut sinks = config.sinks.iter().chain(&config.dead_letter_sinks);
     if sinks.any(|sink| sink.settings.prints_rows()) {
@@ -81,13 +82,13 @@ pub(crate) fn is_for_rows() -> bool {
     ROWS_HAVE_STDOUT.load(Ordering::Relaxed)
 }
 
-/// Leaves standard output to a JSON report: rows go to standard error.
+/// Leaves standard output to a JSON report; rows go to standard error.
 pub(crate) fn leave_to_report() {
     ROWS_ON_STDERR.store(true, Ordering::Relaxed);
 }
 
-/// The output that stdout sinks print to. On a terminal, rows are escaped like all else; a file or a program
-/// gets their bytes.
+/// Returns the output of stdout sinks. On a terminal, rows are escaped like all other text; a file or a program
+/// gets their exact bytes.
 pub(crate) fn for_rows() -> SharedOutput {
     match ROWS_ON_STDERR.load(Ordering::Relaxed) {
         true => rows_to(io::stderr(), io::stderr().is_terminal()),
@@ -102,7 +103,7 @@ fn rows_to(output: impl Write + Send + 'static, is_terminal: bool) -> SharedOutp
     }
 }
 
-/// An output that notes when its reader is gone.
+/// Output that notes when its reader is gone.
 struct ClosingOutput<W>(W);
 
 impl<W: Write> ClosingOutput<W> {

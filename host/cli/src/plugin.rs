@@ -1,4 +1,4 @@
-//! `shardmill plugin`: build a component, prove it, measure it, look into it.
+//! `shardmill plugin`: builds, verifies, measures and inspects components.
 
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -24,54 +24,55 @@ use shardmill_workbench::{TrialRecord, Workbench};
 
 #[derive(clap::Subcommand)]
 pub enum Command {
-    /// Compile a plugin by its language's own tools and wrap it as a component.
+    /// Compile a plugin with the tools of its language and package it as a component.
     #[command(
         after_help = "Example:\n  shardmill plugin build plugins/car-decode -o car-decode.wasm"
     )]
     Build {
-        /// The plugin's folder, with its plugin.toml.
+        /// Folder of the plugin, with its plugin.toml.
         folder: PathBuf,
-        /// Where the component goes; default: NAME.wasm in the folder.
+        /// Output file of the component [default: NAME.wasm in the folder].
         #[arg(short, long)]
         out: Option<PathBuf>,
     },
-    /// Prove that a component does what every plugin must, whatever it is for.
+    /// Check that a component meets the contract that every plugin must meet, whatever it does.
     #[command(
         after_help = "Example:\n  shardmill plugin conformance geo.wasm --input events.ndjson"
     )]
     Conformance {
-        /// The component. Without --input, the records are those of the cases beside it.
+        /// The component. Without --input, the records are those of the test cases beside it.
         file: PathBuf,
-        /// The configuration, as JSON; default: that of the first case, or {}.
+        /// Configuration as JSON [default: that of the first test case, or {}].
         #[arg(long)]
         config: Option<String>,
-        /// Files with records, one a line.
+        /// Files of records, one record per line.
         #[arg(long, value_name = "FILE")]
         input: Vec<PathBuf>,
-        /// Write the results as JUnit XML as well.
+        /// Also write the results as JUnit XML.
         #[arg(long, value_name = "FILE")]
         junit: Option<PathBuf>,
     },
-    /// Measure a component: time per record, memory, time to start and to compile.
+    /// Measure a component: time per record, memory, start time, compile time.
     #[command(after_help = "Example:\n  shardmill plugin bench geo.wasm --input events.ndjson")]
     Bench {
-        /// The component. Without --input, the records are those of the cases beside it.
+        /// The component. Without --input, the records are those of the test cases beside it.
         file: PathBuf,
-        /// The configuration, as JSON; default: that of the first case, or {}.
+        /// Configuration as JSON [default: that of the first test case, or {}].
         #[arg(long)]
         config: Option<String>,
-        /// Files with records, one a line.
+        /// Files of records, one record per line.
         #[arg(long, value_name = "FILE")]
         input: Vec<PathBuf>,
-        /// Records of one call.
+        /// Records per call.
         #[arg(long, default_value_t = 1_000, value_parser = clap::value_parser!(u32).range(1..=100_000))]
         batch: u32,
-        /// How long to measure.
+        /// Duration of the measurement in seconds.
         #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u64).range(1..=600))]
         seconds: u64,
     },
-    /// Put another plugin in a stage's place while the pipeline runs: tried on records that came of late
-    /// first, taken over by each lane at a batch's boundary, rolled back by itself if it does worse.
+    /// Replace the plugin of a stage while the pipeline runs. The new plugin is first tried on recent records;
+    /// each lane then changes at a batch boundary; if the new plugin does worse, it is rolled back
+    /// automatically.
     #[command(
         after_help = "Examples:\n  shardmill plugin swap decode new.wasm\n  shardmill plugin swap decode \
                       new.wasm --shadow '1 min' --max-changed 0\n  shardmill plugin swap decode new.wasm \
@@ -83,18 +84,18 @@ pub enum Command {
         after_help = "Examples:\n  shardmill plugin rollback decode\n  shardmill plugin rollback decode --replay-from-swap"
     )]
     Rollback(swap::RollbackOptions),
-    /// Show what was changed while the pipeline ran, and what was refused.
+    /// Show all changes of the running pipeline, including refused ones.
     #[command(after_help = "Example:\n  shardmill plugin history decode --shards")]
     History(swap::HistoryOptions),
-    /// Say which versions have run a record.
+    /// Show which plugin versions processed a record.
     #[command(after_help = "Example:\n  shardmill plugin which shardId-000000000000:4960")]
     Which(swap::WhichOptions),
-    /// Show what a component is: digest, size, routes, formats, columns.
+    /// Show the digest, size, routes, formats and columns of a component.
     #[command(after_help = "Example:\n  shardmill plugin inspect car-decode.wasm --config '{}'")]
     Inspect {
         /// The component.
         file: PathBuf,
-        /// The configuration to show it with, as JSON.
+        /// Configuration to load it with, as JSON.
         #[arg(long, default_value = "{}")]
         config: String,
     },
@@ -162,7 +163,7 @@ fn build(folder: &std::path::Path, out: Option<PathBuf>, console: &Console) -> a
     }))
 }
 
-/// A component with a configuration and records to try it on.
+/// A component, its configuration, and the records to try it on.
 struct Subject {
     workbench: Workbench,
     compile: Duration,
@@ -171,7 +172,8 @@ struct Subject {
 }
 
 impl Subject {
-    /// Records of files, else those of the cases beside the component, else some made up.
+    /// Loads a component. Records come from the input files, otherwise from the test cases beside the
+    /// component, otherwise from a few built-in samples.
     fn load(file: &Path, config: Option<String>, inputs: &[PathBuf]) -> anyhow::Result<Self> {
         let begun = Instant::now();
         let workbench = Workbench::new(super::load_plugin(file)?);
@@ -188,7 +190,8 @@ impl Subject {
             for path in CaseFile::in_folder(file.parent().unwrap_or(Path::new("")))? {
                 for case in CaseFile::read(&path)?.cases {
                     let config_json = case.config_json();
-                    // One configuration, and the cases that have it.
+                    // Cases with another configuration than the first are left out: one instance has one
+                    // configuration.
                     if *case_config.get_or_insert(config_json.clone()) == config_json {
                         let records = case.records(&path).map_err(anyhow::Error::msg)?;
                         payloads.extend(records.into_iter().map(|record| record.payload));
@@ -219,7 +222,8 @@ fn conformance(subject: &Subject, junit: Option<&Path>, console: &Console) -> an
         match (failure, note) {
             (None, None) => console.say(format!("ok      {check}")),
             (None, Some(note)) => console.say(format!("ok      {check}: {note}")),
-            // Each line of a plugin's own words is set in.
+            // Each further line of the plugin's text is indented, so that it cannot look like a line of this
+            // report.
             (Some(failure), _) => {
                 let failure = failure.replace('\n', "\n        ");
                 console.say(format!("FAILED  {check}\n        {failure}"));
@@ -344,6 +348,8 @@ fn say(inspection: &Inspection, console: &Console) {
         }
     }
     if let Some(why) = &inspection.configure {
-        console.say(format!("routes   unknown without its configuration: {why} (--config JSON)"));
+        console.say(format!(
+            "routes   unknown: the plugin refused this configuration: {why} (give another with --config JSON)"
+        ));
     }
 }

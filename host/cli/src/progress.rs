@@ -1,4 +1,4 @@
-//! Progress on waits and long puts: a bar when standard error is a terminal, plain lines when not.
+//! Progress of waits and long puts: a progress bar if standard error is a terminal, otherwise plain lines.
 
 use std::io::IsTerminal as _;
 use std::time::{Duration, Instant};
@@ -7,10 +7,10 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::terminal::{moves_cursor, note};
 
-/// How often a plain line is printed.
+/// Interval between plain lines.
 const LINE_INTERVAL: Duration = Duration::from_secs(5);
 
-/// Progress of one piece of work.
+/// Progress of one task.
 pub struct ConsoleProgress {
     what: String,
     bar: Option<ProgressBar>,
@@ -18,7 +18,7 @@ pub struct ConsoleProgress {
 }
 
 impl ConsoleProgress {
-    /// Progress towards `total`; `None`: nobody knows how much there is.
+    /// Starts showing progress towards `total`. `None`: the total is unknown.
     pub fn start(what: &str, total: Option<u64>) -> Self {
         let bar = (std::io::stderr().is_terminal() && moves_cursor()).then(|| match total {
             Some(total) => {
@@ -35,7 +35,7 @@ impl ConsoleProgress {
         Self { what: what.to_owned(), bar, printed: Instant::now() }
     }
 
-    /// How far the work is.
+    /// Shows how much is done.
     pub fn at(&mut self, done: u64, note: &str) {
         if let Some(bar) = &self.bar {
             bar.set_position(done);
@@ -46,7 +46,7 @@ impl ConsoleProgress {
         }
     }
 
-    /// The work is done.
+    /// Removes the progress bar at the end of the work.
     pub fn done(self) {
         if let Some(bar) = self.bar {
             bar.finish_and_clear();

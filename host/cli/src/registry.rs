@@ -1,8 +1,8 @@
-//! The sink types of this program: a new sink is its folder, and its line here.
+//! The registry of sink types. A new sink is a folder under `host/sinks/` and one line here.
 
 use shardmill_config::SinkTypes;
 
-/// The sink types, in the order in which messages name them.
+/// Sink types, in the order in which messages list them.
 pub const SINK_TYPES: SinkTypes = SinkTypes::new(&[
     shardmill_sink_stdout::TYPE,
     shardmill_sink_sqlite::TYPE,
@@ -24,7 +24,7 @@ mod tests {
 
     use super::*;
 
-    /// A pipeline with this sink.
+    /// Parses a pipeline with this sink.
     fn pipeline(sink: &str) -> Result<PipelineConfig, ConfigError> {
         let text = format!(
             "[pipeline]\nname = \"p\"\nstate_dir = \"s\"\n[source]\ntype = \"file\"\npath = \"-\"\n\
@@ -42,7 +42,7 @@ mod tests {
         sound(sink).sinks[0].destination()
     }
 
-    /// A sink of this type with the keys that it cannot do without.
+    /// Returns a sink of this type with only the required keys.
     fn least(own: &dyn SinkType) -> String {
         let mut sink = format!("type = {:?}\n", own.name());
         for key in own.keys() {
@@ -53,7 +53,7 @@ mod tests {
         sink
     }
 
-    /// The keys that the message about an unknown one names.
+    /// Returns the keys that the message about an unknown key lists.
     fn taken(sink: &str) -> Vec<String> {
         let error = pipeline(&format!("{sink}\nqqqq = 1\n")).expect_err("an unknown key");
         let problem = error.problems().iter().find(|one| one.message() == "unknown key `qqqq`");
@@ -69,7 +69,7 @@ mod tests {
                 ["name", "type"].into_iter().chain(named).chain(["commit"]).collect();
             assert_eq!(named, taken(&least(own)), "the keys of {}", own.name());
         }
-        // The reference begins with what sinks of every type have.
+        // The reference begins with the keys that sinks of every type have.
         let page = SINK_TYPES.reference();
         let every = page.split("\n## ").nth(1).expect("a chapter");
         let rows = every.lines().filter_map(|line| line.strip_prefix("| `")?.split_once('`'));

@@ -1,4 +1,4 @@
-//! `shardmill reload`: a running pipeline takes its files over.
+//! `shardmill reload`: makes a running pipeline apply its changed files.
 
 use serde_json::Value;
 use shardmill_core::boxed;
@@ -11,7 +11,7 @@ use shardmill_serve::admin::control::ReloadQuery;
 pub struct Options {
     #[command(flatten)]
     pipeline: PipelineFile,
-    /// Say what would change, and change nothing.
+    /// Show what would change, and change nothing.
     #[arg(long)]
     dry_run: bool,
 }
@@ -24,7 +24,7 @@ pub async fn reload(options: Options, console: &Console) -> anyhow::Result<()> {
     print_answer(running.post("/reload", &query, Vec::new()).await?, options.dry_run, console)
 }
 
-/// Says what a reload has changed, or would.
+/// Prints what a reload has changed or would change.
 pub(super) fn print_answer(
     answer: ControlAnswer,
     dry_run: bool,
@@ -54,15 +54,17 @@ pub(super) fn print_answer(
     }
     let revision = report["generation"].as_str().unwrap_or_default();
     let how = match report["takes_over"].as_bool() {
-        Some(true) => "every lane is let go and taken over anew",
-        _ => "every lane changes at its next batch's boundary",
+        Some(true) => "every lane releases its shard, and all shards are acquired again",
+        _ => "every lane changes at its next batch boundary",
     };
     let may_be_undone = report["may_be_undone"].as_bool().unwrap_or_default();
     console.say(match (lines.is_empty(), dry_run) {
-        _ if may_be_undone => format!("noted, not in force yet: generation {revision}"),
-        (true, _) => format!("the files say what runs (generation {revision})"),
-        (false, true) => format!("a reload would run generation {revision}: {how}"),
-        (false, false) => format!("reloaded: generation {revision}"),
+        _ if may_be_undone => format!("stored, not in force yet: revision {revision}"),
+        (true, _) => {
+            format!("nothing to change: the files match the running revision ({revision})")
+        }
+        (false, true) => format!("a reload would activate revision {revision}: {how}"),
+        (false, false) => format!("reloaded: revision {revision}"),
     });
     swap::say_lanes(&report, console);
     console.report(&report)

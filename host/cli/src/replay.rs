@@ -1,5 +1,30 @@
-//! `shardmill replay`: a window of time again, by today's plugins, beside the live table or in the place
-//! of its rows.
+//! `shardmill replay`: processes a time window again with the current plugins, into a new table beside the live
+//! one (the shadow), or in place of the live table's rows (`--swap`).
+//!
+//! A replay must neither lose nor duplicate rows. Therefore, with `--swap`:
+//! 1. The redrive lock is acquired, and an interrupted redrive must be finished first. Otherwise both would
+//!    bring rows of the same dead letters.
+//! 2. Earlier replays with an unknown outcome are resolved before the positions of earlier replays are
+//!    forgotten, because these positions show the outcome.
+//! 3. The window must be in the past by the stream's clock, and the stream must still have all its records. The
+//!    second check is repeated after reading: if the stream has the whole window then, it had it while it was
+//!    read.
+//! 4. Only rows of this one sink may be replaced. If others write to the same table, too, the rows must record
+//!    which sink wrote them; otherwise the replay is refused.
+//! 5. The live sink must have passed the end of the window, or the pipeline would write rows of the window
+//!    after the swap.
+//! 6. What the new rows cover is stored as pending. Then one transaction deletes the old rows and inserts the
+//!    new ones.
+//!
+//! Outcome of that transaction:
+//!
+//! | transaction | note in the state | rows |
+//! | --- | --- | --- |
+//! | committed | confirmed | replaced |
+//! | not committed | cancelled | unchanged |
+//! | unknown, found in the table | confirmed | replaced, numbers unknown |
+//! | unknown, not found in the table | cancelled | unchanged |
+//! | unknown, table out of reach | stays pending | resolved by the next redrive or replay |
 
 use std::collections::BTreeMap;
 use std::ops::Range;
@@ -34,61 +59,61 @@ use shardmill_state::{
     Changes, Checkpoints, FailedInReplay, Holes, Redrives, Replays, StateStore, Variables,
 };
 
-/// How long the first record of a hole is waited for.
+/// Longest wait for the first record of a hole.
 const FIRST_RECORD_MAX: Duration = Duration::from_secs(60);
-/// By how much the clock of this machine may have drifted from the server's meanwhile, in milliseconds.
+/// Allowance for drift between the clocks of this machine and of the server, in milliseconds.
 const CLOCKS_DIFFER_MS: i64 = 60_000;
 const SECOND_MS: i64 = 1_000;
-/// What a sink's name ends with while it is replayed.
+/// Suffix of a sink's name during its replay.
 const REPLAYED: &str = ".replay";
 
 #[derive(clap::Args)]
 pub struct Options {
     #[command(flatten)]
     pipeline: PipelineFile,
-    /// The PostgreSQL sink whose table is meant; it needs `lineage = true`.
+    /// The PostgreSQL sink to replay; it needs `lineage = true`.
     #[arg(long, value_name = "NAME")]
     sink: String,
-    /// Records that arrived from here on, such as 2026-01-31T00:00:00Z.
+    /// Start of the window: records that arrived at or after this time, such as 2026-01-31T00:00:00Z.
     #[arg(long, value_name = "TIME", required_unless_present = "hole", requires = "to")]
     from: Option<DateTime<Utc>>,
-    /// And before this, which is past.
+    /// End of the window: records that arrived before this time. It must be in the past.
     #[arg(long, value_name = "TIME", required_unless_present = "hole", requires = "from")]
     to: Option<DateTime<Utc>>,
-    /// The time of a hole of the sink, by its number, in place of --from and --to: `shardmill check` names
-    /// them. With --swap, the hole is filled then.
+    /// Take the window from a hole of the sink, by its number, instead of --from and --to (`shardmill check`
+    /// lists the holes). With --swap, the hole is then filled.
     #[arg(long, value_name = "NUMBER", conflicts_with_all = ["from", "to"])]
     hole: Option<i64>,
-    /// Replay nothing: the hole was filled in another way, and is not to be named any more.
+    /// Replay nothing: mark the hole as filled, because it was filled in another way.
     #[arg(long, requires = "hole", conflicts_with = "swap")]
     filled: bool,
-    /// The table that the rows go to; default: the sink's with `_replay`. One of an earlier replay is
+    /// Table for the new rows [default: the table of the sink with `_replay`]. A table of an earlier replay is
     /// replaced.
     #[arg(long, value_name = "TABLE")]
     into: Option<String>,
-    /// Then replace the live table's rows of that time by these, in one transaction.
+    /// Then replace the live table's rows of the window with the new rows, in one transaction.
     #[arg(long)]
     swap: bool,
-    /// Replace them even where today's plugins did not take every record.
+    /// Replace the rows even if some records of the window became dead letters.
     #[arg(long, requires = "swap")]
     with_dead_letters: bool,
 }
 
-/// What a replay did.
+/// Report of a replay.
 #[derive(Serialize)]
 struct Report {
-    /// The table with the new rows; it is gone after a swap.
+    /// Table with the new rows. After a swap it no longer exists.
     shadow: String,
     #[serde(flatten)]
     diff: WindowDiff,
-    /// Records that today's plugins, or the table, did not take.
+    /// Records that the current plugins rejected or the table refused.
     dead_letters: u64,
-    /// Rows deleted from the live table and inserted there, if that was asked for.
+    /// Number of rows deleted from the live table and inserted into it, with `--swap`.
     #[serde(skip_serializing_if = "Option::is_none")]
     swapped: Option<(u64, u64)>,
-    /// What the sink was not given, and what fills it.
+    /// Holes in what the sink was given, each with the command that fills it.
     holes: Vec<String>,
-    /// The live table's rows were replaced, also where the server did not say how many.
+    /// Whether the live table's rows were replaced. Also true if the server did not report how many.
     is_replaced: bool,
 }
 
@@ -109,7 +134,7 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
     let folder = config.state_dir.join(config.name.as_str()).join("replay");
     let folder = config.state_dir.at(folder);
     let lock = PipelineLock::take_for_replay(&folder, &config.name)?;
-    // Before the positions of an earlier replay are forgotten, which say whether it has landed.
+    // Before the positions of earlier replays are forgotten: they show whether an earlier replay has landed.
     let swap = match options.swap {
         true => Some(Swap::begin(&config, console).await?),
         false => {
@@ -132,7 +157,7 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
     let mut table = prepared.await.map_err(anyhow::Error::msg)?;
 
     let own = replay_config(&config, &sink, &replayed, &table.shadow(), &window_ms)?;
-    // The embedded stream is found by the pipeline's own folder.
+    // The embedded stream is found through the pipeline's own state folder.
     let (source, _embedded) =
         stream::source(&PipelineConfig { state_dir: config.state_dir.clone(), ..own.clone() })
             .await?;
@@ -155,7 +180,7 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
     let dead_letters = supervisor.dead_letters();
     let stop = stop_on_signals(config.timing.drain_max)?;
     supervisor.run_until(stop.clone()).await?;
-    ensure!(!stop.is_asked(), "stopped: the replay begins anew when it is run again");
+    ensure!(!stop.is_asked(), "stopped: the replay starts from the beginning when it is run again");
 
     let mut report = Report {
         shadow: table.shadow(),
@@ -169,13 +194,13 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
     if let Some(swap) = swap {
         ensure!(
             report.dead_letters == 0 || options.with_dead_letters,
-            "nothing was replaced: {} records are not among the new rows, today's plugins or the table \
-             did not take them; --with-dead-letters replaces the rows nevertheless",
+            "nothing was replaced: {} records of the window became dead letters, so their rows are missing; \
+             use --with-dead-letters to replace the rows anyway",
             report.dead_letters
         );
         let last = last.lock().unwrap_or_else(PoisonError::into_inner).clone();
         let target = PostgresSink::new(sink.clone(), live)?;
-        // If it holds all of the window now, it did when it was read.
+        // If the stream has the whole window now, it had it while it was read.
         check_retained(&*whole_source, &window_ms).await?;
         check_passed(&target, &config, stream.clone(), (last, &swap.state)).await?;
         let beside = table.check_alone(&others, &stream).await.map_err(anyhow::Error::msg)?;
@@ -186,7 +211,7 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
             Some((deleted, inserted)) => {
                 console.say(format!("replaced: {deleted} rows deleted, {inserted} inserted"));
             }
-            None => console.say("replaced: the server did it, and did not say how many rows"),
+            None => console.say("replaced: the server has committed, but its reply with the number of rows was lost"),
         }
         report.swapped = replaced;
         report.is_replaced = true;
@@ -200,7 +225,7 @@ pub async fn replay(options: Options, console: &Console) -> anyhow::Result<()> {
     console.report(&report)
 }
 
-/// Notes that a hole is filled.
+/// Records that a hole is filled.
 async fn fill(
     config: &PipelineConfig,
     sink: &SinkName,
@@ -215,7 +240,8 @@ async fn fill(
     Ok(())
 }
 
-/// When the records of a hole arrived: from the first that is in it to the time when it was recorded.
+/// Returns the arrival times of a hole's records: from the first record in the hole to the time at which the
+/// hole was recorded.
 async fn hole_window(
     config: &PipelineConfig,
     sink: &SinkName,
@@ -224,19 +250,20 @@ async fn hole_window(
     let state = holes::state_of(config, sink)?;
     let recorded = Holes::new(state.clone()).list(Some(sink.clone())).await?;
     let mut recorded = recorded.into_iter().filter(|hole| hole.number == number);
-    let Some(hole) = recorded.next() else { bail!("sink {sink} has no hole {number}") };
+    let Some(hole) = recorded.next() else {
+        bail!("unknown hole {number} of sink {sink}: `shardmill check` lists the holes")
+    };
     let mut own = config.clone();
     if let SourceKind::Kinesis(kinesis) = &mut own.source.kind {
         kinesis.create = None;
-        // The consumer of the pipeline is its own: it has one reader at a time.
+        // The pipeline's fan-out consumer belongs to the pipeline: it has one reader at a time.
         kinesis.reader = ReaderKind::Polling;
     }
     let (source, _embedded) = stream::source(&own).await?;
     let stream = Arc::new(source.identity().await?);
     ensure!(
         stream.key() == hole.stream,
-        "hole {number} is of stream {}, which was deleted or is not the source any more: its records are \
-         gone",
+        "hole {number} is of stream {}, which was deleted or is no longer the source: its records are gone",
         hole.stream
     );
     let begun = Checkpoints::new(state).shards(&stream).await?;
@@ -259,26 +286,26 @@ async fn hole_window(
         }
     };
     let first = tokio::time::timeout(FIRST_RECORD_MAX, first).await;
-    let first = first.context("the first record of the hole did not come")??;
+    let first = first.context("the first record of the hole did not arrive in time")??;
     let is_inside = |at: &Position| hole.to_inclusive.as_ref().is_none_or(|to| at <= to);
     let Some(first) = first.filter(|first| is_inside(&first.position)) else {
-        bail!("the stream holds no record of hole {number} any more: nothing fills it from there");
+        bail!("the stream no longer has records of hole {number}: a replay cannot fill it");
     };
-    // The hole was recorded by this machine's clock; records arrive by the server's.
+    // The time of the hole is by this machine's clock; arrival times of records are by the server's.
     let own_now_ms = Utc::now().timestamp_millis();
     let now_ms = source.now_ms().await?.unwrap_or(own_now_ms);
     let recorded_ms = hole.recorded_ms.saturating_add(now_ms - own_now_ms);
-    // The server tells whole seconds: what has arrived within the one that it names is in the window too.
+    // The server's time has whole seconds: records that arrived within the current second belong to the window.
     let end_ms = (now_ms + SECOND_MS).min(recorded_ms.saturating_add(CLOCKS_DIFFER_MS));
     let window_ms = first.arrived_ms..u64::try_from(end_ms).unwrap_or(0);
     ensure!(
         !window_ms.is_empty(),
-        "the records of hole {number} arrived in the future: compare the clocks"
+        "the records of hole {number} arrived in the future: check the clocks of this machine and of the server"
     );
     Ok(window_ms)
 }
 
-/// What failed in the replay, by the names of the pipeline.
+/// Renames the places of failures in the replay to the names of the pipeline.
 fn failed_in_replay(mut failed: Vec<FailedInReplay>) -> Vec<FailedInReplay> {
     for one in &mut failed {
         if one.place.starts_with("sink:")
@@ -290,7 +317,7 @@ fn failed_in_replay(mut failed: Vec<FailedInReplay>) -> Vec<FailedInReplay> {
     failed
 }
 
-/// The pipeline's other tables in PostgreSQL.
+/// Returns the pipeline's other PostgreSQL tables.
 fn others<'c>(
     config: &'c PipelineConfig,
     sink: &SinkName,
@@ -300,7 +327,8 @@ fn others<'c>(
     others.filter_map(|other| Some((&other.name.value, sinks::postgres(other)?))).collect()
 }
 
-/// Says which variables of the stages were set otherwise when the pipeline ran: a replay uses today's.
+/// Warns about variables of the stages that had other values when the pipeline ran: a replay uses the current
+/// values.
 async fn warn_of_changed_variables(config: &PipelineConfig) -> anyhow::Result<()> {
     if config.state_dir.join(config.name.as_str()).join("state.db").exists() {
         let state = state_beside(config)?;
@@ -314,14 +342,14 @@ async fn warn_of_changed_variables(config: &PipelineConfig) -> anyhow::Result<()
     Ok(())
 }
 
-/// The right to replace rows, and where it is noted: no redrive may run meanwhile, it would bring letters
-/// that the replay brings too.
+/// The right to replace rows, and the state in which a replacement is noted. No redrive may run at the same
+/// time: it would bring rows of dead letters that the replay brings too.
 struct Swap {
     state: StateStore,
     _lock: PipelineLock,
 }
 
-/// What is replaced.
+/// Rows to replace: those of a sink, a stream and a time window.
 struct Window<'w> {
     sink: &'w SinkName,
     live: &'w PostgresTarget,
@@ -331,7 +359,7 @@ struct Window<'w> {
 
 impl Swap {
     async fn begin(config: &PipelineConfig, console: &Console) -> anyhow::Result<Self> {
-        // An error here is better than a lock in a folder that was never used.
+        // An error here is better than making a lock in a folder that was never used.
         dead_letters(config)?;
         let lock = PipelineLock::take_for_redrive(&config.state_dir, &config.name)
             .context("a redrive and a replay that replaces rows cannot run at the same time")?;
@@ -340,16 +368,17 @@ impl Swap {
         let redrives = Redrives::new(state.clone(), config.name.clone());
         ensure!(
             redrives.unfinished().await?.iter().all(|one| one.is_rest),
-            "a redrive was broken off, and has brought some letters: finish it by `shardmill dlq redrive` \
-             first"
+            "a redrive was interrupted after it had delivered some dead letters: finish it with `shardmill dlq \
+             redrive` first"
         );
         resolve_replays(config, &state, console).await?;
         Ok(Self { state, _lock: lock })
     }
 
-    /// Replaces the rows; gives how many were deleted and inserted, where the server has said it.
+    /// Replaces the rows and returns how many were deleted and inserted, if the server reported it.
     ///
-    /// First it is noted, as pending, which letters the rows are of; the note counts once the rows are there.
+    /// First the state notes, as pending, which dead letters the rows belong to. The note counts only after the
+    /// rows are in the table. See the table of outcomes in the module documentation.
     async fn replace(
         &self,
         config: &PipelineConfig,
@@ -390,36 +419,37 @@ impl Swap {
                 bail!("nothing was replaced: the connection was lost: {cause}");
             }
             Err(unknown) => bail!(
-                "whether the window was replaced is not known: {cause}; and then: {unknown}. The next \
-                 `shardmill dlq redrive` or `shardmill replay` of this pipeline finds it out"
+                "cannot find out whether the rows of the window were replaced: {cause}; and then: {unknown}. \
+                 The next `shardmill dlq redrive` or `shardmill replay` of this pipeline resolves it"
             ),
         }
     }
 }
 
-/// The rows are there: if this cannot be noted now, it is found out before it matters.
+/// Confirms a replay whose rows are in the table. If this fails, the next redrive or replay resolves it from
+/// the table before it matters.
 async fn confirm(replays: &Replays, id: ReplayId) {
     if let Err(error) = replays.confirm(id).await {
-        tracing::warn!(%error, "the next redrive finds out which letters were replayed");
+        tracing::warn!(%error, "failed to store that a replay was confirmed; the next redrive or replay resolves it");
     }
 }
 
-/// The window in milliseconds since 1970.
+/// Returns the window in milliseconds since 1970.
 fn window(from: DateTime<Utc>, to: DateTime<Utc>) -> anyhow::Result<Range<u64>> {
     let ms = |time: DateTime<Utc>| {
-        u64::try_from(time.timestamp_millis()).context("a time before 1970 is in no stream")
+        u64::try_from(time.timestamp_millis()).context("invalid time: expected one after 1970")
     };
     let window_ms = ms(from)?..ms(to)?;
     ensure!(!window_ms.is_empty(), "--from must be before --to");
     Ok(window_ms)
 }
 
-/// The window must be past by the clock that gives records their times: records of a later time may come
-/// yet.
+/// Checks that the window is past by the clock that gives records their arrival times. Otherwise records of the
+/// window may still arrive.
 async fn check_past(source: &dyn ShardSource, window_ms: &Range<u64>) -> anyhow::Result<()> {
     let end_ms = i64::try_from(window_ms.end).unwrap_or(i64::MAX);
     let Some(mut now_ms) = source.now_ms().await? else { return Ok(()) };
-    // The clock is told in whole seconds, rounded down.
+    // The server's time is rounded down to whole seconds.
     if (now_ms + 1..=now_ms + SECOND_MS).contains(&end_ms) {
         tokio::time::sleep(Duration::from_secs(1)).await;
         now_ms = source.now_ms().await?.unwrap_or(now_ms);
@@ -427,31 +457,31 @@ async fn check_past(source: &dyn ShardSource, window_ms: &Range<u64>) -> anyhow:
     let now = DateTime::from_timestamp_millis(now_ms).unwrap_or_default();
     ensure!(
         end_ms <= now_ms,
-        "--to must be past: records of that time may come yet; by the stream's clock it is {}",
+        "--to must be in the past, because records of that time may still arrive; the stream's clock says {}",
         now.to_rfc3339()
     );
     Ok(())
 }
 
-/// The table of the sink that is meant.
+/// Returns the table of the sink to replay.
 fn live_target<'c>(
     config: &'c PipelineConfig,
     name: &SinkName,
 ) -> anyhow::Result<&'c PostgresTarget> {
     let Some(sink) = config.sinks.iter().find(|sink| sink.name.value == *name) else {
-        bail!("the pipeline has no sink {name}");
+        bail!("unknown sink {name}: it is not in the pipeline");
     };
     match (sink.settings.replay(), sinks::postgres(sink)) {
         (ReplaySupport::Supported, Some(target)) => Ok(target),
         (ReplaySupport::Needs(setting), _) => bail!(
-            "sink {name} does not say from which record a row came: set {setting}. Only rows that \
-             are written from then on can be replayed"
+            "the rows of sink {name} do not record their source positions: set {setting}. Only rows written \
+             after that can be replayed"
         ),
-        _ => bail!("sink {name} is not of type \"postgres\": only such a table can be replayed"),
+        _ => bail!("sink {name} cannot be replayed: expected a sink of type \"postgres\""),
     }
 }
 
-/// The pipeline with nothing but the one sink, which writes to the shadow.
+/// Returns the pipeline with only this sink, which writes to the shadow table.
 fn replay_config(
     config: &PipelineConfig,
     sink: &SinkName,
@@ -461,17 +491,17 @@ fn replay_config(
 ) -> anyhow::Result<PipelineConfig> {
     let mut own = config.clone();
     let SourceKind::Kinesis(kinesis) = &mut own.source.kind else {
-        bail!("a file's lines have no time of arrival: nothing can be replayed by time");
+        bail!("a file source cannot be replayed: its lines have no arrival times");
     };
     let from_ms = i64::try_from(window_ms.start).context("--from is out of range")?;
     kinesis.start = StartPosition::AtTimestampMs(from_ms);
     kinesis.create = None;
-    // The consumer of the pipeline is its own: it has one reader at a time.
+    // The pipeline's fan-out consumer belongs to the pipeline: it has one reader at a time.
     kinesis.reader = ReaderKind::Polling;
     own.sinks.retain(|own| own.name.value == *sink);
     for own in &mut own.sinks {
         own.name.value = replayed.clone();
-        // It goes on as nobody: the positions of the live sink are not its own.
+        // The replayed sink has no earlier name: the live sink's positions are not its own.
         own.renamed_from = None;
         own.commit_policy.give_up_after = None;
         if let Some(target) = sinks::postgres(own) {
@@ -490,7 +520,7 @@ fn replay_config(
     Ok(own)
 }
 
-/// Forgets a replay that was broken off.
+/// Removes the state of an earlier replay.
 fn forget_state(folder: &Path) -> anyhow::Result<()> {
     for file in ["state.db", "state.db-wal", "state.db-shm"] {
         let path = folder.join(file);
@@ -504,21 +534,23 @@ fn forget_state(folder: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// The stream must hold all of the window still: rows of records that are gone could not be made again.
+/// Checks that the stream still has the whole window. Rows of records that are gone could not be produced
+/// again.
 async fn check_retained(source: &dyn ShardSource, window_ms: &Range<u64>) -> anyhow::Result<()> {
     let Some(from_ms) = source.retained_from_ms().await? else { return Ok(()) };
     let from = DateTime::from_timestamp_millis(from_ms).unwrap_or_default();
     let begins_ms = i64::try_from(window_ms.start).unwrap_or(i64::MAX);
     ensure!(
         begins_ms >= from_ms,
-        "nothing was replaced: the stream holds records from {} on, rows of earlier ones could not be \
-         made again; let the window begin there",
+        "nothing was replaced: the stream has records from {} on, and rows of earlier records could not be \
+         produced again; start the window there",
         from.to_rfc3339()
     );
     Ok(())
 }
 
-/// The pipeline itself must be past the window, or it would write rows of it after the swap.
+/// Checks that the live sink has passed the window. Otherwise the pipeline would write rows of the window after
+/// the swap.
 async fn check_passed(
     live: &PostgresSink,
     config: &PipelineConfig,
@@ -530,13 +562,13 @@ async fn check_passed(
         let pipeline = config.name.clone();
         let key = ShardKey { pipeline, stream: stream.clone(), shard };
         let stands = live.position(&key).await?;
-        // What lies in a hole is not given to the sink, however far the shard is read.
+        // Records in a hole are never given to the sink, however far the shard has been read.
         let stands =
             stands.clone().max(holes.end_around(&key, live.name(), stands.as_ref()).await?);
         ensure!(
             stands.as_ref() >= Some(&last),
-            "nothing was replaced: in shard {} the pipeline has not come to the window's end ({last}), \
-             it would write these rows again; let it run on first",
+            "nothing was replaced: in shard {} the pipeline has not reached the end of the window ({last}) \
+             and would write these rows again; let it run on first",
             key.shard
         );
     }
@@ -546,8 +578,7 @@ async fn check_passed(
 fn say(report: &Report, console: &Console) {
     let Report { shadow, diff, dead_letters, .. } = report;
     console.say(format!(
-        "{} rows are the same, {} are in the live table only, {} in {shadow} only; {dead_letters} dead \
-         letters",
+        "{} rows are equal, {} are only in the live table, {} only in {shadow}; {dead_letters} dead letters",
         diff.same, diff.only_live, diff.only_shadow
     ));
     for row in &diff.samples_live {

@@ -1,9 +1,13 @@
-//! `shardmill plugin rollback --replay-from-swap`: what the undone version had run, once more by the one
-//! that is back, into the sinks that can take it.
+//! `shardmill plugin rollback --replay-from-swap`: after a rollback, reruns the records that the undone version
+//! had processed, with the restored version.
 //!
-//! Under position names of its own, beside the pipeline. A table that keeps the newest row of each key
-//! takes the rows in place; other tables get a new one beside them. What is in objects, streams and
-//! behind endpoints cannot be taken back.
+//! The rerun goes into the sinks that support it, under position names of its own, beside the pipeline. A table
+//! in which the newest row of each key wins takes the rows in place. Other tables get a new table beside them.
+//! Objects, streams and HTTP endpoints cannot take back what was written.
+//!
+//! The rerun has a state folder of its own (`rerun_dir-<change>`). The folder is made before anything runs, and the
+//! file `done` is written at the end. A folder without `done` is a rerun that was interrupted: the next command
+//! continues it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -29,35 +33,35 @@ use shardmill_state::{
     Change, Changes, Checkpoints, Ledger, LedgerEntry, Running, StateStore, Variables,
 };
 
-/// The file that says that everything was run again.
+/// File that marks a rerun as complete.
 const DONE: &str = "done";
 
-/// How long lanes are waited for that run the undone version still, and how often they are looked at.
+/// Longest wait for lanes that still run the undone version, and interval between looks at them.
 const LANES_CHANGE_MAX: Duration = Duration::from_secs(60);
 const LANES_LOOK: Duration = Duration::from_millis(200);
 
-/// What was run again.
+/// Report of a rerun.
 #[derive(Debug, Serialize)]
 pub(super) struct RerunReport {
-    /// Records that were run again.
+    /// Records that were rerun.
     pub records: u64,
-    /// Of these, what the version that is back did not take.
+    /// Those of them that became dead letters, because the restored version or a sink rejected them.
     pub dead_letters: u64,
-    /// Where each sink's rows went.
+    /// Place of the rerun rows, per sink.
     pub sinks: BTreeMap<String, String>,
-    /// What the undone version had run and cannot be run again, a line each.
+    /// Ranges that the undone version processed and that cannot be rerun, one line each.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub gone: Vec<String>,
 }
 
-/// Notes that everything an undone change had run is to be run again: a command that is broken off is
-/// gone on with by the next one.
+/// Marks that everything an undone change processed must be rerun. If the command is interrupted, the next one
+/// continues.
 pub(super) fn begin(config: &PipelineConfig, undone: &Change) -> anyhow::Result<()> {
     let folder = folder(config, undone.number);
     make_folders(&folder).with_context(|| format!("failed to make {}", folder.display()))
 }
 
-/// Runs again what an undone change had run.
+/// Reruns what an undone change processed.
 pub(super) async fn rerun(
     config: &PipelineConfig,
     stage: &str,
@@ -68,7 +72,7 @@ pub(super) async fn rerun(
     let state = super::state_beside(config)?;
     let (own, sinks_shown) = rerun_config(config, undone.number)?;
     let stop = stop_on_signals(config.timing.drain_max)?;
-    // The embedded stream is found by the pipeline's own folder.
+    // The embedded stream is found through the pipeline's own state folder.
     let found = PipelineConfig { state_dir: config.state_dir.clone(), ..own.clone() };
     let (source, _embedded) = stream::source(&found).await?;
     let ran = Ran { state: state.clone(), stage: stage.into(), undone };
@@ -90,7 +94,7 @@ pub(super) async fn rerun(
     let supervisor = Supervisor::prepare_under(lock, own, host, source, built, options).await?;
     let (statuses, dead_letters) = (supervisor.statuses(), supervisor.dead_letters());
     supervisor.run_until(stop.clone()).await?;
-    ensure!(!stop.is_asked(), "stopped: the same command goes on where it was");
+    ensure!(!stop.is_asked(), "stopped: run the same command again to continue");
     std::fs::write(folder(config, undone.number).join(DONE), "")?;
     let records = statuses.snapshot().values().map(|status| status.records_read).sum();
     let report = RerunReport {
@@ -105,47 +109,47 @@ pub(super) async fn rerun(
 
 fn say(report: &RerunReport, undone: &Change, console: &Console) {
     console.say(format!(
-        "{} records were run again, {} of them became dead letters",
+        "{} records were rerun, {} of them became dead letters",
         report.records, report.dead_letters
     ));
     if report.dead_letters > 0 {
-        console.say(format!("`shardmill dlq list --again {}` shows these", undone.number));
+        console.say(format!("`shardmill dlq list --again {}` lists them", undone.number));
     }
     for gone in &report.gone {
-        console.say(format!("not run again: {gone}"));
+        console.say(format!("not rerun: {gone}"));
     }
     for (sink, place) in &report.sinks {
         console.say(format!("sink {sink}: {place}"));
     }
 }
 
-/// Whether such a run was begun and did not come to its end.
+/// Whether a rerun was started and did not finish.
 pub(super) fn is_broken_off(config: &PipelineConfig, undone: &Change) -> bool {
     let folder = folder(config, undone.number);
     folder.exists() && !folder.join(DONE).exists()
 }
 
-/// Where the state of what is run again after a change is kept.
+/// Returns the state folder of the rerun after a change.
 pub(super) fn folder(config: &PipelineConfig, number: i64) -> PathBuf {
     config.state_dir.join(config.name.as_str()).join(format!("again-{number}"))
 }
 
-/// Records that an undone change had run, as the ledger names them.
+/// Records that an undone change processed, according to the ledger.
 struct Ran<'c> {
     state: StateStore,
     stage: StageName,
     undone: &'c Change,
 }
 
-/// What of it can be run again, and what not.
+/// Position ranges that can be rerun, and descriptions of those that cannot.
 struct RerunRanges {
     ranges: BTreeMap<ShardId, ShardRange>,
     gone: Vec<String>,
 }
 
 impl Ran<'_> {
-    /// Per shard that the stream lists, what the undone version ran, from its first record to the last
-    /// before the rollback; waits for lanes that run it still.
+    /// Returns, for each shard that the stream lists, the range that the undone version processed: from its
+    /// first record to the last one before the rollback. Waits for lanes that still run the undone version.
     async fn ranges_when_changed(
         &self,
         source: &dyn ShardSource,
@@ -172,16 +176,16 @@ impl Ran<'_> {
             let open = open.join(", ");
             ensure!(
                 tokio::time::Instant::now() < end,
-                "what was undone runs still in {open}: let the pipeline run until its lanes have changed \
-                 (`shardmill plugin history --shards`), then give the same command again"
+                "the undone version still runs in {open}: let the pipeline run until its lanes have changed \
+                 (see `shardmill plugin history --shards`), then run the same command again"
             );
             if !std::mem::replace(&mut is_announced, true) {
-                console.say(format!("waiting for {open}: what was undone runs there still"));
+                console.say(format!("waiting for {open}: the undone version still runs there"));
             }
             tokio::select! {
                 () = tokio::time::sleep(LANES_LOOK) => {}
                 () = stop.cancelled() => {
-                    anyhow::bail!("stopped: the same command goes on where it was")
+                    anyhow::bail!("stopped: run the same command again to continue")
                 }
             }
         }
@@ -203,23 +207,24 @@ impl Ran<'_> {
             }
         }
         let is_undone = |entry: &LedgerEntry| {
-            // Recorded before the change: an earlier time that the same version ran.
+            // Entries from before the change are of an earlier time at which the same version ran.
             entry.recorded_ms >= self.undone.at_ms && versions[&entry.revision]
         };
         Ok(FoundRanges::of(&entries, &stream.key(), is_undone))
     }
 }
 
-/// What a version ran, as far as the ledger says.
+/// Position ranges that a version processed, according to the ledger.
 #[derive(Debug, Default, PartialEq, Eq)]
 struct FoundRanges {
     of_stream: BTreeMap<ShardId, ShardRange>,
-    /// Shards of streams of that time, which are not this one.
+    /// Shards of earlier streams, not of the current one.
     of_others: BTreeSet<String>,
 }
 
 impl FoundRanges {
-    /// The spans of a stream's shards, from the entries of all shards that are or were read.
+    /// Collects the ranges of a stream's shards from the ledger entries of all shards. A range ends where the
+    /// next entry of the same shard begins; without a next entry it is open.
     fn of(entries: &[LedgerEntry], stream: &str, is_meant: impl Fn(&LedgerEntry) -> bool) -> Self {
         let mut found = Self::default();
         for (at, entry) in entries.iter().enumerate().filter(|(_, entry)| is_meant(entry)) {
@@ -243,7 +248,7 @@ impl FoundRanges {
         found
     }
 
-    /// The spans of shards that the stream lists still; the others are named.
+    /// Keeps the ranges of shards that the stream still lists, and describes the others.
     fn listed(self, listed: &BTreeSet<ShardId>) -> RerunRanges {
         let (ranges, unlisted): (BTreeMap<_, _>, BTreeMap<_, _>) =
             self.of_stream.into_iter().partition(|(shard, _)| listed.contains(shard));
@@ -252,30 +257,31 @@ impl FoundRanges {
         };
         let unlisted = unlisted.iter().map(|(shard, range)| {
             format!(
-                "shard {shard} is not listed any more: its records after {} up to {} are gone",
+                "shard {shard} is no longer listed: its records after {} up to {} are gone",
                 end(&range.from_exclusive, "its beginning"),
                 end(&range.to_inclusive, "its end")
             )
         });
         let others = self.of_others.iter().map(|shard| {
-            format!("shard {shard}: the pipeline reads another stream now, or it was created again")
+            format!("shard {shard}: the pipeline now reads another stream, or the stream was created again")
         });
         let gone = unlisted.chain(others).collect();
         RerunRanges { ranges, gone }
     }
 }
 
-/// The pipeline with the sinks that can take rows again, and what becomes of each.
+/// Returns the pipeline with only the sinks that can take rows again, and a description of what happens in each
+/// sink.
 fn rerun_config(
     config: &PipelineConfig,
     number: i64,
 ) -> anyhow::Result<(PipelineConfig, BTreeMap<String, String>)> {
     let mut own = config.clone();
     if let SourceKind::Kinesis(kinesis) = &mut own.source.kind {
-        // The consumer of the pipeline is its own: it has one reader at a time.
+        // The pipeline's fan-out consumer belongs to the pipeline: it has one reader at a time.
         kinesis.reader = ReaderKind::Polling;
         kinesis.create = None;
-        // What is past the retention cannot be run again: it is named, and the rest is run.
+        // Records older than the retention cannot be rerun. They are reported, and the rest is rerun.
         kinesis.on_lost_records = OnLostRecords::Continue;
     }
     let name = |sink: &SinkName| SinkName::from(format!("{sink}.again-{number}").as_str());
@@ -283,7 +289,7 @@ fn rerun_config(
     own.sinks.retain_mut(|sink| {
         let own = sink.name.value.to_string();
         let Some(Rerun { settings, place }) = sink.settings.rerun(&sink.name.value, number) else {
-            places.insert(own, "cannot take rows again: left as it is".to_owned());
+            places.insert(own, "cannot take rows again: unchanged".to_owned());
             return false;
         };
         places.insert(own, place);
@@ -305,8 +311,8 @@ fn rerun_config(
     Ok((own, places))
 }
 
-/// Lets the state of the run know what the pipeline itself runs: not what its files say, where something
-/// else was swapped in.
+/// Makes the state of the rerun start with what the pipeline really runs. Its files may say something else, if
+/// another version was swapped in.
 async fn seed(
     state: &StateStore,
     own: &PipelineConfig,
@@ -315,7 +321,7 @@ async fn seed(
 ) -> anyhow::Result<()> {
     let (described, mut components) = Revision::load(own, host, |_| None).await?;
     let runs = Changes::new(state.clone()).running().await?;
-    let runs = runs.context("the pipeline has not said yet what it runs")?.running;
+    let runs = runs.context("the pipeline has not stored yet which revision it runs")?.running;
     Variables::new(state.clone()).changed_variables(&runs, &environment).await?.warn(&runs.id());
     let mut running = described.spec.clone();
     for stage in &mut running.stages {
@@ -325,7 +331,7 @@ async fn seed(
     }
     for digest in running.digests().filter(|digest| !described.has(digest)) {
         let bytes = state.component(digest.to_owned()).await?;
-        let bytes = bytes.with_context(|| format!("component {digest} is not kept any more"))?;
+        let bytes = bytes.with_context(|| format!("component {digest} is no longer stored"))?;
         components.push((digest.to_owned(), bytes.into()));
     }
     let seeded = StateStore::open(folder)?;
@@ -370,6 +376,6 @@ mod tests {
             .map(|end| end.as_ref().map(ToString::to_string));
         assert_eq!((shard.as_str(), ends), ("a", [Some("5".into()), Some("9".into())]));
         assert_eq!(gone.len(), 3, "{gone:?}");
-        assert!(gone[0].contains("shard b is not listed any more"), "{gone:?}");
+        assert!(gone[0].contains("shard b is no longer listed"), "{gone:?}");
     }
 }

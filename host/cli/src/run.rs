@@ -1,4 +1,4 @@
-//! `shardmill run`: a pipeline, until it is told to stop.
+//! `shardmill run`: runs a pipeline until it is asked to stop.
 
 use std::sync::Arc;
 
@@ -29,18 +29,19 @@ use shardmill_serve::intake::IntakePort;
 pub struct Options {
     #[command(flatten)]
     pipeline: PipelineFile,
-    /// Stop when every shard is read to its end and every sink has committed it, as a backfill or a test does.
+    /// Stop when every shard has been read to its end and every sink has committed it (for backfills and
+    /// tests).
     #[arg(long)]
     until_caught_up: bool,
-    /// A sink that was taken out of the file and may be given up although it is behind the others. Once is
-    /// enough: the removal is recorded.
+    /// Give up a sink that was removed from the file although it lags behind the others. The removal is
+    /// recorded, so the option is needed for one start only.
     #[arg(long, value_name = "NAME")]
     drop_sink: Vec<String>,
-    /// Run what the files say, and give up what was swapped in: the way out where the record of it
+    /// Run what the files say and discard swapped-in plugins. Use it if the record of what was swapped in
     /// cannot be read.
     #[arg(long)]
     files_count: bool,
-    /// Go on from the sinks' positions although the state folder is older than they are, or another
+    /// Continue from the positions of the sinks although the state folder is older than they are, or another
     /// state has written to them.
     #[arg(long)]
     trust_sinks: bool,
@@ -53,48 +54,50 @@ pub async fn run(options: Options, console: &Console) -> anyhow::Result<()> {
     let stop = signals::stop_on_signals(config.timing.drain_max)?;
     stop_when_closed(&stop);
     let until_caught_up = options.until_caught_up;
-    // Servers that do not answer are not waited for: nothing has been read yet.
+    // On a stop request, do not wait for servers that do not answer: nothing has been read yet.
     match stop.unless_asked(start(options, config, &stop, console)).await {
         Some(running) => running?.run(stop.clone(), console).await?,
         None => {
-            console.say("stopped before it ran");
+            console.say("stopped before the start was complete");
         }
     }
-    // A job that is evicted is not done. A reader of rows that has gone has all that it wanted.
+    // With `--until-caught-up`, a stop before the end is a failure: an evicted job is not done. But if the
+    // reader of the rows has closed the pipe, it has all that it wanted.
     ensure!(
         !until_caught_up || !stop.is_asked() || output::closed().is_cancelled(),
-        "stopped before it had caught up: give the command again to go on"
+        "stopped before it had caught up: run the command again to continue"
     );
     Ok(())
 }
 
-/// A pipeline and all that stands beside it, ready to run.
+/// A pipeline and its ports, ready to run.
 struct Ready {
-    /// SIGHUP, since before anything was begun.
+    /// SIGHUP, registered before anything was started.
     hangup: Signal,
     run: Run,
     control: Control,
     control_stop: CancellationToken,
     intake: Option<(IntakePort, StreamWriter)>,
-    /// The served stream, where this process serves it.
+    /// The embedded stream, if this process serves it.
     _embedded: Option<EmbeddedStream>,
 }
 
-/// Opens the ports, takes the state and validates everything.
+/// Opens the ports, locks the state and validates everything.
 async fn start(
     options: Options,
     config: PipelineConfig,
     stop: &Stop,
     console: &Console,
 ) -> anyhow::Result<Ready> {
-    // Before anything that takes time: until it is heard, a SIGHUP ends the process.
+    // Before anything slow: until SIGHUP is registered, it ends the process.
     let hangup = signal(SignalKind::hangup())?;
-    // Before the ports: of two runs of one pipeline, the second is told who has the pipeline.
+    // Before the ports: of two runs of one pipeline, the second must report who has the pipeline, not a port in
+    // use.
     let lock = PipelineLock::take(&config.state_dir, &config.name)?;
     let dropped_sinks: Vec<SinkName> =
         options.drop_sink.iter().map(|name| SinkName::new(name.as_str())).collect();
     dropped::validate(&dropped_sinks, &config, console).await?;
-    // Of a run that was killed: commands find this one once its port is open.
+    // Left by a run that was killed. Commands find this run after its port is open.
     ControlAddress::forget(lock.folder())?;
     let admin = match &config.admin {
         Some(admin) => Some((AdminPort::open(admin, config.timing.http).await?, admin.clone())),
@@ -151,13 +154,13 @@ async fn start(
 }
 
 impl Ready {
-    /// Runs until the end is asked for, or the pipeline ends by itself.
+    /// Runs until a stop is requested or the pipeline ends by itself.
     async fn run(self, stop: Stop, console: &Console) -> anyhow::Result<()> {
         let Self { hangup, run, control, control_stop, intake, _embedded } = self;
         reload_on_hangup(hangup, control, control_stop.clone());
         let pipeline = run.pipeline();
         let (statuses, dead_letters) = (pipeline.statuses(), pipeline.dead_letters());
-        // Of its own, so that it ends as well when the pipeline ends by itself.
+        // A child of its own, so that the intake also ends when the pipeline ends by itself.
         let intake_stop = stop.child();
         let intake = intake.map(|(port, writer)| {
             console.say(format!("intake http://{}/events", port.address()));
@@ -165,8 +168,8 @@ impl Ready {
         });
         match stop.unless_asked(pipeline.memory_bound()).await {
             Some(Ok(bound)) => console.say(format!("memory: {bound}")),
-            // The lanes meet the same error, and say so in their way.
-            Some(Err(error)) => tracing::warn!(%error, "the bound on memory is not known"),
+            // The lanes meet the same error and report it themselves.
+            Some(Err(error)) => tracing::warn!(%error, "failed to compute the memory bound"),
             None => {}
         }
         console.say("running; stop with Ctrl-C or SIGTERM");
@@ -182,14 +185,14 @@ impl Ready {
         };
         let summary = summary?;
         console.say(format!(
-            "stopped: {} records, {} of them replayed, {} dead letters in the store",
+            "stopped: {} records, {} of them replayed, {} dead letters stored",
             summary.records, summary.replayed, summary.dead_letters
         ));
         console.report(&summary)
     }
 }
 
-/// Proves the pipeline with the sinks that its configuration names.
+/// Validates the pipeline with the sinks of its configuration, and prepares it to run.
 pub(crate) async fn prepare(
     config: PipelineConfig,
     source: Arc<dyn ShardSource>,
@@ -200,14 +203,14 @@ pub(crate) async fn prepare(
     shardmill_engine::run::prepare(lock, config, source, super::plugin_host, options).await
 }
 
-/// Drains once the reader of a stdout sink's rows is gone: nobody will take the rows that come.
+/// Drains when the reader of a stdout sink's rows has gone: nobody takes further rows.
 fn stop_when_closed(stop: &Stop) {
     if output::is_for_rows() {
         ask_when_closed(stop);
     }
 }
 
-/// Asks for the end once standard output was found closed.
+/// Requests a stop when standard output is found closed.
 pub(crate) fn ask_when_closed(stop: &Stop) {
     let (closed, stop) = (output::closed(), stop.clone());
     tokio::spawn(async move {
@@ -217,7 +220,7 @@ pub(crate) fn ask_when_closed(stop: &Stop) {
     });
 }
 
-/// Reads the files again at each SIGHUP.
+/// Reloads the files at each SIGHUP.
 fn reload_on_hangup(mut hangup: Signal, control: Control, stop: CancellationToken) {
     tokio::spawn(async move {
         loop {
@@ -236,14 +239,14 @@ fn reload_on_hangup(mut hangup: Signal, control: Control, stop: CancellationToke
                     let changed: Vec<&str> = report.diff.lines().collect();
                     let (id, changed) = (&report.revision, changed.join("; "));
                     match report.may_be_undone {
-                        false => note(format_args!("reloaded, generation {id}: {changed}")),
+                        false => note(format_args!("reloaded, revision {id}: {changed}")),
                         true => note(format_args!(
-                            "not in force yet, generation {id}: {changed}; until the lanes have let go of what \
-                             they have, it may be undone"
+                            "not in force yet, revision {id}: {changed}; until the lanes have released their \
+                             shards, it may be undone"
                         )),
                     }
                 }
-                Err(cause) => note(format_args!("not reloaded: {cause}")),
+                Err(cause) => note(format_args!("reload refused: {cause}")),
             }
         }
     });

@@ -1,4 +1,4 @@
-//! Signals: the first one asks for the end of a command, and the end comes.
+//! Signals: the first one requests the end of a command, and a watcher guarantees that the end comes.
 
 use std::time::Duration;
 
@@ -7,21 +7,21 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use crate::terminal::note;
 use shardmill_core::stop::Stop;
 
-/// How long after its drain the process has ended.
+/// Time after the drain within which the process must have ended.
 const END_WAIT_MAX: Duration = Duration::from_secs(5);
 /// Exit code after a second signal.
 const EXIT_AT_ONCE: i32 = 130;
-/// Exit code when the process had to be ended by force.
+/// Exit code if the process had to be ended by force.
 const EXIT_FORCED: i32 = 1;
 
-/// The end that the first SIGTERM or SIGINT asks for; a second one ends the process at once.
+/// Returns the stop that the first SIGTERM or SIGINT requests. A second signal ends the process at once.
 ///
-/// A thread of its own waits for signals and watches the end: 5 s after its time is over the process has
-/// ended, whatever its other threads do.
+/// A thread of its own waits for signals and watches the end. The process ends at the latest 5 s after its
+/// drain time, whatever its other threads do.
 pub(crate) fn stop_on_signals(drain_max: Duration) -> anyhow::Result<Stop> {
     let stop = Stop::new(drain_max);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    // Here, so that no signal comes before it is waited for.
+    // Registered here, before this function returns, so that no signal is missed.
     let (terminate, interrupt) = {
         let _entered = runtime.enter();
         (signal(SignalKind::terminate())?, signal(SignalKind::interrupt())?)
@@ -33,18 +33,18 @@ pub(crate) fn stop_on_signals(drain_max: Duration) -> anyhow::Result<Stop> {
     Ok(stop)
 }
 
-/// Asks for the end at the first signal, and makes sure that it comes.
+/// Requests a stop at the first signal, and guarantees the end of the process.
 async fn watch_end(stop: Stop, mut terminate: Signal, mut interrupt: Signal) {
     tokio::select! {
         _ = terminate.recv() => {}
         _ = interrupt.recv() => {}
-        // Something else asks for it, such as a fatal error.
+        // Something else requested it, such as a fatal error.
         () = stop.asked() => {}
     }
     if !stop.is_asked() {
-        // First: whoever has nothing to drain ends the process as soon as the end is asked for, and this thread
-        // with it.
-        note(format_args!("draining; once more to stop at once"));
+        // The note comes first: a command with nothing to drain ends the process, and this thread, as soon as a
+        // stop is requested.
+        note(format_args!("draining; send the signal again to stop at once"));
         stop.ask();
     }
     let late = async {
@@ -57,8 +57,8 @@ async fn watch_end(stop: Stop, mut terminate: Signal, mut interrupt: Signal) {
         _ = interrupt.recv() => end_now(EXIT_AT_ONCE),
         () = late => {
             note(format_args!(
-                "error: the process had not ended {} s after its drain of {} s (timing.drain): something \
-                 does not answer; ended by force, what is not committed is read again",
+                "error: the process did not end within {} s after its drain of {} s (timing.drain), because \
+                 something does not answer; it was ended by force, and what is not committed is read again",
                 END_WAIT_MAX.as_secs(),
                 stop.drain_max().as_secs_f64()
             ));
@@ -67,9 +67,9 @@ async fn watch_end(stop: Stop, mut terminate: Signal, mut interrupt: Signal) {
     }
 }
 
-/// Ends the process without what usually comes before: that may wait for a thread that is stuck.
+/// Ends the process without running exit handlers: these may wait for a stuck thread.
 fn end_now(code: i32) -> ! {
     crate::stderr::flush(crate::LOG_WAIT_MAX);
-    // SAFETY: ends the process, and touches nothing of it.
+    // SAFETY: ends the process and touches none of its memory.
     unsafe { libc::_exit(code) }
 }

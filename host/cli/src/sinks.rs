@@ -1,4 +1,5 @@
-//! From a configuration's sinks to sinks, and the settings that commands about one type need.
+//! Construction of sinks from their configuration, and access to the settings of the types that some commands
+//! need.
 
 use std::sync::Arc;
 
@@ -8,7 +9,7 @@ use shardmill_engine::masked::masked;
 use shardmill_sink_objects::ObjectsTarget;
 use shardmill_sink_postgres::PostgresTarget;
 
-/// The sinks, in the configuration's order. Talks to none of them.
+/// Makes the sinks in the order of the configuration. Connects to none of them.
 pub(crate) fn build(config: &PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>>> {
     let mut shared = SharedParts::default();
     let sinks = config.sinks.iter().map(|sink| {
@@ -20,7 +21,7 @@ pub(crate) fn build(config: &PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>
         match sink.settings.build(&context, &mut shared) {
             Ok(sink) => Ok(masked(sink, &config.values)),
             Err(error) => {
-                // It may show values of variables.
+                // The error may contain values of variables.
                 let error = format!("{:#}", anyhow::Error::from_boxed(error));
                 Err(anyhow::Error::msg(config.values.hide(error)))
             }
@@ -29,12 +30,12 @@ pub(crate) fn build(config: &PipelineConfig) -> anyhow::Result<Vec<Arc<dyn Sink>
     sinks.collect()
 }
 
-/// The table of a sink in PostgreSQL: `replay` is about these, and a redrive that finds one out.
+/// Returns the table of a PostgreSQL sink, for `replay` and for redrives that resolve a replay.
 pub(crate) fn postgres(sink: &SinkConfig) -> Option<&PostgresTarget> {
     sink.settings.of_type()
 }
 
-/// The place of a sink of objects: `objects` is about these.
+/// Returns the target of an objects sink, for the `objects` commands.
 pub(crate) fn objects(sink: &SinkConfig) -> Option<&ObjectsTarget> {
     sink.settings.of_type()
 }

@@ -1,8 +1,8 @@
 //! Standard error, written by a thread of its own.
 //!
-//! Its reader may stop reading, as a pager or a stuck log driver does. A write then waits for as long. On an
-//! async thread that would stop the ports and the lanes. So texts wait in a queue that is bounded; what does
-//! not fit is dropped and counted, and the number is written once there is room again.
+//! The reader of standard error may stop reading, as a pager or a stuck log driver does, and a write then
+//! blocks. On an async thread that would stop ports and lanes. Therefore texts wait in a bounded queue. Texts
+//! that do not fit are dropped and counted, and the count is written when there is room again.
 
 use std::collections::VecDeque;
 use std::io::{self, Write};
@@ -10,43 +10,44 @@ use std::sync::{Condvar, LazyLock, Mutex, MutexGuard, PoisonError};
 use std::thread;
 use std::time::Duration;
 
-/// Bytes of texts that wait for the reader: thousands of lines of the log.
+/// Maximum bytes of texts that wait for the reader: thousands of log lines.
 const WAITING_BYTES_MAX: usize = 1 << 20;
-/// How long [`say`] waits until its text is written. Long enough for any reader that reads; short enough for
-/// an async thread, as it happens once while the reader does not.
+/// Longest time that [`say`] waits for its text to be written. It is long enough for a reader that reads, and
+/// short enough for an async thread: it happens only once while the reader does not read.
 const SAY_WAIT_MAX: Duration = Duration::from_millis(200);
 
 static QUEUE: Queue = Queue::new();
-/// Whether the thread runs. Without it, texts are written by whoever has them.
+/// Whether the writer thread runs. Without it, callers write their texts themselves.
 static HAS_WRITER: LazyLock<bool> = LazyLock::new(|| {
     let write = || QUEUE.write_all_to(io::stderr());
     thread::Builder::new().name("stderr".into()).spawn(write).is_ok()
 });
 
-/// Writes a text of whole lines soon. Never waits for the reader.
+/// Queues a text of whole lines for writing. Never waits for the reader.
 pub(crate) fn queue(text: String) {
     let text = shardmill_core::masking::hide(text);
     if *HAS_WRITER {
         QUEUE.push(text);
     } else {
-        // A reader that is gone stops nothing.
+        // A closed reader is not an error.
         let _ = io::stderr().write_all(text.as_bytes());
     }
 }
 
-/// Writes a text of whole lines, and returns when it is written: before what standard output or a child process
-/// gets next, and before the process ends. Where the reader does not read, it is left in the queue.
+/// Writes a text of whole lines and waits until it is written, so that it comes before the next output on
+/// standard output or of a child process, and before the end of the process. If the reader does not read, the
+/// text stays in the queue.
 pub(crate) fn say(text: String) {
     queue(text);
     QUEUE.wait_unless_stuck(SAY_WAIT_MAX);
 }
 
-/// Waits until all is written, for `wait_max` at most. For the end of the process, which loses the rest.
+/// Waits at most `wait_max` until everything is written. For the end of the process, which loses the rest.
 pub(crate) fn flush(wait_max: Duration) {
     QUEUE.wait(wait_max);
 }
 
-/// Texts on their way to one output.
+/// Texts that wait to be written to one output.
 struct Queue {
     waiting: Mutex<Waiting>,
     changed: Condvar,
@@ -55,12 +56,12 @@ struct Queue {
 struct Waiting {
     texts: VecDeque<String>,
     bytes: usize,
-    /// Texts dropped since the last one that fitted.
+    /// Number of texts dropped since the last one that fitted.
     dropped: u64,
-    /// Texts that were put into the queue, and those of them that were written, since the start.
+    /// Number of texts queued, and number of texts written, since the start.
     pushed: u64,
     written: u64,
-    /// Somebody has waited in vain, and nothing was written since.
+    /// Whether a wait has timed out since the last write.
     is_stuck: bool,
 }
 
@@ -93,7 +94,7 @@ impl Queue {
         self.changed.notify_all();
     }
 
-    /// Writes all that comes, for ever. What cannot be written is lost: nobody reads it.
+    /// Writes all texts, forever. A text that cannot be written is lost: nobody reads it.
     fn write_all_to(&self, mut output: impl Write) {
         loop {
             let text = self.next();
@@ -102,7 +103,7 @@ impl Queue {
         }
     }
 
-    /// Takes the next text; waits for one.
+    /// Takes the next text, and waits for one if the queue is empty.
     fn next(&self) -> String {
         let mut waiting = self.lock();
         loop {
@@ -113,7 +114,7 @@ impl Queue {
         }
     }
 
-    /// The text that was taken last is written.
+    /// Records that the last text taken was written.
     fn wrote(&self) {
         let mut waiting = self.lock();
         waiting.written += 1;
@@ -122,7 +123,7 @@ impl Queue {
         self.changed.notify_all();
     }
 
-    /// Waits until all that is in the queue now is written.
+    /// Waits until everything that is in the queue now is written.
     fn wait(&self, wait_max: Duration) {
         let waiting = self.lock();
         let last = waiting.pushed + u64::from(waiting.dropped > 0);
@@ -141,8 +142,8 @@ impl Queue {
 }
 
 impl Waiting {
-    /// Whether a text fits. Once some were dropped, half of the room must be free first: otherwise each line
-    /// that fits would be followed by a number of lines that did not.
+    /// Whether a text fits. After texts were dropped, half of the queue must be free first. Otherwise each line
+    /// that fits would be followed by a line with the number of dropped ones.
     fn has_room(&self, bytes: usize) -> bool {
         let bytes_max = if self.dropped > 0 { WAITING_BYTES_MAX / 2 } else { WAITING_BYTES_MAX };
         self.bytes == 0 || self.bytes.saturating_add(bytes) <= bytes_max
@@ -154,7 +155,7 @@ impl Waiting {
         self.texts.push_back(text);
     }
 
-    /// Says how many were dropped, in the place where they are missing.
+    /// Adds a line with the number of dropped texts, at the place where they are missing.
     fn add_dropped(&mut self) {
         match std::mem::take(&mut self.dropped) {
             0 => {}
@@ -183,7 +184,7 @@ mod tests {
 
     const LINE: &str = "a line of the log, which has its number at the end: ";
 
-    /// An output whose reader has stopped until the sender says so.
+    /// An output whose reader has stopped until the sender sends.
     struct Stalled {
         go_on: mpsc::Receiver<()>,
         written: Arc<Mutex<Vec<u8>>>,
@@ -191,7 +192,7 @@ mod tests {
 
     impl Write for Stalled {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            // Later, the sender is gone and nothing is waited for.
+            // When the sender is dropped, `recv` fails and nothing waits any more.
             let _ = self.go_on.recv();
             self.written.lock().unwrap().extend(bytes);
             Ok(bytes.len())
@@ -202,7 +203,7 @@ mod tests {
         }
     }
 
-    /// A queue, what was written, and the sender that lets the reader go on.
+    /// Returns a queue, what was written, and the sender that lets the reader continue.
     fn stalled() -> (&'static Queue, Arc<Mutex<Vec<u8>>>, mpsc::Sender<()>) {
         let queue: &'static Queue = Box::leak(Box::new(Queue::new()));
         let (reads, go_on) = mpsc::channel();
@@ -252,7 +253,7 @@ mod tests {
         queue.wait_unless_stuck(Duration::from_millis(50));
         assert!(begun.elapsed() >= Duration::from_millis(50));
         queue.push("two\n".into());
-        // It would wait for ever.
+        // This would wait forever if the queue were not known to be stuck.
         queue.wait_unless_stuck(Duration::MAX);
         drop(reads);
         queue.wait(Duration::from_secs(60));

@@ -1,4 +1,4 @@
-//! `shardmill stream`: the stream of a pipeline, or any other.
+//! `shardmill stream`: manages the stream of a pipeline, or any other stream.
 
 mod consumers;
 mod describe;
@@ -31,7 +31,7 @@ use shardmill_kinesis::served;
 use shardmill_kinesis::source::KinesisSource;
 use shardmill_kinesis::{client, stream};
 
-/// How long a deletion is waited for.
+/// Longest wait for a deletion.
 const DELETE_WAIT_MAX: Duration = Duration::from_secs(120);
 
 #[derive(clap::Subcommand)]
@@ -39,11 +39,12 @@ pub enum Command {
     /// Serve the embedded stream, in memory, until SIGTERM or Ctrl-C.
     #[command(after_help = "Example:\n  shardmill stream serve --port 4567")]
     Serve {
-        /// The port on 127.0.0.1; 0 takes a free one.
+        /// Port on 127.0.0.1; 0 chooses a free one.
         #[arg(long, default_value_t = 0)]
         port: u16,
-        /// Let processes of other users of this machine in: there are no credentials, so they read and write
-        /// every record. They need `--endpoint http://127.0.0.1:PORT`: the state folder is this user's alone.
+        /// Accept connections from processes of other users of this machine. There are no credentials, so they
+        /// can read and write all records. They must use `--endpoint http://127.0.0.1:PORT`, because the state
+        /// folder is private to this user.
         #[arg(long)]
         any_user: bool,
         #[command(flatten)]
@@ -52,21 +53,21 @@ pub enum Command {
     /// Create a stream and wait until it is ACTIVE.
     #[command(after_help = "Example:\n  shardmill stream create --shards 5")]
     Create {
-        /// The number of shards.
+        /// Number of shards.
         #[arg(long, default_value_t = 1)]
         shards: u32,
-        /// How long to wait, for example `120s`.
+        /// Maximum wait, for example `120s`.
         #[arg(long, default_value = "120s", value_parser = humantime::parse_duration)]
         wait: Duration,
         #[command(flatten)]
         place: StreamPlace,
     },
-    /// Show a stream: status, shards, parents.
+    /// Show the status, shards and shard lineage of a stream.
     Describe {
         #[command(flatten)]
         place: StreamPlace,
     },
-    /// Put the records of files, or of standard input, at least once.
+    /// Put the records of files or of standard input on a stream, at least once.
     #[command(after_help = "Examples:\n  shardmill stream put flights.csv --skip 1\n  \
                             echo '{\"id\":1}' | shardmill stream put --format ndjson --key-field id")]
     Put {
@@ -75,7 +76,7 @@ pub enum Command {
         #[command(flatten)]
         place: StreamPlace,
     },
-    /// Print records: shard, sequence, key, payload; as they are, or as a plugin decodes them.
+    /// Print records (shard, sequence number, key, payload), raw or decoded by a plugin.
     #[command(after_help = "Examples:\n  shardmill stream tail --limit 10\n  \
                             shardmill stream tail --from latest --decode car-decode.wasm")]
     Tail {
@@ -87,12 +88,12 @@ pub enum Command {
     /// Split a shard in two and wait until the stream is ACTIVE.
     #[command(after_help = "Example:\n  shardmill stream split shardId-000000000000")]
     Split {
-        /// The shard's id.
+        /// ID of the shard.
         shard: String,
-        /// The hash key at which the second half begins; default: the middle.
+        /// Hash key at which the second half begins [default: the middle].
         #[arg(long, value_name = "HASHKEY")]
         at: Option<u128>,
-        /// How long to wait, for example `120s`.
+        /// Maximum wait, for example `120s`.
         #[arg(long, default_value = "120s", value_parser = humantime::parse_duration)]
         wait: Duration,
         #[command(flatten)]
@@ -103,36 +104,37 @@ pub enum Command {
         after_help = "Example:\n  shardmill stream merge shardId-000000000000 shardId-000000000001"
     )]
     Merge {
-        /// The shard's id.
+        /// ID of the shard.
         shard: String,
-        /// The shard whose hash range lies next to it.
+        /// ID of the shard with the adjacent hash range.
         adjacent: String,
-        /// How long to wait, for example `120s`.
+        /// Maximum wait, for example `120s`.
         #[arg(long, default_value = "120s", value_parser = humantime::parse_duration)]
         wait: Duration,
         #[command(flatten)]
         place: StreamPlace,
     },
-    /// Give a stream so many shards of equal ranges and wait until it is ACTIVE.
+    /// Change the number of open shards, with equal hash ranges, and wait until the stream is ACTIVE.
     #[command(after_help = "Example:\n  shardmill stream scale 4")]
     Scale {
-        /// The number of open shards that are due.
+        /// Number of open shards.
         #[arg(value_parser = clap::value_parser!(u32).range(1..))]
         shards: u32,
-        /// How long to wait, for example `120s`.
+        /// Maximum wait, for example `120s`.
         #[arg(long, default_value = "120s", value_parser = humantime::parse_duration)]
         wait: Duration,
         #[command(flatten)]
         place: StreamPlace,
     },
-    /// Who reads a stream by enhanced fan-out: list, register, deregister.
+    /// List, register and deregister enhanced fan-out consumers.
     #[command(subcommand)]
     Consumers(consumers::Command),
-    /// Delete a stream and its records. Name it, or confirm with `--yes` that the pipeline's is meant.
+    /// Delete a stream and its records. Name it with --stream, or confirm with --yes that the pipeline's stream
+    /// is meant.
     #[command(after_help = "Examples:\n  shardmill stream delete --stream test\n  \
                             shardmill stream delete --pipeline pipeline.toml --yes")]
     Delete {
-        /// Delete the pipeline's stream although it is not named.
+        /// Delete the pipeline's stream without naming it.
         #[arg(long)]
         yes: bool,
         #[command(flatten)]
@@ -188,7 +190,7 @@ pub async fn stream(command: Command, console: &Console) -> anyhow::Result<()> {
             let name = target.name()?;
             anyhow::ensure!(
                 yes || place.names_stream(),
-                "stream {name} is the one of the pipeline's file, and deleting it loses its records: name \
+                "stream {name} is the stream of the pipeline file, and deleting it loses its records: name \
                  it (`--stream {name}`), or confirm with `--yes`"
             );
             stream::delete(&client, name, DELETE_WAIT_MAX).await?;
@@ -198,8 +200,8 @@ pub async fn stream(command: Command, console: &Console) -> anyhow::Result<()> {
     }
 }
 
-/// The source of a pipeline, connected; its stream is created if asked for. The embedded stream
-/// that was started for it, if any, lives as long as the second value.
+/// Connects the source of a pipeline, and creates its stream if the configuration asks for it. If an embedded
+/// stream was started for it, that stream lives as long as the second value.
 pub(crate) async fn source(
     config: &PipelineConfig,
 ) -> anyhow::Result<(Arc<dyn ShardSource>, Option<EmbeddedStream>)> {
@@ -228,8 +230,8 @@ pub(crate) async fn source(
     Ok((Arc::new(source), started))
 }
 
-/// A connection to put events on a pipeline's stream, beside its source: `started` is the embedded
-/// stream that was started for that, if it was.
+/// Connects a client that puts events on a pipeline's stream, beside the source. `started` is the embedded
+/// stream that this process serves, if any.
 pub(crate) async fn intake_client(
     config: &PipelineConfig,
     kinesis: &KinesisConfig,
@@ -246,7 +248,7 @@ pub(crate) async fn intake_client(
     Ok(client::connect(&server.with_timing(&config.timing)).await?)
 }
 
-/// Creates the pipeline's stream when it is missing and `create` is set.
+/// Creates the pipeline's stream if it is missing and `create` is set, and waits until it is ACTIVE.
 pub(crate) async fn ensure(client: &Client, config: &KinesisConfig) -> anyhow::Result<()> {
     let name = &config.stream.value;
     match (stream::describe(client, name).await, config.create) {
@@ -263,7 +265,7 @@ pub(crate) async fn ensure(client: &Client, config: &KinesisConfig) -> anyhow::R
     }
 }
 
-/// Creates a stream and waits, visibly.
+/// Creates a stream and waits until it is ACTIVE, with a progress bar.
 pub(crate) async fn create_and_wait(
     client: &Client,
     name: &StreamRef,

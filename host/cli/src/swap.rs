@@ -1,4 +1,4 @@
-//! `shardmill plugin swap`, `rollback`, `history` and `which`: what runs in a stage, and what ran.
+//! `shardmill plugin swap`, `rollback`, `history` and `which`: what runs in a stage, and what ran there.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,10 +16,10 @@ use shardmill_serve::admin::control::SwapQuery;
 use shardmill_state::{Change, ChangeOutcome, Changes, Ledger, Ran, StateStore};
 use shardmill_state::{RevisionSpec, StageSpec};
 
-/// The pipeline that is meant.
+/// The pipeline of the command.
 #[derive(clap::Args)]
 pub struct PipelineArgs {
-    /// The pipeline's file.
+    /// The pipeline file.
     #[arg(long, value_name = "FILE", default_value = DEFAULT_PIPELINE)]
     pipeline: PathBuf,
 }
@@ -28,28 +28,29 @@ pub struct PipelineArgs {
 pub(crate) struct SwapOptions {
     /// The stage.
     stage: String,
-    /// The component's file, or the first digits of the digest of one that ran before.
+    /// File of the component, or the first digits of the digest of a component that ran before.
     component: String,
     #[command(flatten)]
     pipeline: PipelineArgs,
-    /// Go on comparing with live records for so long, such as "1 min", before it takes over; at most a day.
+    /// Also compare it with the current plugin on live records for this long before it is activated, such as "1
+    /// min"; at most one day.
     #[arg(long, value_name = "DURATION", value_parser = parse_shadow)]
     shadow: Option<Duration>,
-    /// Refuse it if it gives something else for more records than this.
+    /// Refuse the new plugin if its outputs differ for more than this number of records.
     #[arg(long, value_name = "RECORDS")]
     max_changed: Option<u64>,
-    /// Refuse it if it rejects more records than this which the one before takes.
+    /// Refuse the new plugin if it rejects more than this number of records that the current plugin accepts.
     #[arg(long, value_name = "RECORDS")]
     max_rejected: Option<u64>,
-    /// Give it only so many of 100 partition keys.
+    /// Run the new plugin as a canary, for this percentage of partition keys only.
     #[arg(long, value_name = "PERCENT", value_parser = clap::value_parser!(u8).range(1..=99))]
     canary: Option<u8>,
-    /// Try it and report; change nothing.
+    /// Try the new plugin and report, but change nothing.
     #[arg(long)]
     dry_run: bool,
 }
 
-/// Reads how long a candidate is compared with live records.
+/// Parses the duration for which a candidate is compared on live records.
 fn parse_shadow(text: &str) -> Result<Duration, String> {
     let shadow = humantime::parse_duration(text).map_err(|error| error.to_string())?;
     match shadow <= SHADOW_MAX {
@@ -60,7 +61,7 @@ fn parse_shadow(text: &str) -> Result<Duration, String> {
     }
 }
 
-/// Puts another plugin in a stage's place.
+/// Replaces the plugin of a stage.
 pub async fn swap(options: SwapOptions, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.pipeline)?;
     let running = RunningPipeline::find(&config).await?;
@@ -104,7 +105,8 @@ pub(crate) struct RollbackOptions {
     stage: String,
     #[command(flatten)]
     pipeline: PipelineArgs,
-    /// Then run again what the undone version had run, into the tables that can take it.
+    /// After the rollback, rerun the records that the undone version had processed, into the tables that
+    /// support it.
     #[arg(long)]
     replay_from_swap: bool,
 }
@@ -115,7 +117,7 @@ pub async fn roll_back(options: RollbackOptions, console: &Console) -> anyhow::R
     let running = RunningPipeline::find(&config).await?;
     let changes = Changes::new(state(&config)?);
     let undone = changes.last_in_force(&options.stage).await?;
-    // Undone before: by itself, or by this command, whose replay was broken off.
+    // A swap that was undone before: automatically, or by this command, whose rerun was then interrupted.
     let all = changes.list(Some(options.stage.clone()), u32::MAX).await?;
     let last = all.into_iter().find(|change| change.outcome == ChangeOutcome::RolledBack);
     let is_open = |change: &Change| undone.is_none() || rerun::is_broken_off(&config, change);
@@ -137,7 +139,7 @@ pub async fn roll_back(options: RollbackOptions, console: &Console) -> anyhow::R
     Ok(())
 }
 
-/// Says what was changed, or fails with the reason.
+/// Prints what was changed, or fails with the reason.
 fn print_answer(answer: ControlAnswer, console: &Console) -> anyhow::Result<()> {
     let (report, refused) = match answer {
         ControlAnswer::Done(report) => (report, None),
@@ -161,7 +163,7 @@ fn print_answer(answer: ControlAnswer, console: &Console) -> anyhow::Result<()> 
     let stage = report["stage"].as_str().unwrap_or_default();
     let (before, after) = (version(&report["before"]), version(&report["after"]));
     match report["number"].as_i64() {
-        None => console.say(format!("stage {stage}: {before} runs on, nothing was changed")),
+        None => console.say(format!("stage {stage}: {before} keeps running, nothing was changed")),
         Some(number) => {
             let share = match report["percent"].as_u64() {
                 Some(percent) if percent < 100 => format!(" for {percent} of 100 keys"),
@@ -172,32 +174,34 @@ fn print_answer(answer: ControlAnswer, console: &Console) -> anyhow::Result<()> 
     }
     say_lanes(&report, console);
     if let Some(seconds) = report["probation_s"].as_u64().filter(|seconds| *seconds > 0) {
-        console.say(format!("it is watched for {seconds} s and rolled back if it does worse"));
+        console.say(format!("probation of {seconds} s: it is rolled back if it does worse"));
     }
     console.report(&report)
 }
 
-/// Says which lanes have changed, and how long each waited.
+/// Prints which lanes have changed, and how long the longest swap pause was.
 pub(super) fn say_lanes(report: &Value, console: &Console) {
     let lanes = report["lanes"].as_array().map(Vec::as_slice).unwrap_or_default();
     let longest = lanes.iter().filter_map(|lane| lane["pause_us"].as_u64()).max();
     if let Some(longest) = longest {
-        console
-            .say(format!("{} lanes have changed; the longest pause was {longest} µs", lanes.len()));
+        console.say(format!(
+            "{} lanes have changed; the longest swap pause was {longest} µs",
+            lanes.len()
+        ));
     }
     if report["may_be_undone"].as_bool().unwrap_or_default() {
         console.say(
-            "it begins once the lanes have let go of what they have; until then it is not in force and may be \
+            "it starts when the lanes have released their shards; until then it is not in force and may be \
              undone (see `shardmill plugin history`)",
         );
     }
     for shard in report["waiting"].as_array().into_iter().flatten() {
         let text = |name: &str| shard[name].as_str().unwrap_or_default();
-        console.say(format!("shard {} changes when it can: {}", text("shard"), text("why")));
+        console.say(format!("shard {} has not changed yet: {}", text("shard"), text("why")));
     }
 }
 
-/// Says how a trial went.
+/// Prints the result of a trial.
 pub(super) fn say_trial(trial: &Value, console: &Console) {
     if trial.is_null() {
         return;
@@ -222,7 +226,7 @@ pub(super) fn say_trial(trial: &Value, console: &Console) {
     }
     if let Some(cause) = trial["incumbent_failed"].as_str() {
         console.say(format!(
-            "trial: the version before failed: {}; {} records were given to the new one alone",
+            "trial: the incumbent did not answer for every record: {}; {} records ran with the candidate only",
             shardmill_core::escape::escaped(cause, &[]),
             count("candidate_only")
         ));
@@ -238,19 +242,19 @@ pub(super) fn say_trial(trial: &Value, console: &Console) {
 
 #[derive(clap::Args)]
 pub(crate) struct HistoryOptions {
-    /// Only changes of this stage.
+    /// Show only changes of this stage.
     stage: Option<String>,
     #[command(flatten)]
     pipeline: PipelineArgs,
-    /// The most changes that are shown.
+    /// Maximum number of changes to show.
     #[arg(long, default_value_t = 50)]
     limit: u32,
-    /// From which record on each revision ran in each shard, as well.
+    /// Also show from which record on each revision ran in each shard.
     #[arg(long)]
     shards: bool,
 }
 
-/// Shows what was changed, when, and what was refused.
+/// Prints changes with time and outcome, including refused ones.
 pub async fn history(options: HistoryOptions, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.pipeline)?;
     let state = state(&config)?;
@@ -278,7 +282,7 @@ pub async fn history(options: HistoryOptions, console: &Console) -> anyhow::Resu
     if options.shards {
         let mut table = Table::new();
         table.load_style(presets::UTF8_HORIZONTAL_ONLY);
-        table.set_header(["shard", "behind", "generation", "recorded"]);
+        table.set_header(["shard", "after", "revision", "recorded"]);
         for entry in ledger.history().await? {
             let after =
                 entry.from_exclusive.as_ref().map_or("the beginning".into(), Position::to_string);
@@ -291,13 +295,14 @@ pub async fn history(options: HistoryOptions, console: &Console) -> anyhow::Resu
     Ok(())
 }
 
-/// A time as people write it, in UTC; a number that is no time stays as it is.
+/// Formats a time for people, in UTC. A number that is not a valid time stays a number.
 fn time(ms: i64) -> String {
     let time = chrono::DateTime::from_timestamp_millis(ms);
     time.map_or_else(|| format!("{ms} ms"), |time| time.format("%FT%TZ").to_string())
 }
 
-/// The component of a stage in a revision; of a reload, how many stages there are.
+/// Returns the component of a stage in a revision. For a reload, which has no stage, returns the ID of the
+/// revision.
 fn digest_in(spec: &RevisionSpec, stage: &str) -> String {
     let short = |stage: &StageSpec| match &stage.canary {
         Some(canary) => {
@@ -313,38 +318,39 @@ fn digest_in(spec: &RevisionSpec, stage: &str) -> String {
 
 #[derive(clap::Args)]
 pub(crate) struct WhichOptions {
-    /// The record: its shard and sequence number, as SHARD:SEQUENCE; in an aggregate, SHARD:SEQUENCE/NUMBER.
+    /// The record as SHARD:SEQUENCE; a record of an aggregate as SHARD:SEQUENCE/NUMBER.
     record: String,
     #[command(flatten)]
     pipeline: PipelineArgs,
-    /// The record's partition key: by it a canary's share is told.
+    /// Partition key of the record; it decides whether a canary processed it.
     #[arg(long, value_name = "KEY")]
     key: Option<String>,
 }
 
-/// Says by which versions a record was run.
+/// Prints which versions processed a record.
 pub async fn which(options: WhichOptions, console: &Console) -> anyhow::Result<()> {
     let config = load(&options.pipeline.pipeline)?;
     let (shard, sequence) = options
         .record
         .rsplit_once(':')
-        .context("name the record as SHARD:SEQUENCE, such as shardId-000000000000:4960…")?;
-    // Another revision may begin within an aggregate: SEQUENCE/NUMBER is one of its records.
+        .context("invalid record: expected SHARD:SEQUENCE, such as shardId-000000000000:4960…")?;
+    // A revision may begin within an aggregate: SEQUENCE/NUMBER names one of its records.
     let (sequence, number) = sequence.split_once('/').unwrap_or((sequence, "0"));
     let sub_sequence = number.parse().with_context(|| {
-        format!("{number:?} is not the number of a record in its aggregate: expected 0, 1, 2, …")
+        format!("invalid number of a record in its aggregate: {number:?}; expected 0, 1, 2, …")
     })?;
     let ledger = Ledger::new(state(&config)?);
     let at = Position { sequence: SequenceNumber::parse(sequence)?, sub_sequence };
     let found = ledger.revision_of(&ShardId::new(shard), &at).await?;
-    let Ran { revision, spec, is_committed } = found
-        .with_context(|| format!("nothing of shard {shard} was run by pipeline {}", config.name))?;
+    let Ran { revision, spec, is_committed } = found.with_context(|| {
+        format!("pipeline {} has not processed any record of shard {shard}", config.name)
+    })?;
     if !console.json {
-        print_line(format!("generation {revision}"));
+        print_line(format!("revision {revision}"));
     }
     if !is_committed {
         console.say(
-            "no sink has the record yet, as of the last checkpoint: another swap may come first",
+            "no sink has the record yet, as of the last checkpoint: a swap may still come before it",
         );
     }
     let mut stages = Vec::new();
@@ -355,7 +361,7 @@ pub async fn which(options: WhichOptions, console: &Console) -> anyhow::Result<(
                 Some(key) if canary.takes(key.as_bytes()) => digest = canary.digest.clone(),
                 Some(_) => {}
                 None => console.say(format!(
-                    "stage {}: {} has {} of 100 keys: name the record's with --key",
+                    "stage {}: canary {} processes {} % of the keys: give the record's partition key with --key",
                     stage.name,
                     &canary.digest[..12],
                     canary.percent
@@ -368,12 +374,12 @@ pub async fn which(options: WhichOptions, console: &Console) -> anyhow::Result<(
     console.report(&json!({ "generation": revision, "is_settled": is_committed, "stages": stages }))
 }
 
-/// The state of a pipeline that ran. Another process may be running it.
+/// Opens the state of a pipeline that has run. Another process may be running the pipeline.
 fn state(config: &PipelineConfig) -> anyhow::Result<StateStore> {
     let folder = config.state_dir.join(config.name.as_str());
     ensure!(
         folder.join("state.db").exists(),
-        "pipeline {} has no history: it never ran with its state in {}",
+        "pipeline {} has no history: no state found in {}; it has never run with this state_dir",
         config.name,
         folder.display()
     );

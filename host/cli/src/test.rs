@@ -1,4 +1,4 @@
-//! `shardmill test`: a plugin's cases, run, accepted, or captured from real records.
+//! `shardmill test`: runs a plugin's test cases, accepts its outputs, or captures cases from real records.
 
 use std::path::{Path, PathBuf};
 
@@ -21,46 +21,46 @@ use shardmill_workbench::manifest::PluginManifest;
 use shardmill_workbench::redact::Redaction;
 use shardmill_workbench::{TrialRecord, Workbench, update};
 
-/// Where captured cases go, in the plugin's folder.
+/// File of captured cases in the plugin's folder.
 const CAPTURED: &str = "tests/captured.ndjson";
 
 #[derive(clap::Args)]
 pub struct Options {
-    /// The plugin's folder, which is built first; or a component, whose folder's cases are run.
+    /// Folder of the plugin, which is built first; or a component, with the test cases in its folder.
     #[arg(default_value = ".")]
     plugin: PathBuf,
-    /// Files of cases instead of those in the folder's tests/.
+    /// Files of test cases to run instead of those in tests/.
     #[arg(long, value_name = "FILE")]
     cases: Vec<PathBuf>,
-    /// Only cases whose name contains this.
+    /// Run only cases whose name contains this text.
     #[arg(long, value_name = "TEXT")]
     filter: Option<String>,
-    /// Do not build: the component is there.
+    /// Do not build; use the existing component.
     #[arg(long)]
     no_build: bool,
-    /// Accept what the plugin does: write it into the files as what is expected.
+    /// Accept the current outputs: write them into the case files as expected.
     #[arg(long, conflicts_with_all = ["from_stream", "from_dlq"])]
     update: bool,
-    /// Write the results as JUnit XML as well.
+    /// Also write the results as JUnit XML.
     #[arg(long, value_name = "FILE")]
     junit: Option<PathBuf>,
-    /// Make cases of a stream's records instead: SHARD:SEQUENCE..SEQUENCE, both included.
+    /// Make cases from the records of a stream instead: SHARD:SEQUENCE..SEQUENCE, both inclusive.
     #[arg(long, value_name = "RANGE", requires = "pipeline")]
     from_stream: Option<SequenceRange>,
-    /// Make cases of a pipeline's dead letters instead: of what entered the stage.
+    /// Make cases from a pipeline's dead letters instead, from the payloads that entered the stage.
     #[arg(long, requires = "pipeline", conflicts_with = "from_stream")]
     from_dlq: bool,
-    /// The pipeline whose records are captured.
+    /// The pipeline to capture records from.
     #[arg(long, value_name = "FILE")]
     pipeline: Option<PathBuf>,
-    /// The stage that the plugin is, for its configuration and its dead letters; default: the first.
+    /// Stage whose configuration and dead letters are used [default: the first stage].
     #[arg(long, value_name = "NAME")]
     stage: Option<String>,
-    /// The most dead letters that are captured.
+    /// Maximum number of dead letters to capture.
     #[arg(long, default_value_t = 20, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     limit: u32,
-    /// A member of JSON payloads to make unreadable in captured cases, such as /user/email; `*` is
-    /// any member. Beside those in plugin.toml, `redact` under `[test]`.
+    /// Redact this member of JSON payloads in captured cases, such as /user/email; `*` matches any member.
+    /// Applies in addition to `redact` under `[test]` in plugin.toml.
     #[arg(long, value_name = "POINTER")]
     redact: Vec<String>,
 }
@@ -100,7 +100,7 @@ pub async fn test(options: Options, console: &Console) -> anyhow::Result<()> {
     }
 }
 
-/// Runs the cases of a plugin, all of which must pass.
+/// Runs the test cases of a plugin, and fails if any of them fails.
 fn run_cases(
     options: &Options,
     folder: &Path,
@@ -113,7 +113,7 @@ fn run_cases(
     };
     ensure!(
         !files.is_empty(),
-        "{} holds no cases: write tests/cases.toml, or capture some with --from-stream",
+        "no test cases in {}: write tests/cases.toml, or capture cases with --from-stream",
         folder.join("tests").display()
     );
     let mut summary = Summary { passed: 0, failed: 0, updated: 0 };
@@ -138,7 +138,7 @@ fn run_cases(
     Ok(())
 }
 
-/// The plugin's folder and its component, built if need be.
+/// Returns the plugin's folder and its component, which is built first if necessary.
 fn component(options: &Options, console: &Console) -> anyhow::Result<(PathBuf, PathBuf)> {
     let plugin = &options.plugin;
     if plugin.is_file() {
@@ -217,7 +217,9 @@ async fn capture(
     workbench: Workbench,
     console: &Console,
 ) -> anyhow::Result<()> {
-    let Some(pipeline) = &options.pipeline else { bail!("name the pipeline with --pipeline FILE") };
+    let Some(pipeline) = &options.pipeline else {
+        bail!("missing --pipeline FILE: the pipeline to capture records from")
+    };
     let config = load(pipeline)?;
     let stage = match &options.stage {
         Some(name) => config.stages.iter().find(|stage| stage.name.value.as_str() == name),
@@ -225,7 +227,7 @@ async fn capture(
     };
     let Some(stage) = stage else {
         let names: Vec<_> = config.stages.iter().map(|stage| stage.name.value.as_str()).collect();
-        bail!("the pipeline has the stages {}: name one with --stage", names.join(", "));
+        bail!("unknown stage; expected one of {}: name it with --stage", names.join(", "));
     };
     let test = PluginManifest::read(folder).map(|manifest| manifest.test).unwrap_or_default();
     let pointers = [test.redact, options.redact.clone()].concat();
@@ -243,7 +245,7 @@ async fn capture(
     console.say(format!("{} cases in {}", captured.cases, file.display()));
     if captured.unredacted > 0 {
         console.say(format!(
-            "{} records left out: they are no JSON, so the rules that redact cannot be applied",
+            "{} records left out: they are not valid JSON, so the redaction rules cannot be applied",
             captured.unredacted
         ));
     }
@@ -258,7 +260,10 @@ async fn from_stream(
 ) -> anyhow::Result<Vec<TrialRecord>> {
     let (source, _embedded) = stream::source(config).await?;
     let records = capture::from_stream(&*source, range).await?;
-    ensure!(!records.is_empty(), "the stream has no record of that range (any longer)");
+    ensure!(
+        !records.is_empty(),
+        "no records found in that range; they may be older than the stream's retention"
+    );
     Ok(records)
 }
 

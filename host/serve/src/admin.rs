@@ -1,9 +1,9 @@
-//! The admin port: health, metrics, the state of the lanes, and changes.
+//! The admin port: health, metrics, the status of the lanes, and changes.
 //!
-//! `/health/live` answers while the process does; `/health/ready` is 200 while every lane goes on
-//! and 503 when one is blocked, with the causes for who has the token; `/metrics` is Prometheus' text format;
-//! `/status` is the lanes as JSON. What changes the pipeline is in [`control`], and who may ask for what in
-//! [`access`].
+//! `/health/live` answers while the process runs. `/health/ready` is 200 while no lane is blocked, otherwise
+//! 503; it shows the causes only to callers with the token. `/metrics` has the Prometheus text format.
+//! `/status` is the status of the lanes as JSON. Changes of the pipeline are in [`control`], and the rules of
+//! access in [`access`].
 
 pub mod access;
 pub mod control;
@@ -31,7 +31,7 @@ use shardmill_core::record::ShardId;
 use shardmill_engine::lane::{ShardStatus, StatusRegistry};
 use shardmill_ports::PortRules;
 
-/// The admin port cannot be opened.
+/// Error: the admin port cannot be opened.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "failed to open the admin port {address}: {cause}; another process has it: set `listen` under \
@@ -42,7 +42,7 @@ pub struct AdminError {
     cause: std::io::Error,
 }
 
-/// An open admin port.
+/// An open admin port, not served yet.
 pub struct AdminPort {
     listener: TcpListener,
     address: SocketAddr,
@@ -51,11 +51,11 @@ pub struct AdminPort {
 }
 
 impl AdminPort {
-    /// Opens the port. From then on the process's metrics are gathered: call it once, before
-    /// anything counts. Without a port nobody reads them, and they are not gathered.
+    /// Opens the port. From then on the metrics of the process are recorded, so call it once, before anything
+    /// is counted. Without a port nobody reads them, and they are not recorded.
     ///
     /// # Errors
-    /// [`AdminError`] when the port is in use; another when metrics are gathered already.
+    /// [`AdminError`] if the port is in use; another error if metrics are already recorded.
     #[boxed]
     pub async fn open(config: &AdminConfig, deadlines: HttpDeadlines) -> anyhow::Result<Self> {
         let address = config.listen;
@@ -77,13 +77,13 @@ impl AdminPort {
         Ok(Self { listener, address, rules, metrics })
     }
 
-    /// The address, with the port that was chosen if it was 0.
+    /// Returns the address; port 0 is replaced by the chosen port.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Serves what these boards show and takes orders for `control`, if there is one, until `stop`; `access`
-    /// says from whom.
+    /// Serves the status of these boards, and changes through `control` if there is one, until `stop`. `access`
+    /// decides who may do what.
     pub fn serve(
         self,
         registries: Vec<StatusRegistry>,
@@ -97,7 +97,7 @@ impl AdminPort {
             .route(
                 "/metrics",
                 get(|State(shown): State<Shown>| async move {
-                    // It grows by the clock alone.
+                    // The lag grows with the clock, so it is computed at each reading.
                     shown.registries.iter().for_each(StatusRegistry::show_lags);
                     shown.metrics.run_upkeep();
                     shown.metrics.render()
@@ -116,7 +116,7 @@ impl AdminPort {
     }
 }
 
-/// An answer in JSON with nothing in it that steers a terminal: people ask by `curl`.
+/// A JSON answer with the characters escaped that control a terminal: people use `curl`.
 struct PlainJson<T>(T);
 
 impl<T: serde::Serialize> IntoResponse for PlainJson<T> {
@@ -139,13 +139,14 @@ struct Shown {
 }
 
 impl Shown {
-    /// The shards of all boards.
+    /// Returns the shards of all boards.
     fn shards(&self) -> BTreeMap<ShardId, ShardStatus> {
         self.registries.iter().flat_map(StatusRegistry::snapshot).collect()
     }
 }
 
-/// Shows the lanes. Why one does not go on may quote rows: that is for who has the token, as with health.
+/// Serves the status of the lanes. The causes of blocked lanes may quote rows, so only callers with the token
+/// see them, as in `/health/ready`.
 async fn status(
     State(shown): State<Shown>,
     headers: HeaderMap,
@@ -157,8 +158,8 @@ async fn status(
     PlainJson(shards)
 }
 
-/// Answers any host and anybody, as an orchestrator's probe needs it; so the causes, which name tables and
-/// servers and quote rows, are for who has the token.
+/// Serves readiness to any caller under any host name, as probes of orchestrators need it. The causes name
+/// tables and servers and quote rows, so only callers with the token see them.
 async fn ready(State(shown): State<Shown>, headers: HeaderMap) -> impl IntoResponse {
     let mut blocked = String::new();
     for (part, cause) in shown.registries.iter().flat_map(StatusRegistry::blocked_run) {
@@ -176,7 +177,7 @@ async fn ready(State(shown): State<Shown>, headers: HeaderMap) -> impl IntoRespo
     }
 }
 
-/// Gives each metric its `# HELP`.
+/// Gives each metric its `# HELP` text.
 fn describe() {
     for &Metric { name, kind, about, .. } in metric::METRICS {
         match kind {

@@ -1,13 +1,13 @@
-//! The intake: an HTTP port that takes events and puts them on the stream.
+//! The intake: an HTTP port that accepts events and puts them on the stream.
 //!
-//! `POST /events` is answered 200 only when the stream has every record of the request. Any other
-//! answer may leave some of them on the stream: who sends again delivers at least once. Within a
-//! request the order per partition key holds as far as PutRecords gives it: a record that was
-//! refused for a moment may be overtaken by a later one. `GET /health` is 200 while puts succeed.
+//! `POST /events` is answered with 200 only after the stream has every record of the request. With any other
+//! answer, some records may be on the stream, so a client that sends again delivers at least once. Within a
+//! request, the order of records with the same partition key is as good as PutRecords makes it: a later record
+//! may overtake one that was refused temporarily. `GET /health` is 200 while puts succeed.
 //!
-//! It asks nobody who they are. Bytes are reserved as they arrive, and a body of which nothing comes gives
-//! its bytes back when another one needs them ([`arrivals`]). A page in a browser may send where its origin
-//! is configured.
+//! Clients are not authenticated. Bytes are reserved as they arrive, and a body that stalls gives its bytes
+//! back when another body needs them ([`arrivals`]). A web page may send events only if its origin is
+//! configured.
 
 mod arrivals;
 mod batcher;
@@ -44,20 +44,20 @@ use shardmill_core::stop::Stop;
 use shardmill_kinesis::put_call::StreamWriter;
 use shardmill_ports::{BodyLate, PortRules};
 
-/// What a record costs beside its bytes, so that many small ones are bounded as well.
+/// Cost of a record besides its bytes. It bounds many small records, too.
 const RECORD_OVERHEAD_BYTES: usize = 128;
-/// Bytes by which the memory of a body grows at first.
+/// Initial size of a body's buffer, in bytes.
 const BODY_BYTES_MIN: usize = 4 << 10;
-/// Bytes that a connection may buffer while it reads: a request's head, and a piece of a body.
+/// Bytes that a connection may buffer while it reads: the head of a request and a piece of the body.
 const BUFFER_BYTES_MAX: usize = 16 << 10;
-/// Requests that wait for the batcher; the bytes in flight are the bound that counts.
+/// Requests that may wait for the batcher. The limit that matters is the bytes in flight.
 const SUBMISSIONS_MAX: usize = 1_024;
-/// What a client is told to wait when too much is in flight, in seconds.
+/// `Retry-After` in seconds if too many bytes are in flight.
 const BUSY_RETRY_S: &str = "1";
-/// What a client is told to wait when the stream is out of reach, in seconds.
+/// `Retry-After` in seconds if the stream cannot be reached.
 const STREAM_RETRY_S: &str = "5";
 
-/// The intake's port cannot be opened.
+/// Error: the intake port cannot be opened.
 #[derive(Debug, thiserror::Error)]
 #[error(
     "failed to open the intake port {address}: {cause}; another process has it: set `listen` under \
@@ -68,7 +68,7 @@ pub struct IntakeError {
     cause: std::io::Error,
 }
 
-/// An open port.
+/// An open intake port, not served yet.
 pub struct IntakePort {
     listener: TcpListener,
     address: SocketAddr,
@@ -82,10 +82,10 @@ pub struct Intake {
 }
 
 impl IntakePort {
-    /// Opens the port; requests wait until [`IntakePort::serve`].
+    /// Opens the port. Requests wait until [`IntakePort::serve`].
     ///
     /// # Errors
-    /// [`IntakeError`] when it is in use.
+    /// [`IntakeError`] if the port is in use.
     #[boxed]
     pub async fn open(
         config: &IntakeConfig,
@@ -97,12 +97,12 @@ impl IntakePort {
         Ok(Self { listener, address, config: config.clone(), deadlines })
     }
 
-    /// The address, with the port that was chosen if it was 0.
+    /// Returns the address; port 0 is replaced by the chosen port.
     pub fn address(&self) -> SocketAddr {
         self.address
     }
 
-    /// Serves until `stop`; requests in hand are answered then.
+    /// Serves until `stop`, and still answers the requests in progress.
     pub fn serve(self, writer: StreamWriter, stop: CancellationToken) -> Intake {
         let (submissions, submitted) = mpsc::channel(SUBMISSIONS_MAX);
         let (failing_shown, failing) = watch::channel(None);
@@ -110,7 +110,7 @@ impl IntakePort {
         let rules = PortRules {
             name: "intake",
             connections_max: self.config.connections_max,
-            // It listens on loopback alone, where peers are not told apart.
+            // The intake listens on loopback only, where peers cannot be distinguished.
             per_peer_max: None,
             deadlines: self.deadlines,
             buffer_bytes_max: Some(BUFFER_BYTES_MAX),
@@ -135,16 +135,16 @@ impl IntakePort {
 }
 
 impl Intake {
-    /// Waits until it has stopped and every request in hand is answered, until the time of the end is
-    /// over at most.
+    /// Waits until the intake has stopped and all requests in progress are answered, at most until the end of
+    /// the stop's time.
     pub async fn finished(self, stop: &Stop) {
         if stop.until_over(self.served).await.is_none() {
-            tracing::warn!("requests were still in hand; they were not answered");
+            tracing::warn!("the intake ended with unanswered requests");
         }
     }
 }
 
-/// What handlers share.
+/// State that the handlers share.
 #[derive(Clone)]
 struct Door {
     config: Arc<IntakeConfig>,
@@ -154,7 +154,7 @@ struct Door {
     stop: CancellationToken,
 }
 
-/// A request that is not answered 200.
+/// Reason for an answer other than 200.
 enum Turned {
     Bad(BadEvents),
     Encoded { found: String },
@@ -169,7 +169,7 @@ enum Turned {
     Stopping,
 }
 
-/// Answers anybody, so it says no more than whether puts succeed; the cause is in the log.
+/// Serves health to any caller, so it says only whether puts succeed. The cause is in the log.
 async fn health(State(door): State<Door>) -> Response {
     let is_failing = door.failing.borrow().is_some();
     match door.stop.is_cancelled() || is_failing {
@@ -189,7 +189,7 @@ async fn take(State(door): State<Door>, headers: HeaderMap, body: Body) -> Respo
     response
 }
 
-/// Answers a browser that asks whether its page may send events.
+/// Answers a browser that asks whether its page may send events (a CORS preflight).
 async fn preflight(State(door): State<Door>, headers: HeaderMap) -> Response {
     if let Err(turned) = door.refuse_pages(&headers) {
         return turned.into_response();
@@ -205,7 +205,7 @@ async fn preflight(State(door): State<Door>, headers: HeaderMap) -> Response {
 }
 
 impl Door {
-    /// Takes a request in until the stream has its records; gives their number.
+    /// Handles a request until the stream has its records. Returns their number.
     async fn take(&self, headers: &HeaderMap, body: Body) -> Result<usize, Turned> {
         if self.stop.is_cancelled() {
             return Err(Turned::Stopping);
@@ -215,10 +215,10 @@ impl Door {
         refuse_codings(headers)?;
         let (body, mut reserved) = self.body(headers, body).await?;
         let shape = Shape::of(headers);
-        // Each record has the header's key for itself.
+        // Each record has its own copy of the header's key.
         let record_overhead = RECORD_OVERHEAD_BYTES + events::header_key_bytes(headers);
         let overhead = events::records_max(shape, &body).saturating_mul(record_overhead);
-        // A single record is taken whatever it costs beside its bytes.
+        // A single record is accepted whatever its overhead.
         if overhead > record_overhead {
             let bytes_max = self.arrivals.bytes_max();
             if body.len().saturating_add(overhead) > bytes_max {
@@ -242,8 +242,8 @@ impl Door {
         }
     }
 
-    /// Reads a body within its limit, its bytes reserved as they arrive: what is declared and not sent costs
-    /// nobody else anything.
+    /// Reads a body up to its limit and reserves bytes as they arrive. Bytes that are declared but not sent
+    /// take no room from other requests.
     async fn body(&self, headers: &HeaderMap, mut body: Body) -> Result<(Bytes, Permit), Turned> {
         let bytes_max = self.config.body_bytes_max.min(self.arrivals.bytes_max());
         let declared = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok());
@@ -274,8 +274,8 @@ impl Door {
         }
     }
 
-    /// Refuses what a page in a browser sends whose origin is not configured. The `Host` says nothing here:
-    /// it is the proxy's.
+    /// Refuses requests from web pages whose origin is not configured. The `Host` header is not checked,
+    /// because it is the proxy's.
     fn refuse_pages(&self, headers: &HeaderMap) -> Result<(), Turned> {
         let allowed = &self.config.origins;
         let is_allowed = |origin: &HeaderValue| {
@@ -289,7 +289,7 @@ impl Door {
         }
     }
 
-    /// Lets a page read the answer, which its browser would keep from it otherwise.
+    /// Allows the page to read the answer; without this header its browser would hide it.
     fn allow_origin(&self, headers: &HeaderMap, response: &mut Response) {
         if let Some(origin) = headers.get(ORIGIN)
             && self.refuse_pages(headers).is_ok()
@@ -300,7 +300,7 @@ impl Door {
     }
 }
 
-/// Why a body did not arrive.
+/// Converts a body's read error into the reason for the answer.
 fn cut(error: axum::Error) -> Turned {
     let error = error.into_inner();
     match error.downcast_ref::<BodyLate>() {
@@ -309,8 +309,8 @@ fn cut(error: axum::Error) -> Turned {
     }
 }
 
-/// Refuses a body that is compressed: stored as it is, it would reach the stream as bytes that no plugin
-/// expects. `identity` says that nothing was done to it (RFC 9110, section 8.4).
+/// Refuses a compressed body. Stored unchanged, it would reach the stream as bytes that no plugin expects.
+/// `identity` means no encoding (RFC 9110, section 8.4).
 fn refuse_encodings(headers: &HeaderMap) -> Result<(), Turned> {
     let mut found = listed(headers, CONTENT_ENCODING);
     found.retain(|one| !one.eq_ignore_ascii_case("identity"));
@@ -320,8 +320,8 @@ fn refuse_encodings(headers: &HeaderMap) -> Result<(), Turned> {
     }
 }
 
-/// Refuses a transfer coding other than `chunked` alone. The server undoes that one; any other would be stored as
-/// it is, as a compressed body would (RFC 9112, section 6.1).
+/// Refuses transfer codings other than `chunked`. The server decodes only that one; a body with another coding
+/// would be stored undecoded (RFC 9112, section 6.1).
 fn refuse_codings(headers: &HeaderMap) -> Result<(), Turned> {
     let found = listed(headers, TRANSFER_ENCODING);
     match &found[..] {
@@ -331,7 +331,7 @@ fn refuse_codings(headers: &HeaderMap) -> Result<(), Turned> {
     }
 }
 
-/// The members of a header that is a list. Several such headers are one list.
+/// Returns the members of a list header. Several headers of the same name form one list.
 fn listed(headers: &HeaderMap, name: HeaderName) -> Vec<String> {
     let members = headers.get_all(name).iter().flat_map(|value| {
         let listed = String::from_utf8_lossy(value.as_bytes()).into_owned();
@@ -366,51 +366,52 @@ impl IntoResponse for Turned {
             ),
             Self::Bad(bad) => (StatusCode::BAD_REQUEST, None, bad.to_string()),
             Self::Cut(cause) => {
-                (StatusCode::BAD_REQUEST, None, format!("the body did not arrive: {cause}"))
+                (StatusCode::BAD_REQUEST, None, format!("failed to read the body: {cause}"))
             }
             Self::Page { origin } => (
                 StatusCode::FORBIDDEN,
                 None,
                 format!(
                     "unknown origin {origin:?}: expected one of `origins` under [intake], or a request that \
-                     comes from no page in a browser"
+                     does not come from a web page"
                 ),
             ),
             Self::Slow(cause) => (StatusCode::REQUEST_TIMEOUT, None, cause),
             Self::Large { bytes_max } => (
                 StatusCode::PAYLOAD_TOO_LARGE,
                 None,
-                format!("the body has more than {bytes_max} bytes; send it in parts"),
+                format!("the body is too large: expected at most {bytes_max} bytes; send it in parts"),
             ),
             Self::Many { records_max } => (
                 StatusCode::PAYLOAD_TOO_LARGE,
                 None,
-                format!("the body has more than {records_max} lines; send it in parts"),
+                format!("the body has too many lines: expected at most {records_max}; send it in parts"),
             ),
             Self::Busy => (
                 StatusCode::TOO_MANY_REQUESTS,
                 Some(BUSY_RETRY_S),
-                "too many bytes are on their way to the stream; send it again later".to_owned(),
+                "too many bytes in flight to the stream; try again later".to_owned(),
             ),
             Self::Refused(SubmissionRefusal::Records(cause)) => {
                 (StatusCode::UNPROCESSABLE_ENTITY, None, cause)
             }
-            // Why is for the log: a server's words may name accounts, and this port answers everybody.
+            // The cause goes to the log: the text of a server may name accounts, and this port answers any
+            // caller.
             Self::Refused(SubmissionRefusal::Stream(_)) => (
                 StatusCode::SERVICE_UNAVAILABLE,
                 Some(STREAM_RETRY_S),
-                "the stream does not take events now, the intake's log says why; send them again later"
+                "the stream does not accept events now (see the intake's log for the cause); try again later"
                     .to_owned(),
             ),
             Self::Stopping => (
                 StatusCode::SERVICE_UNAVAILABLE,
                 Some(STREAM_RETRY_S),
-                "the intake is stopping; send it again to another, or later".to_owned(),
+                "the intake is stopping; try another instance, or try again later".to_owned(),
             ),
         };
         let mut response = json(status, serde_json::json!({ "error": error }));
         if status == StatusCode::UNSUPPORTED_MEDIA_TYPE {
-            // RFC 9110, section 15.5.16: this says which encodings would do.
+            // RFC 9110, section 15.5.16: this header names the encodings that are accepted.
             response.headers_mut().insert(ACCEPT_ENCODING, http_value("identity"));
         }
         if let Some(seconds) = retry {

@@ -1,13 +1,13 @@
-//! Files of the project that the binary carries: the plugin interface, the libraries of languages that are
-//! built here, and what a new plugin's folder begins with.
+//! Files of the project that are compiled into the binary: the plugin interface, the libraries of languages
+//! that are built here, and the templates of new plugins.
 
-/// The files of the interface's package.
+/// Files of the WIT package.
 pub(crate) const WIT: [(&str, &str); 2] = [
     ("plugin.wit", include_str!("../../../wit/0.1.0/plugin.wit")),
     ("capabilities.wit", include_str!("../../../wit/0.1.0/capabilities.wit")),
 ];
 
-/// The modules of the Python library, by the name of their file.
+/// Modules of the Python library, by file name.
 pub(crate) const PYTHON_LIBRARY: [(&str, &str); 7] = [
     ("shardmill.py", include_str!("../../../plugins/sdk-python/shardmill.py")),
     ("shardmill_log.py", include_str!("../../../plugins/sdk-python/shardmill_log.py")),
@@ -18,7 +18,7 @@ pub(crate) const PYTHON_LIBRARY: [(&str, &str); 7] = [
     ("shardmill_http.py", include_str!("../../../plugins/sdk-python/shardmill_http.py")),
 ];
 
-/// The files of the JavaScript library: what a plugin imports as `shardmill` and `shardmill/NAME`.
+/// Files of the JavaScript library, which plugins import as `shardmill` and `shardmill/NAME`.
 pub(crate) const JS_LIBRARY: [(&str, &str); 8] = [
     ("package.json", include_str!("../../../plugins/sdk-js/package.json")),
     ("shardmill.js", include_str!("../../../plugins/sdk-js/shardmill.js")),
@@ -30,41 +30,41 @@ pub(crate) const JS_LIBRARY: [(&str, &str); 8] = [
     ("http.js", include_str!("../../../plugins/sdk-js/http.js")),
 ];
 
-/// A path in a new plugin's folder and the text of its file.
+/// Path in a new plugin's folder, and text of the file.
 pub(crate) type File = (&'static str, &'static str);
 
-/// The files of a language's template, by their paths; each text is in the binary.
+/// Lists the files of a language's template, with their texts.
 macro_rules! files {
     ($folder:literal: $($path:literal),+ $(,)?) => {
         &[$(($path, include_str!(concat!("../templates/", $folder, "/", $path)))),+]
     };
 }
 
-/// The files of a language's library, from their folder in the project to the one in the plugin.
+/// Lists the files of a language's library, from a folder of the project to a folder of the plugin.
 macro_rules! library {
     ($from:literal => $to:literal: $($path:literal),+ $(,)?) => {
         &[$((concat!($to, "/", $path), include_str!(concat!("../../../", $from, "/", $path)))),+]
     };
 }
 
-/// A language's plugin.
+/// Template of a plugin in one language.
 pub(crate) struct LanguageTemplate {
-    /// What the author reads and changes. `{{name}}` in it is the plugin's name.
+    /// Files that the author reads and changes. `{{name}}` is replaced by the plugin's name.
     pub(crate) own: &'static [File],
-    /// What the plugin is written with, as it is.
+    /// Library of the language, copied unchanged.
     pub(crate) library: &'static [&'static [File]],
 }
 
-/// What all languages leave out of version control.
+/// Files that plugins of all languages exclude from version control.
 pub(crate) const GITIGNORE: File =
     (".gitignore", "*.wasm\n/state/\n/target/\n/node_modules/\n/.venv/\n");
 
-/// The template of a Rust plugin.
+/// Template of a Rust plugin.
 pub(crate) const RUST: LanguageTemplate = LanguageTemplate {
     own: files!("rust": "plugin.toml", "Cargo.toml", "src/lib.rs", "README.md",
         "tests/cases.toml", "pipeline.toml", "input.ndjson"),
     library: &[
-        // The versions that the project is tested with; cargo leaves out what is not used.
+        // The versions that the project is tested with. Cargo ignores entries that are not used.
         library!("plugins" => ".": "Cargo.lock"),
         library!("plugins/sdk" => "sdk/rust": "Cargo.toml", "src/batch.rs", "src/bindings.rs",
             "src/capability.rs", "src/describe.rs", "src/error.rs", "src/glue.rs", "src/lib.rs",
@@ -73,14 +73,14 @@ pub(crate) const RUST: LanguageTemplate = LanguageTemplate {
     ],
 };
 
-/// The template of a C plugin.
+/// Template of a C plugin.
 pub(crate) const C: LanguageTemplate = LanguageTemplate {
     own: files!("c": "plugin.toml", "plugin.c", "README.md", "tests/cases.toml", "pipeline.toml",
         "input.ndjson"),
     library: &[library!("plugins/sdk-c" => "sdk": "shardmill.h")],
 };
 
-/// The template of a Go plugin.
+/// Template of a Go plugin.
 pub(crate) const GO: LanguageTemplate = LanguageTemplate {
     own: files!("go": "plugin.toml", "go.mod", "main.go", "README.md", "tests/cases.toml",
         "pipeline.toml", "input.ndjson"),
@@ -89,16 +89,16 @@ pub(crate) const GO: LanguageTemplate = LanguageTemplate {
     ],
 };
 
-/// The template of a JavaScript plugin.
+/// Template of a JavaScript plugin.
 pub(crate) const JS: LanguageTemplate = LanguageTemplate {
     own: files!("js": "plugin.toml", "plugin.js", "package.json", "jsconfig.json", "README.md",
         "tests/cases.toml", "pipeline.toml", "input.ndjson"),
-    // The library itself is in the binary: what is written is for editors.
+    // The library itself is in the binary. These files are for editors only.
     library: &[library!("plugins/sdk-js" => "types": "shardmill.d.ts", "log.d.ts", "metrics.d.ts",
             "lookup.d.ts", "clock.d.ts", "random.d.ts", "http.d.ts")],
 };
 
-/// The template of a Python plugin.
+/// Template of a Python plugin.
 pub(crate) const PYTHON: LanguageTemplate = LanguageTemplate {
     own: files!("python": "plugin.toml", "plugin.py", "README.md", "tests/cases.toml",
         "pipeline.toml", "input.ndjson"),

@@ -1,4 +1,4 @@
-//! How fast a plugin is: `shardmill plugin bench`.
+//! Measurement of a plugin's speed: `shardmill plugin bench`.
 
 use std::time::{Duration, Instant};
 
@@ -6,43 +6,43 @@ use serde::Serialize;
 
 use super::{TrialError, TrialRecord, Workbench};
 
-/// Instances that are started to see how long that takes.
+/// Instances started to measure the start time.
 const STARTS: usize = 11;
 /// Bars of the histogram.
 const BARS: usize = 10;
 /// Characters of the longest bar.
 const BAR_CHARS: usize = 40;
 
-/// What was measured.
+/// Result of a measurement.
 #[derive(Clone, Debug, Serialize)]
 pub struct Measured {
-    /// Records of a call.
+    /// Records per call.
     pub batch_records: usize,
-    /// Calls measured.
+    /// Number of measured calls.
     pub calls: usize,
-    /// Nanoseconds per record in the median call, the 10th and the 90th of a hundred.
+    /// Nanoseconds per record: median over the calls. The fields below are the 10th and 90th percentile.
     pub ns_per_record: f64,
     /// See `ns_per_record`.
     pub ns_per_record_p10: f64,
     /// See `ns_per_record`.
     pub ns_per_record_p90: f64,
-    /// Records in a second, at the median.
+    /// Records per second, at the median.
     pub records_per_s: f64,
-    /// Payload bytes in a second, at the median, in MiB.
+    /// Payload MiB per second, at the median.
     pub mib_per_s: f64,
     /// Linear memory of the instance at the end, in bytes.
     pub memory_bytes: usize,
-    /// Microseconds to make and configure an instance, in the median.
+    /// Median time to make and configure an instance, in microseconds.
     pub start_us: f64,
-    /// The calls' times per record, in nanoseconds, ascending.
+    /// Times per record of all calls, in nanoseconds, ascending.
     #[serde(skip)]
     times_ns: Vec<f64>,
 }
 
-/// Calls the plugin with batches of `records` for so long.
+/// Calls the plugin with batches of `records` for the given duration.
 ///
 /// # Errors
-/// [`TrialError`] when it does not start or a call fails.
+/// [`TrialError`] if the plugin does not start or a call fails.
 pub fn run(
     workbench: &Workbench,
     config_json: &str,
@@ -53,7 +53,7 @@ pub fn run(
     for _ in 0..STARTS {
         let begun = Instant::now();
         workbench.start(config_json)?;
-        // Beside the instance that stays, the start makes one that is only asked what it is.
+        // A start makes two instances: one is only asked for its descriptor, the other one stays.
         starts_us.push(begun.elapsed().as_secs_f64() * 1e6 / 2.0);
     }
     let mut trial = workbench.start(config_json)?;
@@ -89,8 +89,8 @@ pub fn run(
 }
 
 impl Measured {
-    /// How the calls' times are spread: a bar for each tenth of the way from the fastest call to the
-    /// one that 99 of 100 are faster than. Slower ones are in the last.
+    /// Draws a histogram of the calls' times. Its bars divide the range from the fastest call to the 99th
+    /// percentile into ten parts. Slower calls are in the last bar.
     pub fn histogram(&self) -> String {
         let last = self.times_ns[(self.times_ns.len() - 1) * 99 / 100];
         let first = self.times_ns[0];

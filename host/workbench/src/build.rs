@@ -1,7 +1,7 @@
-//! Builds a plugin's folder into a component, by its language's own tools.
+//! Builds a plugin's folder into a component, with the tools of its language.
 //!
-//! Tools are found, never fetched, and get a cleaned environment ([`tool`]). Each language has a module
-//! here that knows its tool and says how to get it; what all share is below.
+//! Tools are found, never downloaded, and get a cleaned environment ([`tool`]). Each language has a module here
+//! that knows its tool and says how to install it. What all languages share is below.
 
 mod c;
 mod componentize;
@@ -28,31 +28,31 @@ use shardmill_core::private::Reach;
 /// A plugin that was built.
 #[derive(Debug)]
 pub struct BuiltPlugin {
-    /// Where the component is.
+    /// Path of the component.
     pub component: PathBuf,
-    /// The component's size in bytes.
+    /// Size of the component in bytes.
     pub component_bytes: u64,
 }
 
-/// Why a plugin was not built.
+/// Reason why a plugin was not built.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum PluginBuildError {
-    /// The folder is no plugin's.
+    /// The folder is not a plugin's folder.
     #[error(transparent)]
     Manifest(#[from] ManifestError),
     /// There is no crate.
-    #[error("{dir} holds no Cargo.toml: name the folder of a plugin crate")]
+    #[error("missing Cargo.toml in {dir}: name the folder of a plugin crate")]
     NoCrate {
         /// The folder.
         dir: PathBuf,
     },
     /// There is nothing to compile.
-    #[error("{dir} holds nothing to compile: {expected} is due")]
+    #[error("nothing to compile in {dir}: expected {expected}")]
     NoSources {
         /// The folder.
         dir: PathBuf,
-        /// What the language's plugins have.
+        /// Files that plugins of this language must have.
         expected: &'static str,
     },
     /// A tool cannot be run.
@@ -60,9 +60,9 @@ pub enum PluginBuildError {
     Tool {
         /// The command.
         tool: String,
-        /// What the system said.
+        /// Error of the system.
         cause: io::Error,
-        /// How to get it.
+        /// Advice on how to install it.
         remedy: &'static str,
     },
     /// The compiler lacks the library for the target.
@@ -71,47 +71,47 @@ pub enum PluginBuildError {
          {TARGET}`, or set RUSTC to a compiler that has it"
     )]
     TargetMissing {
-        /// The compiler asked.
+        /// The compiler that was asked.
         rustc: String,
-        /// Where it would be.
+        /// Folder where the library was expected.
         looked_in: PathBuf,
     },
-    /// The plugin does not compile; the tool has said why on standard error.
+    /// The plugin does not compile; the tool has printed the errors to standard error.
     #[error("failed to compile the plugin in {dir}: `{tool}` ended with {status}")]
     Compile {
         /// The plugin's folder.
         dir: PathBuf,
         /// The command.
         tool: String,
-        /// How it ended.
+        /// Exit status of the tool.
         status: ExitStatus,
     },
-    /// The crate compiles to no module.
+    /// The crate does not compile to a module.
     #[error(
-        "the crate in {dir} compiles to no WebAssembly module: its Cargo.toml needs `[lib]` with \
+        "the crate in {dir} does not compile to a WebAssembly module: its Cargo.toml needs `[lib]` with \
          `crate-type = [\"cdylib\", \"rlib\"]`"
     )]
     NoModule {
         /// The crate's folder.
         dir: PathBuf,
     },
-    /// The module cannot be made a component.
-    #[error("failed to make {module} a component: {cause}")]
+    /// The module cannot be converted to a component.
+    #[error("failed to convert {module} to a component: {cause}")]
     Componentize {
         /// The module.
         module: PathBuf,
-        /// Why.
+        /// Cause.
         cause: ComponentizeError,
     },
-    /// Another user decides what the tool runs.
+    /// Another user controls settings that the tool follows.
     #[error(
-        "refused to build: cargo would follow {}, and {reach}; remove that file, or build in another folder",
+        "refused to build: cargo would read {}, and {reach}; remove that file, or build in another folder",
         .file.display()
     )]
     ForeignSettings {
-        /// The file with settings.
+        /// The settings file.
         file: PathBuf,
-        /// How another user can change it.
+        /// Way in which another user can change it.
         reach: Reach,
     },
     /// A file cannot be read or written.
@@ -121,23 +121,23 @@ pub enum PluginBuildError {
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// The file.
         cause: io::Error,
     },
 }
 
-/// Builds the plugin in `dir` and writes its component to `out`, whose folder is made if needed;
-/// without `out`, to `NAME.wasm` in `dir`. The tools report on standard error.
+/// Builds the plugin in `dir` and writes its component to `out`, whose folder is created if necessary. Without
+/// `out`, writes to `NAME.wasm` in `dir`. The tools print to standard error.
 ///
 /// # Errors
 ///
-/// If a tool is missing, or the plugin does not compile. `out` is then as it was.
+/// A tool is missing, or the plugin does not compile. `out` is then unchanged.
 pub fn build_plugin(dir: &Path, out: Option<&Path>) -> Result<BuiltPlugin, PluginBuildError> {
     build(dir, out, Haste::No)
 }
 
-/// The same in less time, for a plugin under work: it may be slower and larger, and other bytes each
-/// time.
+/// Builds like [`build_plugin`], but faster, for `shardmill dev`. The component may be slower and larger, and
+/// its bytes may differ each time.
 ///
 /// # Errors
 ///
@@ -146,7 +146,7 @@ pub fn build_plugin_in_haste(dir: &Path, out: &Path) -> Result<BuiltPlugin, Plug
     build(dir, Some(out), Haste::Yes)
 }
 
-/// Whether the build's own time counts more than what it makes.
+/// Whether a short build matters more than a fast component.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Haste {
     Yes,
@@ -170,10 +170,10 @@ fn build(dir: &Path, out: Option<&Path>, haste: Haste) -> Result<BuiltPlugin, Pl
     Ok(BuiltPlugin { component: out, component_bytes: component.len() as u64 })
 }
 
-/// Mode of a component that is written, but for what the umask takes away.
+/// Mode of a written component, before the umask.
 const COMPONENT_MODE: u32 = 0o666;
 
-/// Runs a tool in `dir`, its output going to standard error; `remedy` says how to get it.
+/// Runs a tool in `dir` with its output on standard error. `remedy` says how to install it.
 fn compile(
     dir: &Path,
     command: &mut Command,
@@ -194,14 +194,15 @@ fn compile(
     }
 }
 
-/// Writes next to `out` and renames, so that a reader never sees half a component.
+/// Writes to a temporary file next to `out` and renames it, so that a reader never sees half a component.
 fn write_whole(out: &Path, bytes: &[u8]) -> Result<(), PluginBuildError> {
     let failed = file_error("write", out);
     let folder = match out.parent() {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
-    // With a name that nobody can foresee and put a link under. Others may read a component.
+    // The temporary name is random, so that nobody can place a link at it in advance. Others may read a
+    // component.
     let mut partial = tempfile::Builder::new();
     partial.permissions(fs::Permissions::from_mode(COMPONENT_MODE));
     let write = || {

@@ -1,6 +1,6 @@
-//! Real records as cases: from a pipeline's stream, or from its dead letters.
+//! Makes test cases from real records, of a pipeline's stream or of its dead letters.
 //!
-//! A case holds one record, and expects what the plugin makes of it now.
+//! A case has one record, and expects the plugin's current outputs for it.
 
 use std::fmt::Write as _;
 use std::path::Path;
@@ -15,26 +15,26 @@ use shardmill_core::record::{SequenceNumber, ShardId, ShardKey, ShardStart};
 use shardmill_core::source::{NextBatch, ResumePoint, ShardSource, Waiting};
 use shardmill_engine::stage::written;
 
-/// Records that one capture takes: cases are read by people.
+/// Maximum records of one capture: people read cases.
 pub const RECORDS_MAX: usize = 10_000;
 
-/// Records of one shard, both ends included.
+/// A range of records of one shard, both ends inclusive.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct SequenceRange {
     /// The shard.
     pub shard: ShardId,
-    /// The first record.
+    /// Sequence number of the first record.
     pub from: SequenceNumber,
-    /// The last record.
+    /// Sequence number of the last record.
     pub to: SequenceNumber,
 }
 
 impl std::str::FromStr for SequenceRange {
     type Err = String;
 
-    /// Reads `SHARD:SEQUENCE..SEQUENCE`, or `SHARD:SEQUENCE` for one record.
+    /// Parses `SHARD:SEQUENCE..SEQUENCE`, or `SHARD:SEQUENCE` for one record.
     fn from_str(text: &str) -> Result<Self, String> {
-        let form = "write SHARD:SEQUENCE..SEQUENCE, such as shardId-000000000000:4958..4960";
+        let form = "expected SHARD:SEQUENCE..SEQUENCE, such as shardId-000000000000:4958..4960";
         let (shard, range) = text.split_once(':').ok_or(form)?;
         let (from, to) = range.split_once("..").unwrap_or((range, range));
         let sequence =
@@ -50,7 +50,7 @@ impl std::str::FromStr for SequenceRange {
 /// Reads the records of a range that the stream still has.
 ///
 /// # Errors
-/// When the stream cannot be read.
+/// The stream cannot be read.
 #[boxed]
 pub async fn from_stream(
     source: &dyn ShardSource,
@@ -88,20 +88,21 @@ pub async fn from_stream(
     Ok(records)
 }
 
-/// Cases of records, and how many records were left out because rules could not be applied to them.
+/// Captured cases, and the number of records that were left out because redaction rules could not be applied to
+/// them.
 pub struct Captured {
     /// The cases as lines of NDJSON.
     pub lines: String,
-    /// Cases made.
+    /// Number of cases.
     pub cases: usize,
-    /// Records left out.
+    /// Number of records left out.
     pub unredacted: usize,
 }
 
 /// Makes a case of each record.
 ///
 /// # Errors
-/// When a case cannot be written as JSON.
+/// A case cannot be written as JSON.
 pub fn to_cases(
     workbench: &Workbench,
     config: &StageText,
@@ -144,7 +145,7 @@ fn input(record: &TrialRecord) -> CaseInput {
         ..CaseInput::default()
     };
     match written(&record.payload) {
-        // Only if it is written again as it was: a plugin may look at the bytes.
+        // Only if serialising gives the same bytes again: a plugin may look at the bytes.
         ("json", value) if value.to_string().as_bytes() == &record.payload[..] => {
             input.json = Some(value);
         }
@@ -154,16 +155,16 @@ fn input(record: &TrialRecord) -> CaseInput {
     input
 }
 
-/// Adds lines to a file of cases, which is made if needed.
+/// Appends lines to a file of cases, which is created if necessary.
 ///
 /// # Errors
-/// The system's.
+/// The system's error.
 pub fn append(path: &Path, lines: &str) -> std::io::Result<()> {
     use std::io::Write as _;
     if let Some(folder) = path.parent() {
         std::fs::create_dir_all(folder)?;
     }
-    // Cases made of records hold what others must not read.
+    // Cases made of real records may contain data that others must not read.
     let mut file =
         shardmill_core::private::new_file_options().create(true).append(true).open(path)?;
     file.write_all(lines.as_bytes())

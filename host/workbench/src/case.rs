@@ -1,9 +1,9 @@
-//! Cases beside a plugin: what goes in, what must come out.
+//! Test cases beside a plugin: input records and expected outputs.
 //!
-//! In `tests/*.toml` a case is a `[[case]]`; in `tests/*.ndjson` it is a line, a JSON object with the
-//! same members. A payload is given as `text`, `base64`, `json` or `file`. `json` among the outputs is
-//! compared as a value, everything else byte by byte. An output without a payload stands for the
-//! record as it came in. A case whose outputs and rejects are empty says that all is filtered.
+//! In `tests/*.toml` a case is a `[[case]]`; in `tests/*.ndjson` it is a line, a JSON object with the same
+//! members. A payload is given as `text`, `base64`, `json` or `file`. An output's `json` is compared as a
+//! value, everything else byte by byte. An output without a payload stands for the unchanged record. A case
+//! without outputs and rejects expects that all records are filtered.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -21,51 +21,52 @@ use shardmill_core::record::SequenceNumber;
 /// A file of cases.
 #[derive(Clone, Debug)]
 pub struct CaseFile {
-    /// The file.
+    /// Path of the file.
     pub path: PathBuf,
     /// Its cases, in order.
     pub cases: Vec<Case>,
 }
 
-/// What one configuration makes of some records.
+/// Records, a configuration, and the expected result.
 #[derive(Clone, Debug, Deserialize, Serialize)]
 #[serde(from = "RawCase", into = "RawCase")]
 pub struct Case {
-    /// What it shows.
+    /// Name of the case.
     pub name: String,
-    /// The plugin's configuration; absent: that of the file, or `{}`.
+    /// Configuration of the plugin; absent: that of the file, or `{}`.
     pub config: Option<Value>,
-    /// The records, run as one batch.
+    /// The records, processed as one batch.
     pub input: Vec<CaseInput>,
-    /// What must become of them.
+    /// Expected result.
     pub expected: Expectation,
     /// The same records with other configurations.
     pub variant: Vec<Variant>,
 }
 
-/// The records of a case under another configuration.
+/// The records of a case with another configuration.
 #[derive(Clone, Debug)]
 pub struct Variant {
-    /// What is different.
+    /// Name of the variant.
     pub name: String,
     /// The configuration.
     pub config: Value,
-    /// What must become of the records.
+    /// Expected result.
     pub expected: Expectation,
 }
 
-/// What must become of a case's records.
+/// Expected result of a case's records.
 #[derive(Clone, Debug, Default)]
 pub struct Expectation {
-    /// The outputs, in order.
+    /// Expected outputs, in order.
     pub output: Vec<CaseOutput>,
-    /// The records that are rejected, in order.
+    /// Expected rejected records, in order.
     pub reject: Vec<CaseReject>,
-    /// The configuration is refused, or the whole batch fails, and the reason contains this.
+    /// Expected failure: the configuration is refused, or the whole batch fails, with a reason that contains
+    /// this text.
     pub fails: Option<String>,
 }
 
-/// A case as it is written: an expectation's members stand beside the others.
+/// A case as written in files: the members of the expectation are at the same level as the others.
 #[derive(Clone, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 struct RawCase {
@@ -122,7 +123,7 @@ impl From<Case> for RawCase {
     }
 }
 
-/// One record that goes in.
+/// An input record.
 #[derive(Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct CaseInput {
@@ -135,27 +136,27 @@ pub struct CaseInput {
     /// The payload as JSON, written without spaces.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub json: Option<Value>,
-    /// The payload is what this file holds; its path starts from the cases' folder.
+    /// The payload is the content of this file; the path is relative to the folder of the cases.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub file: Option<PathBuf>,
     /// The partition key; absent: `key`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub key: Option<String>,
-    /// The sequence number; absent: the record's number in the case, from 1.
+    /// The sequence number; absent: the number of the record in the case, from 1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub sequence: Option<String>,
-    /// When it arrived, in milliseconds since 1970; absent: a time in 2023.
+    /// Arrival time in milliseconds since 1970; absent: a time in 2023.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub arrived_ms: Option<u64>,
 }
 
-/// One record that must come out.
+/// An expected output.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq)]
 #[serde(deny_unknown_fields)]
 pub struct CaseOutput {
     /// The route's name.
     pub route: String,
-    /// The record that it is made of, from 0; absent: any.
+    /// Index of the record that it is made from, from 0; absent: any.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub input: Option<usize>,
     /// The partition key; absent: any.
@@ -172,14 +173,14 @@ pub struct CaseOutput {
     pub json: Option<Value>,
 }
 
-/// One record that must be rejected.
+/// An expected reject.
 #[derive(Clone, Debug, Default, Deserialize, Serialize, PartialEq, Eq)]
 #[serde(deny_unknown_fields)]
 pub struct CaseReject {
-    /// The record, from 0.
+    /// Index of the record, from 0.
     #[serde(default)]
     pub input: usize,
-    /// What its reason contains.
+    /// Text that the reason must contain.
     #[serde(default)]
     pub reason: String,
 }
@@ -187,22 +188,22 @@ pub struct CaseReject {
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct TomlCases {
-    /// For cases without a configuration of their own.
+    /// Configuration of cases that have none.
     config: Option<Value>,
     #[serde(default)]
     case: Vec<Case>,
 }
 
-/// Why cases cannot be read: one line with its place.
+/// Reason why cases cannot be read: one line with the place.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct CaseError(pub(super) String);
 
 impl CaseFile {
-    /// Reads a file of cases, by its extension.
+    /// Reads a file of cases; the format follows from its extension.
     ///
     /// # Errors
-    /// [`CaseError`] naming the place.
+    /// [`CaseError`] with the place.
     pub fn read(path: &Path) -> Result<Self, CaseError> {
         let shown = shardmill_core::escape::path(path);
         let text = fs::read_to_string(path)
@@ -210,7 +211,11 @@ impl CaseFile {
         let cases = match path.extension().and_then(|extension| extension.to_str()) {
             Some("toml") => toml_cases(path, &text)?,
             Some("ndjson") => ndjson_cases(path, &text)?,
-            _ => return Err(CaseError(format!("{shown}: cases are in .toml or .ndjson files"))),
+            _ => {
+                return Err(CaseError(format!(
+                    "{shown}: unsupported file of cases: expected .toml or .ndjson"
+                )));
+            }
         };
         for (index, case) in cases.iter().enumerate() {
             let malformed = |message| {
@@ -225,10 +230,10 @@ impl CaseFile {
         Ok(Self { path: path.to_owned(), cases })
     }
 
-    /// The files of cases in a plugin's `tests/`, by name; none if there is no such folder.
+    /// Returns the files of cases in a plugin's `tests/`, sorted by name; none if there is no such folder.
     ///
     /// # Errors
-    /// When the folder cannot be read.
+    /// The folder cannot be read.
     pub fn in_folder(plugin: &Path) -> Result<Vec<PathBuf>, CaseError> {
         let folder = plugin.join("tests");
         if !folder.is_dir() {
@@ -275,18 +280,18 @@ fn ndjson_cases(path: &Path, text: &str) -> Result<Vec<Case>, CaseError> {
 }
 
 impl Case {
-    /// The configuration as JSON text. `${NAME}` in it is replaced where the environment has that variable:
-    /// captured cases keep the variables of their pipeline, not the values.
+    /// Returns the configuration as JSON text. `${NAME}` is replaced if the environment has that variable:
+    /// captured cases contain the names of their pipeline's variables, not the values.
     pub fn config_json(&self) -> String {
         let Some(mut config) = self.config.clone() else { return "{}".to_owned() };
         substitute_set(&mut config, &environment);
         config.to_string()
     }
 
-    /// The records; `file` is where the cases are.
+    /// Returns the records. `file` is the path of the case file.
     ///
     /// # Errors
-    /// What is wrong with one of them.
+    /// A description of the first invalid record.
     pub fn records(&self, file: &Path) -> Result<Vec<TrialRecord>, String> {
         let folder = file.parent().unwrap_or(Path::new(""));
         let record = |(index, input): (usize, &CaseInput)| {
@@ -317,7 +322,7 @@ impl CaseInput {
                 let bytes = fs::read(&file);
                 bytes.map(Bytes::from).map_err(|error| format!("{}: {error}", file.display()))
             }
-            _ => Err("give the payload as one of text, base64, json, file".into()),
+            _ => Err("expected the payload as one of text, base64, json, file".into()),
         }
     }
 }
@@ -327,42 +332,42 @@ impl Expectation {
         for (index, output) in self.output.iter().enumerate() {
             output.payload().map_err(|cause| format!("output {index}: {cause}"))?;
             if output.input.is_some_and(|input| input >= inputs) {
-                return Err(format!("output {index} is of an input that is not there"));
+                return Err(format!("output {index}: unknown input: the case has {inputs} inputs"));
             }
         }
         if self.reject.iter().any(|reject| reject.input >= inputs) {
-            return Err("a reject is of an input that is not there".into());
+            return Err(format!("a reject has an unknown input: the case has {inputs} inputs"));
         }
         if self.fails.is_some() && !(self.output.is_empty() && self.reject.is_empty()) {
-            return Err("what fails has neither outputs nor rejects".into());
+            return Err("a case with `fails` cannot have outputs or rejects".into());
         }
         Ok(())
     }
 }
 
-/// The payload that an output must have.
+/// Expected payload of an output.
 #[derive(Debug)]
 pub enum ExpectedPayload {
-    /// The record's own.
+    /// The record's own payload, unchanged.
     AsItCame,
-    /// These bytes.
+    /// Exactly these bytes.
     Bytes(Bytes),
-    /// JSON of this value.
+    /// JSON with this value.
     Json(Value),
 }
 
 impl CaseOutput {
-    /// The payload that is due.
+    /// Returns the expected payload.
     ///
     /// # Errors
-    /// If several forms are given, or the base64 is none.
+    /// Several forms are given, or the base64 is invalid.
     pub fn payload(&self) -> Result<ExpectedPayload, String> {
         match (&self.text, &self.base64, &self.json) {
             (None, None, None) => Ok(ExpectedPayload::AsItCame),
             (Some(text), None, None) => Ok(ExpectedPayload::Bytes(text.clone().into())),
             (None, Some(base64), None) => decode(base64).map(ExpectedPayload::Bytes),
             (None, None, Some(json)) => Ok(ExpectedPayload::Json(json.clone())),
-            _ => Err("give the payload as one of text, base64, json".into()),
+            _ => Err("expected the payload as one of text, base64, json".into()),
         }
     }
 }
@@ -406,9 +411,11 @@ mod tests {
         assert!(said("a.toml", "x = 7").contains("a.toml:1:1: unknown field `x`"));
         assert!(said("a.ndjson", "\n{\"name\":7}").contains("a.ndjson:2:"));
         let two = "[[case]]\nname = \"c\"\n[[case.input]]\ntext = \"a\"\nbase64 = \"b\"";
-        assert!(said("a.toml", two).contains("case 1 (c): input 0: give the payload as one of"));
+        assert!(
+            said("a.toml", two).contains("case 1 (c): input 0: expected the payload as one of")
+        );
         let none = "[[case]]\nname = \"c\"\n[[case.reject]]\n";
-        assert!(said("a.toml", none).contains("not there"));
+        assert!(said("a.toml", none).contains("unknown input"));
     }
 
     #[test]

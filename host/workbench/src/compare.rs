@@ -1,4 +1,4 @@
-//! What was expected of a case against what was found, as a difference that people can read.
+//! Comparison of the expected and the found result of a case, as a difference that people can read.
 
 use std::fmt::Write as _;
 
@@ -9,18 +9,18 @@ use super::case::{Case, CaseOutput, Expectation, ExpectedPayload};
 use super::{TrialError, TrialRecord, Workbench};
 use shardmill_engine::stage::{Difference, Fate, show_json, show_payload, written};
 
-/// How one case, or one variant of it, went.
+/// Result of one case, or of one variant of it.
 #[derive(Debug)]
 pub struct CaseVerdict {
-    /// The case's name, and after a slash the variant's.
+    /// Name of the case, followed by a slash and the name of the variant.
     pub name: String,
-    /// `None`: as expected. Else expected and found, line by line.
+    /// `None`: as expected. Otherwise expected and found, line by line.
     pub difference: Option<Difference>,
-    /// What was found, for `--update`.
+    /// Found result, for `--update`.
     pub found: CaseOutcome,
 }
 
-/// What a plugin made of a case's records.
+/// Result of a plugin for a case's records.
 #[derive(Clone, Debug)]
 pub enum CaseOutcome {
     /// One fate per record.
@@ -32,7 +32,7 @@ pub enum CaseOutcome {
 /// Runs a case and each of its variants, every one in a fresh instance.
 ///
 /// # Errors
-/// What is wrong with the case's records.
+/// A description of the first invalid record of the case.
 pub fn run(
     workbench: &Workbench,
     file: &std::path::Path,
@@ -65,7 +65,7 @@ fn judge(
     CaseVerdict { name, difference: difference(records, expected, &found), found }
 }
 
-/// An output as found, with what it is made of.
+/// A found output, with its origin.
 struct FoundOutput<'a> {
     input: usize,
     route: &'a str,
@@ -118,7 +118,7 @@ fn shown_expected(expected: &Expectation) -> String {
     text
 }
 
-/// What was found, in the words of the expectation wherever both agree.
+/// Formats what was found, in the words of the expectation where both agree.
 fn shown_found(
     records: &[TrialRecord],
     expected: &Expectation,
@@ -173,7 +173,7 @@ fn agrees(expected: &CaseOutput, found: &FoundOutput<'_>, records: &[TrialRecord
         && expected.key.as_ref().is_none_or(|key| key.as_bytes() == &found.key[..])
 }
 
-/// Equality of values: numbers by what they are, not by how they are written.
+/// Compares JSON values; numbers by value, not by spelling.
 fn same(one: &Value, two: &Value) -> bool {
     match (one, two) {
         (Value::Number(one), Value::Number(two)) => {
@@ -211,7 +211,7 @@ fn show_expected(text: &mut String, expected: &CaseOutput) {
     }
 }
 
-/// As [`show_expected`] does, with what the expectation leaves open left out too.
+/// Formats a found output like [`show_expected`], and leaves out what the expectation leaves open.
 fn show_found(text: &mut String, found: &FoundOutput<'_>, expected: Option<&CaseOutput>) {
     let _ = write!(text, "output → {}", found.route);
     if expected.is_none_or(|expected| expected.input.is_some()) {

@@ -1,8 +1,8 @@
-//! What every plugin must do, whatever it is for: `shardmill plugin conformance`.
+//! Conformance suite: what every plugin must do, whatever its purpose (`shardmill plugin conformance`).
 //!
-//! The suite calls the plugin as a lane does, without the search that would hide a fault in all but
-//! one record. Rejecting a record is always right; trapping, breaking the contract and depending on
-//! how records are cut into batches never is.
+//! The suite calls the plugin as a lane does, but without the search for a culprit, which would hide a failure
+//! in all but one record. Rejecting a record is always allowed. Trapping, breaking the contract, or depending
+//! on how records are cut into batches never is.
 
 use std::fmt;
 
@@ -11,35 +11,35 @@ use shardmill_config::StageLimits;
 use shardmill_core::record::SequenceNumber;
 use shardmill_engine::stage::Fate;
 
-/// Records that the cuts are made of.
+/// Records of the checks with different cuts.
 const CUT_RECORDS: usize = 1_000;
 /// Records of the large batch.
 const MANY_RECORDS: usize = 10_000;
-/// The largest payload of a record.
+/// Maximum payload of a record.
 ///
 /// Source: Kinesis Data Streams, "Quotas and limits": 10 MiB.
 const PAYLOAD_BYTES_MAX: usize = 10 << 20;
-/// Characters of the longest partition key, and digits of the longest sequence number.
+/// Maximum characters of a partition key, and maximum digits of a sequence number.
 ///
 /// Source: Kinesis API reference, PutRecord and Record.
 const KEY_CHARS_MAX: usize = 256;
 const SEQUENCE_DIGITS_MAX: usize = 129;
-/// Calls before memory must be what it will be, and calls after.
+/// Calls after which memory must have settled, and further calls during which it must not grow.
 const WARM_UP_CALLS: usize = 50;
 const CALLS: usize = 200;
-/// How long one call may take, in milliseconds.
+/// Time limit of one call, in milliseconds.
 const CALL_MS_MAX: u64 = 60_000;
-/// Growth over the later calls that is no leak: allocators keep a reserve.
+/// Growth during the further calls that does not count as a leak: allocators keep a reserve.
 const GROWTH_BYTES_MAX: usize = 1 << 20;
 
-/// A check and how it went.
+/// Result of a check.
 #[derive(Clone, Debug, serde::Serialize)]
 pub struct Checked {
-    /// The check.
+    /// Name of the check.
     pub check: &'static str,
-    /// `None`: passed. Else what was found.
+    /// `None`: passed. Otherwise what was found.
     pub failure: Option<String>,
-    /// What its author should know although it passed.
+    /// Hint for the author of a plugin that passed.
     pub note: Option<String>,
 }
 
@@ -51,7 +51,7 @@ pub fn run<'a>(
 ) -> Vec<Checked> {
     let suite = Suite { workbench, config_json, inputs };
     let checks: [(&'static str, Check<'a>); 10] = [
-        ("it takes its configuration and describes itself", Suite::describes),
+        ("it accepts its configuration and describes itself", Suite::describes),
         ("the same context gives the same descriptor", Suite::describes_alike),
         ("an empty batch", Suite::empty_batch),
         ("one record", Suite::one_record),
@@ -68,10 +68,10 @@ pub fn run<'a>(
         let stops = failure.is_some() && results.is_empty();
         results.push(Checked { check, failure, note: None });
         if stops {
-            return results; // Without a configuration nothing else can be said.
+            return results; // Without a configuration nothing else can be checked.
         }
     }
-    // A lane renews an instance that has leaked half of its memory: slow, but not wrong.
+    // A lane replaces an instance that has leaked half of its memory: that is slow, but correct.
     let (failure, note) = match suite.growth() {
         Ok(note) => (None, note),
         Err(failure) => (Some(failure), None),
@@ -90,7 +90,7 @@ struct Suite<'a> {
 
 impl Suite<'_> {
     fn fresh(&self) -> Result<PluginTrial, String> {
-        // How fast a plugin must be is its pipeline's affair: here it must only end.
+        // The required speed depends on the pipeline. Here a call must only end.
         let limits = StageLimits {
             batch_ms_max: CALL_MS_MAX,
             record_ms_max: CALL_MS_MAX,
@@ -99,7 +99,7 @@ impl Suite<'_> {
         self.workbench.start_within(self.config_json, limits).map_err(said)
     }
 
-    /// So many records, in ascending order of their sequence numbers.
+    /// Returns `count` records, in ascending order of their sequence numbers.
     fn records(&self, count: usize) -> Vec<TrialRecord> {
         let records = self.inputs.iter().cycle().take(count).enumerate();
         let numbered = |(index, record): (usize, &TrialRecord)| TrialRecord {
@@ -120,7 +120,9 @@ impl Suite<'_> {
                     || of.contains("; ")
             });
             if !is_media_type {
-                return Err(format!("{format:?} is no media type, such as application/json"));
+                return Err(format!(
+                    "invalid format {format:?}: expected a media type, such as application/json"
+                ));
             }
         }
         shardmill_engine::stage::needed_columns(descriptor).map(|_| ())
@@ -185,7 +187,7 @@ impl Suite<'_> {
         same_fates(&cold, &warm, "in the third call of an instance")
     }
 
-    /// Whether memory grows from call to call, in words.
+    /// Returns a note if memory grows from call to call.
     fn growth(&self) -> Result<Option<String>, String> {
         let records = self.records(CUT_RECORDS);
         let mut trial = self.fresh()?;
@@ -199,8 +201,8 @@ impl Suite<'_> {
         let growth = after.saturating_sub(before);
         Ok((growth > GROWTH_BYTES_MAX).then(|| {
             format!(
-                "it leaks: {} KiB a call of {CUT_RECORDS} records; a lane gives it a fresh instance when \
-                 half of its memory is gone",
+                "memory leak: {} KiB per call of {CUT_RECORDS} records; a lane replaces the instance when half of \
+                 its memory is used",
                 growth / CALLS / 1024
             )
         }))
@@ -227,8 +229,8 @@ fn same_fates(expected: &[Fate], found: &[Fate], how: &str) -> Result<(), String
     match expected.iter().zip(found).position(|(expected, found)| expected != found) {
         None => Ok(()),
         Some(index) => Err(format!(
-            "record {index} gives something else {how}: {:?}, not {:?}",
-            found[index], expected[index]
+            "record {index} has a different result {how}: expected {:?}, found {:?}",
+            expected[index], found[index]
         )),
     }
 }

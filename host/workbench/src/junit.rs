@@ -1,17 +1,17 @@
-//! Results as JUnit XML, which build servers read.
+//! Results as JUnit XML, for build servers.
 
 use quick_junit::{NonSuccessKind, Report, TestCase, TestCaseStatus, TestSuite};
 
 /// One result.
 #[derive(Clone, Debug)]
 pub struct JunitCase {
-    /// Its name.
+    /// Name of the test.
     pub name: String,
-    /// `None`: passed. Else what was wrong.
+    /// `None`: passed. Otherwise the failure.
     pub failure: Option<String>,
 }
 
-/// The results of one suite as an XML document.
+/// Writes the results of one suite as an XML document.
 ///
 /// # Errors
 /// None in practice: it is written to memory.
@@ -41,11 +41,11 @@ fn failed(failure: &str) -> TestCaseStatus {
     status
 }
 
-/// The text without characters that XML 1.0 cannot have, however they are written, and without other controls.
+/// Removes characters that XML 1.0 cannot contain in any form, and other control characters.
 ///
-/// The library leaves U+FFFE and U+FFFF. It takes sequences that steer a terminal out whole, and one that does not
-/// end would take the rest of the text along: without the character that begins them, all stays readable.
-/// It leaves tabs out, so they become spaces.
+/// The library itself keeps U+FFFE and U+FFFF. It removes whole terminal escape sequences, and one without an
+/// end would take the rest of the text with it. Without the character that begins a sequence, everything stays
+/// readable. The library also drops tabs, so they become spaces here.
 fn writable(text: &str) -> String {
     let text = text.replace('\t', "    ");
     text.chars()
@@ -57,12 +57,12 @@ fn writable(text: &str) -> String {
 mod tests {
     use super::*;
 
-    /// A character of an XML 1.0 document: section 2.2, `Char`.
+    /// Whether a character is valid in XML 1.0 (section 2.2, `Char`).
     fn is_of_xml(c: char) -> bool {
         matches!(c, '\t' | '\n' | '\r' | '\u{20}'..='\u{D7FF}' | '\u{E000}'..='\u{FFFD}' | '\u{10000}'..)
     }
 
-    /// Writes one failure, and reads it again.
+    /// Writes one failure, and reads it back.
     fn write_and_read(name: &str, failure: &str) -> (Report, String) {
         let cases = [
             JunitCase { name: "fine".into(), failure: None },
@@ -74,7 +74,7 @@ mod tests {
         (Report::deserialize_from_str(&xml).unwrap(), xml)
     }
 
-    /// The name, the message and the description of the failure.
+    /// Returns the name, the message and the description of the failure.
     fn failure_of(report: &Report) -> [&str; 3] {
         let case = &report.test_suites[0].test_cases[1];
         let TestCaseStatus::NonSuccess { kind, message, description, .. } = &case.status else {
@@ -103,13 +103,13 @@ found &lt;2&gt; &amp; &quot;3&quot;</failure>
 
     #[test]
     fn whatever_a_plugin_says_is_xml() {
-        // None ends with a space: the library leaves these out as it reads.
+        // No text ends with a space: the library drops trailing spaces when it reads.
         for (failure, shown) in [
             ("a <b> & \"c\" 'd'\n]]> \u{1}.", "a <b> & \"c\" 'd'\n]]> ."),
             ("<![CDATA[ x ]]]]><![CDATA[>", "<![CDATA[ x ]]]]><![CDATA[>"),
             ("</failure></testcase><!-- &lt; &#0;", "</failure></testcase><!-- &lt; &#0;"),
             ("nul \0, escape \u{1b}[31mred\u{1b}[0m", "nul , escape [31mred[0m"),
-            // Sequences that have no end.
+            // Sequences without an end.
             ("\u{1b}]0;title and the rest", "]0;title and the rest"),
             ("\u{9b}31 and the rest", "31 and the rest"),
             ("\u{90}dcs and \u{1b}Pdcs and the rest", "dcs and Pdcs and the rest"),

@@ -1,12 +1,13 @@
-//! A plugin outside of any pipeline: tried on cases, on a conformance suite, and for speed.
+//! Tools for a plugin outside any pipeline: test cases, a conformance suite, and benchmarks.
 //!
-//! [`Workbench`] loads it; a [`PluginTrial`] is one instance of it that takes records and tells what
-//! became of each. `shardmill test` compares that with [`case`]s, `plugin conformance` with the
-//! contract, `plugin bench` measures it. The instance is a stage's: same limits, same checks.
+//! [`Workbench`] loads a plugin. A [`PluginTrial`] is one instance of it that processes records and reports the fate
+//! of each. `shardmill test` compares the fates with [`case`]s, `plugin conformance` checks the contract, and
+//! `plugin bench` measures. The instance is a stage's: same limits, same checks.
 //!
-//! [`scaffold`] makes a plugin's project, [`mod@build`] makes a component of it. A folder or a component goes in; a project,
-//! a component or a report comes out. It reads no stream and writes to no sink. It uses `engine` and `plugin`, so that a
-//! plugin is tested by the code that runs it; its heavy dependencies are the tools for components.
+//! [`scaffold`] makes a plugin's project, and [`mod@build`] builds its component. Input is a folder or a
+//! component; output is a project, a component or a report. The crate reads no stream and writes to no sink. It
+//! uses `engine` and `plugin`, so that a plugin is tested by the code that runs it. Its heavy dependencies are
+//! the tools for components.
 
 mod assets;
 pub mod bench;
@@ -33,10 +34,10 @@ use shardmill_core::record::{
 use shardmill_engine::stage::{Fate, Flow, LoadedStage, RunError, StageRunner, fates, first_flow};
 use shardmill_plugin::{CallError, Plugin};
 
-/// The shard that plugins are told they serve.
+/// Name of the shard that plugins see.
 const SHARD: &str = "shardId-000000000000";
 
-/// A plugin that is looked at.
+/// A loaded plugin.
 #[derive(Clone)]
 pub struct Workbench {
     plugin: Plugin,
@@ -45,34 +46,34 @@ pub struct Workbench {
 /// A record to try a plugin on.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct TrialRecord {
-    /// Its partition key.
+    /// Partition key.
     pub key: Bytes,
-    /// Its payload.
+    /// Payload.
     pub payload: Bytes,
-    /// Its sequence number.
+    /// Sequence number.
     pub sequence: SequenceNumber,
-    /// When it arrived, in milliseconds since 1970.
+    /// Arrival time in milliseconds since 1970.
     pub arrived_ms: u64,
 }
 
 impl TrialRecord {
-    /// A record of a payload alone: the `index`th of its shard.
+    /// Makes a record from a payload: record number `index` of its shard.
     pub fn new(index: usize, payload: impl Into<Bytes>) -> Self {
         Self {
             key: Bytes::from_static(b"key"),
             payload: payload.into(),
-            // Any number will do; these are as long as those of Kinesis.
+            // Any number works; these have as many digits as those of Kinesis.
             sequence: SequenceNumber::from(index as u64 + 1),
             arrived_ms: 1_700_000_000_000 + index as u64,
         }
     }
 }
 
-/// Why a trial has no outcome.
+/// Reason why a trial has no result.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum TrialError {
-    /// The plugin does not take its configuration, or does not start.
+    /// The plugin refuses its configuration, or does not start.
     #[error("{0}")]
     Configure(CallError),
     /// The whole batch failed.
@@ -81,12 +82,12 @@ pub enum TrialError {
 }
 
 impl Workbench {
-    /// For a plugin that is loaded.
+    /// Makes a workbench for a loaded plugin.
     pub fn new(plugin: Plugin) -> Self {
         Self { plugin }
     }
 
-    /// The plugin.
+    /// Returns the plugin.
     pub fn plugin(&self) -> &Plugin {
         &self.plugin
     }
@@ -99,7 +100,7 @@ impl Workbench {
         self.start_within(config_json, StageLimits::default())
     }
 
-    /// Starts a fresh instance with a configuration and limits of its own.
+    /// Starts a fresh instance with a configuration and its own limits.
     ///
     /// # Errors
     /// [`TrialError::Configure`].
@@ -112,7 +113,7 @@ impl Workbench {
             .map_err(TrialError::Configure)?;
         stage.limits = StageLimits { retry_ms_max: 0, ..limits };
         let context = stage.context("trial", SHARD);
-        // Nothing is too much rejected here: it is only looked at.
+        // The limit of rejected records is off, because records are only tried.
         let rejected_max = RejectedMax::NONE;
         let runner = StageRunner::start(stage, context, rejected_max, CancellationToken::new())
             .map_err(TrialError::Configure)?;
@@ -120,26 +121,26 @@ impl Workbench {
     }
 }
 
-/// One instance, configured.
+/// A configured instance.
 pub struct PluginTrial {
     runner: StageRunner,
 }
 
 impl PluginTrial {
-    /// What the plugin says of itself.
+    /// Returns the loaded stage with the plugin's descriptor.
     pub fn stage(&self) -> &LoadedStage {
         self.runner.stage()
     }
 
-    /// Linear memory of the instance, in bytes.
+    /// Returns the linear memory of the instance, in bytes.
     pub fn memory_bytes(&self) -> usize {
         self.runner.memory_bytes()
     }
 
-    /// Runs records as one batch and tells what became of each.
+    /// Runs records as one batch and returns the fate of each.
     ///
     /// # Errors
-    /// [`TrialError`] when nothing of the batch has an outcome.
+    /// [`TrialError`] if no record of the batch has a result.
     pub fn run(&mut self, records: &[TrialRecord]) -> Result<Vec<Fate>, TrialError> {
         let Some(batch) = batch(records) else { return Ok(Vec::new()) };
         let flow = first_flow(&batch);
@@ -152,15 +153,17 @@ impl PluginTrial {
                     | RunError::Starved(reason)
                     | RunError::Later(reason, _) => TrialError::Batch(reason),
                     RunError::NoInstance(error) => TrialError::Configure(error),
-                    RunError::Stopped(_) => TrialError::Batch("it was stopped".into()),
-                    RunError::TooMuch(_) => TrialError::Batch("it becomes too much".into()),
+                    RunError::Stopped(_) => TrialError::Batch("stopped".into()),
+                    RunError::TooMuch(_) => {
+                        TrialError::Batch("the outputs exceed the limit of one batch".into())
+                    }
                 })?;
             fates_of_all.extend(fates(self.runner.stage(), first.len(), outcome));
         }
         Ok(fates_of_all)
     }
 
-    /// Runs records as one call: should it fail, no culprit is searched for.
+    /// Runs records as one call, without a search for a culprit if it fails.
     ///
     /// # Errors
     /// [`TrialError::Batch`].
@@ -171,18 +174,18 @@ impl PluginTrial {
         Ok(fates(self.runner.stage(), records.len(), outcome))
     }
 
-    /// A call with no records, which a lane never makes: it must give nothing, or fail in words.
+    /// Makes a call without records, which a lane never does. The plugin must return nothing, or an error.
     pub(crate) fn call_without_records(&mut self) -> Result<(), String> {
         let Some(mut batch) = batch(&[TrialRecord::new(0, "")]) else { return Ok(()) };
         batch.records.clear();
         match self.runner.run_once(&batch, &[]) {
             Ok(_) => Ok(()),
-            Err(_) if self.runner.memory_bytes() > 0 => Ok(()), // The instance lives: it answered.
+            Err(_) if self.runner.memory_bytes() > 0 => Ok(()), // The instance is alive: it returned an error.
             Err(reason) => Err(reason),
         }
     }
 
-    /// The records, ready to be run again and again.
+    /// Prepares a call with these records that can be repeated.
     pub(crate) fn prepared(&mut self, records: &[TrialRecord]) -> PreparedCall<'_> {
         let batch = batch(records);
         let flow = batch.as_ref().map(first_flow).unwrap_or_default();
@@ -190,7 +193,7 @@ impl PluginTrial {
     }
 }
 
-/// A call that is measured: nothing but the call is done again.
+/// A call to be measured: only the call itself is repeated.
 pub(crate) struct PreparedCall<'t> {
     trial: &'t mut PluginTrial,
     batch: Option<Batch>,
@@ -207,7 +210,7 @@ impl PreparedCall<'_> {
     }
 }
 
-/// The records as a batch of a shard; `None` if there are none.
+/// Makes a batch of a shard from the records; `None` if there are none.
 pub(crate) fn batch(records: &[TrialRecord]) -> Option<Batch> {
     let position =
         |record: &TrialRecord| Position { sequence: record.sequence.clone(), sub_sequence: 0 };

@@ -1,6 +1,6 @@
-//! `plugin.toml`: what a plugin's folder says of itself, for the commands that build and test it.
+//! `plugin.toml`: description of a plugin's folder, for the commands that build and test it.
 //!
-//! A folder without one that holds a `Cargo.toml` is a Rust plugin named after the folder.
+//! A folder without this file but with a `Cargo.toml` is a Rust plugin named after the folder.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -10,55 +10,55 @@ use serde::Deserialize;
 
 use shardmill_config::Capability;
 
-/// The file's name in a plugin's folder.
+/// Name of the manifest file in a plugin's folder.
 pub const MANIFEST: &str = "plugin.toml";
 
-/// A language that plugins are written in here.
+/// Languages that plugins can be written in.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum Language {
-    /// Rust, by cargo.
+    /// Rust, built with cargo.
     Rust,
-    /// C, by `zig cc`.
+    /// C, built with `zig cc`.
     C,
-    /// JavaScript, by jco with the QuickJS engine.
+    /// JavaScript, built with componentize-qjs (QuickJS engine).
     Js,
-    /// Python, by componentize-py.
+    /// Python, built with componentize-py (CPython).
     Python,
-    /// Go, by its own compiler.
+    /// Go, built with its own compiler.
     Go,
 }
 
-/// A plugin's folder, described.
+/// Description of a plugin's folder.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PluginManifest {
-    /// Its name: what the component's file is called.
+    /// Name of the plugin, and of its component file.
     pub name: String,
-    /// Its language.
+    /// Language of the plugin.
     pub language: Language,
-    /// What it asks of the host. Rust, C and Go import what they use and need no list.
+    /// Capabilities that the plugin imports. Rust, C and Go import what they use and need no list.
     pub capabilities: BTreeSet<Capability>,
-    /// How it is tested.
+    /// Rules for its tests.
     pub test: TestRules,
 }
 
-/// `[test]`: how a plugin is tested.
+/// `[test]`: rules for a plugin's tests.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct TestRules {
-    /// Members of JSON payloads that captured cases must not show, by pointer (RFC 6901).
+    /// Members of JSON payloads that captured cases must not contain, as JSON pointers (RFC 6901).
     pub redact: Vec<String>,
-    /// Whether captured cases show partition keys as hashes.
+    /// Whether captured cases contain partition keys as hashes.
     pub redact_keys: bool,
 }
 
-/// Why a folder is no plugin's.
+/// Reason why a folder is not a plugin's folder.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ManifestError {
     /// There is neither a manifest nor a crate.
     #[error(
-        "{dir} holds neither a {MANIFEST} nor a Cargo.toml: name a plugin's folder, or make one with \
+        "{dir} has neither a {MANIFEST} nor a Cargo.toml: name a plugin's folder, or create one with \
          `shardmill new plugin NAME`"
     )]
     NoPlugin {
@@ -70,15 +70,15 @@ pub enum ManifestError {
     Unreadable {
         /// The file.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system.
         cause: io::Error,
     },
-    /// The file says something else than a manifest.
+    /// The file is not a valid manifest.
     #[error("{path}: {message}")]
     Malformed {
         /// The file.
         path: PathBuf,
-        /// What is wrong and where.
+        /// Description of the error, with its place.
         message: String,
     },
 }
@@ -104,7 +104,7 @@ impl PluginManifest {
     /// Reads the manifest of the plugin in `dir`.
     ///
     /// # Errors
-    /// [`ManifestError`], naming the folder or the place in the file.
+    /// [`ManifestError`], with the folder or the place in the file.
     pub fn read(dir: &Path) -> Result<Self, ManifestError> {
         let path = dir.join(MANIFEST);
         let text = match fs::read_to_string(&path) {
@@ -118,7 +118,7 @@ impl PluginManifest {
         let RawPlugin { name, language, capabilities } = raw.plugin;
         if !is_name(&name) {
             return Err(malformed(format!(
-                "`name = {name:?}`: a plugin's name is 1 to 64 of a-z, 0-9, - and _, the first a letter"
+                "invalid `name = {name:?}`: expected 1 to 64 of a-z, 0-9, - and _, beginning with a letter"
             )));
         }
         Ok(Self { name, language, capabilities, test: raw.test })
@@ -139,7 +139,7 @@ impl PluginManifest {
     }
 }
 
-/// Whether a text can name a plugin: its file, its crate, its module.
+/// Whether a text is a valid plugin name: it names the file, the crate and the module.
 pub fn is_name(name: &str) -> bool {
     let fits = |c: char| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-' || c == '_';
     name.len() <= 64 && name.starts_with(|c: char| c.is_ascii_lowercase()) && name.chars().all(fits)
@@ -168,7 +168,7 @@ mod tests {
     fn what_is_wrong_is_named_with_its_place() {
         let error = |text| read(text).unwrap_err().to_string();
         assert!(error("[plugin]\nname = \"x\"\nlanguage = \"cobol\"").contains("line 3"));
-        assert!(error("[plugin]\nname = \"X y\"\nlanguage = \"js\"").contains("a plugin's name"));
+        assert!(error("[plugin]\nname = \"X y\"\nlanguage = \"js\"").contains("invalid `name"));
     }
 
     #[test]

@@ -1,7 +1,7 @@
-//! Takes personal data out of records before they become cases.
+//! Redaction of personal data in records before they become cases.
 //!
-//! Rules name members of JSON payloads by pointer (RFC 6901); `*` stands for every element of an array
-//! or member of an object. What is named keeps its shape: letters become `x`, digits `0`.
+//! Rules name members of JSON payloads by JSON pointer (RFC 6901); `*` matches every element of an array or
+//! member of an object. Redacted values keep their shape: letters become `x`, digits become `0`.
 
 use bytes::Bytes;
 use serde_json::Value;
@@ -9,7 +9,7 @@ use serde_json::Value;
 use super::TrialRecord;
 use shardmill_core::record::Digest;
 
-/// What is taken out.
+/// Rules of redaction.
 #[derive(Clone, Debug, Default)]
 pub struct Redaction {
     pointers: Vec<Vec<String>>,
@@ -17,20 +17,23 @@ pub struct Redaction {
 }
 
 impl Redaction {
-    /// Rules by pointers such as `/user/email`; with `keys`, partition keys are replaced by a hash.
+    /// Makes rules from JSON pointers such as `/user/email`. With `keys`, partition keys are replaced by a
+    /// hash.
     ///
     /// # Errors
-    /// A text that is no pointer.
+    /// A text that is not a JSON pointer.
     pub fn new(pointers: &[String], keys: bool) -> Result<Self, String> {
         let pointer = |text: &String| match text.strip_prefix('/') {
             Some(path) => Ok(path.split('/').map(unescaped).collect()),
-            None => Err(format!("{text:?} is no JSON pointer: it begins with /, as /user/email")),
+            None => Err(format!(
+                "invalid JSON pointer {text:?}: expected it to begin with /, such as /user/email"
+            )),
         };
         Ok(Self { pointers: pointers.iter().map(pointer).collect::<Result<_, _>>()?, keys })
     }
 
-    /// The record without what the rules name; `None`: there are rules, and the payload is no JSON
-    /// to apply them to.
+    /// Returns the redacted record. `None`: there are rules, and the payload is not JSON, so they cannot be
+    /// applied.
     pub(crate) fn apply(&self, record: &TrialRecord) -> Option<TrialRecord> {
         let mut record = record.clone();
         if self.keys {
@@ -75,7 +78,7 @@ fn redact_at(value: &mut Value, path: &[String]) {
     }
 }
 
-/// The same shape without the content.
+/// Keeps the shape of a value and removes its content.
 fn redact(value: &mut Value) {
     match value {
         Value::String(text) => {

@@ -1,7 +1,7 @@
-//! New plugins: a folder that builds, is tested and runs as it is.
+//! New plugins: makes a folder that can be built, tested and run without changes.
 //!
-//! A language is a folder of `host/workbench/templates/` and an entry of [`template`]. What a plugin is written
-//! with is written into its folder too: it needs nothing of ours from any registry.
+//! A language is a folder in `host/workbench/templates/` and an entry of [`template`]. The library of the
+//! language is copied into the plugin's folder, so a plugin needs nothing of ours from a package registry.
 
 use std::path::{Path, PathBuf};
 use std::{fs, io};
@@ -9,7 +9,7 @@ use std::{fs, io};
 use super::assets::{C, GITIGNORE, GO, JS, LanguageTemplate, PYTHON, RUST};
 use super::manifest::{Language, MANIFEST, is_name};
 
-/// The template of a language.
+/// Returns the template of a language.
 fn template(language: Language) -> LanguageTemplate {
     match language {
         Language::Rust => RUST,
@@ -20,49 +20,49 @@ fn template(language: Language) -> LanguageTemplate {
     }
 }
 
-/// A plugin that was made.
+/// A plugin that was created.
 #[derive(Debug)]
 pub struct NewPlugin {
-    /// Its folder.
+    /// Folder of the plugin.
     pub folder: PathBuf,
-    /// Its files, relative to the folder; the library's are left out.
+    /// Its files, relative to the folder, without those of the library.
     pub files: Vec<PathBuf>,
 }
 
-/// Why no plugin was made.
+/// Reason why no plugin was created.
 #[derive(Debug, thiserror::Error)]
 #[non_exhaustive]
 pub enum ScaffoldError {
-    /// The name cannot be one.
+    /// The name is invalid.
     #[error(
-        "{name:?} cannot name a plugin: 1 to 64 of a-z, 0-9, - and _ are due, the first a letter"
+        "invalid plugin name {name:?}: expected 1 to 64 of a-z, 0-9, - and _, beginning with a letter"
     )]
     Name {
-        /// What was given.
+        /// The given name.
         name: String,
     },
-    /// The folder holds something.
+    /// The folder is not empty.
     #[error(
-        "{folder} is not empty: nothing was written; name another folder with --dir, or empty it"
+        "folder {folder} is not empty: nothing was written; name another folder with --dir, or empty it"
     )]
     NotEmpty {
         /// The folder.
         folder: PathBuf,
     },
-    /// A file or folder cannot be made.
+    /// A file or folder cannot be created.
     #[error("failed to write {path}: {cause}")]
     Write {
         /// The file or folder.
         path: PathBuf,
-        /// What the system said.
+        /// Error of the system.
         cause: io::Error,
     },
 }
 
-/// Makes the plugin `name` in `folder`, which is made if it is missing and must be empty.
+/// Creates the plugin `name` in `folder`, which must be missing or empty.
 ///
 /// # Errors
-/// [`ScaffoldError`]. Before a file is written, except where a write fails.
+/// [`ScaffoldError`], before any file is written, unless a write fails.
 pub fn new_plugin(
     name: &str,
     language: Language,
@@ -87,7 +87,7 @@ pub fn new_plugin(
     Ok(NewPlugin { folder: folder.to_owned(), files })
 }
 
-/// Whether a folder is not there, or holds nothing.
+/// Whether a folder is missing or empty.
 fn is_free(folder: &Path) -> io::Result<bool> {
     match fs::read_dir(folder) {
         Ok(mut entries) => Ok(entries.next().is_none()),

@@ -1,6 +1,6 @@
-//! Accepts what a plugin does: writes it into the file of cases as what is expected from now on.
+//! Accepts the current results of a plugin: writes them into the file of cases as expected.
 //!
-//! Of a TOML file, comments, order and everything but the expectations stay as they are.
+//! In a TOML file, comments, order and everything but the expectations stay unchanged.
 
 use std::path::Path;
 
@@ -12,7 +12,7 @@ use super::case::{Case, CaseError, CaseOutput, CaseReject, Expectation};
 use super::compare::{CaseOutcome, CaseVerdict};
 use shardmill_engine::stage::written;
 
-/// What is expected if what was found is right. `as_before` says in which form payloads were given.
+/// Returns the expectation that accepts what was found. `as_before` shows in which form payloads were given.
 pub fn accepted(
     records: &[TrialRecord],
     found: &CaseOutcome,
@@ -56,11 +56,11 @@ pub fn accepted(
     expected
 }
 
-/// The file's text with the verdicts' findings as expectations. `verdicts` holds those of each case,
-/// its variants behind it.
+/// Returns the text of the file with the findings of the verdicts as expectations. `verdicts` has those of each
+/// case, followed by those of its variants.
 ///
 /// # Errors
-/// [`CaseError`] when the text is not what the cases were read from.
+/// [`CaseError`] if the text is not the one that the cases were read from.
 pub fn rewrite(
     path: &Path,
     text: &str,
@@ -68,14 +68,14 @@ pub fn rewrite(
     verdicts: &[Vec<CaseVerdict>],
 ) -> Result<String, CaseError> {
     let failed =
-        |message: String| CaseError(format!("{}: cannot be updated: {message}", path.display()));
+        |message: String| CaseError(format!("failed to update {}: {message}", path.display()));
     let mut accepted_of = Vec::new();
     for (case, verdicts) in cases.iter().zip(verdicts) {
         let records = case.records(path).map_err(failed)?;
         let before = std::iter::once(&case.expected)
             .chain(case.variant.iter().map(|variant| &variant.expected));
         let of_case = verdicts.iter().zip(before).map(|(verdict, before)| {
-            // What was right stays as it is written.
+            // Expectations that were met stay as they are written.
             verdict.difference.as_ref().map(|_| accepted(&records, &verdict.found, before))
         });
         accepted_of.push(of_case.collect::<Vec<_>>());
@@ -89,7 +89,7 @@ pub fn rewrite(
 fn rewrite_toml(text: &str, accepted: &[Vec<Option<Expectation>>]) -> Result<String, String> {
     let mut document: DocumentMut = text.parse().map_err(|error| format!("{error}"))?;
     let cases = document.get_mut("case").and_then(Item::as_array_of_tables_mut);
-    let cases = cases.ok_or("it has no [[case]]")?;
+    let cases = cases.ok_or("missing [[case]]")?;
     for (case, accepted) in cases.iter_mut().zip(accepted) {
         let mut accepted = accepted.iter();
         if let Some(Some(expected)) = accepted.next() {
@@ -107,7 +107,7 @@ fn rewrite_toml(text: &str, accepted: &[Vec<Option<Expectation>>]) -> Result<Str
     Ok(document.to_string())
 }
 
-/// Replaces a table's expectations.
+/// Replaces the expectations in a table.
 fn expect(table: &mut Table, expected: &Expectation) {
     for name in ["output", "reject", "fails"] {
         table.remove(name);
@@ -145,7 +145,7 @@ fn output_table(output: &CaseOutput) -> Table {
     if let Some(json) = &output.json {
         match toml_value(json) {
             Some(value) => table.insert("json", toml_edit::value(value)),
-            // TOML has no null and no number beyond 64 bits.
+            // TOML has no null, and no numbers beyond 64 bits.
             None => table.insert("text", toml_edit::value(json.to_string())),
         };
     }
@@ -185,7 +185,7 @@ fn rewrite_ndjson(
         if line.trim().is_empty() {
             lines.push_str(line);
         } else {
-            let (case, accepted) = cases.next().ok_or("it has more lines than cases")?;
+            let (case, accepted) = cases.next().ok_or("more lines than cases")?;
             if accepted.iter().all(Option::is_none) {
                 lines.push_str(line);
             } else {

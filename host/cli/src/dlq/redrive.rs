@@ -1,7 +1,18 @@
-//! `shardmill dlq redrive`: dead letters through the pipeline once more, beside it or while it does not run.
+//! `shardmill dlq redrive`: processes dead letters again, beside a running pipeline or while it is stopped.
 //!
-//! Nothing that the pipeline owns is written: not what runs, not its changes. What is written is the
-//! redrive's own, keyed by a stream of its own, and what became of the letters.
+//! A redrive never writes what the pipeline owns: neither the running revision nor its changes. It writes only
+//! under the key of a stream of its own, and the outcome of the dead letters.
+//!
+//! Order of the steps, and why:
+//! 1. The redrive lock is acquired first. A replay that replaces rows needs it, too: both bring rows of the same
+//!    dead letters.
+//! 2. While the pipeline runs, what it runs is read from its state, not from the file. Sinks are made from the
+//!    file, so a sink that differs between the two is refused.
+//! 3. Interrupted replays are resolved, because a replay decides which dead letters a sink already has.
+//! 4. An unfinished redrive goes first; the dead letters of the new command are not started. It keeps its
+//!    number and order, so the sinks recognise rows that they already have.
+//! 5. A redrive is cancelled only if nothing of it has run; otherwise it must be finished (`--without` leaves
+//!    out what is gone).
 
 use std::collections::HashSet;
 use std::sync::{Arc, PoisonError};
@@ -37,13 +48,13 @@ pub(super) async fn redrive(
 ) -> anyhow::Result<()> {
     ensure!(
         wanted.pipeline.again.is_none(),
-        "letters of what was run again cannot be redriven: their rows may have gone to tables beside; \
-         `shardmill dlq export --again` writes them out"
+        "dead letters of a rerun cannot be redriven: their rows may have gone to separate tables; \
+         `shardmill dlq export --again` exports them"
     );
     let mut config = load(&wanted.pipeline.pipeline)?;
-    // All of them failed once: that more than a few do again says nothing.
+    // All of these records have failed once, so a high share of new failures says nothing about the plugin.
     config.rejected_max = RejectedMax::NONE;
-    // An error here is better than a lock in a folder that was never used.
+    // An error here is better than making a lock in a folder that was never used.
     dead_letters(&config)?;
     let lock = PipelineLock::take_for_redrive(&config.state_dir, &config.name)?;
     let state = state_beside(&config)?;
@@ -55,9 +66,9 @@ pub(super) async fn redrive(
     let doubtful = redrives.doubtful(wanted.filter()).await?;
     ensure!(
         doubtful == 0 || even_if_redriven,
-        "{doubtful} of these letters come from an older copy of the state, with which the pipeline went \
-         on (--trust-sinks): they may have been redriven since that copy was made, and their rows would \
-         be doubled. Delete those that were (`shardmill dlq purge`); --even-if-redriven sends the others"
+        "{doubtful} of these dead letters come from an older copy of the state, with which the pipeline \
+         continued (--trust-sinks): they may have been redriven since that copy was made, and their rows would \
+         be duplicated. Delete those that were (`shardmill dlq purge`); --even-if-redriven sends the others"
     );
     let Some(UnfinishedRedrive { id, is_rest }) = choose(&redrives, &pipeline, console).await?
     else {
@@ -73,7 +84,7 @@ pub(super) async fn redrive(
     run.run(without, console).await
 }
 
-/// A redrive that goes on: one that was broken off, or the rest of one whose sink is back.
+/// Chooses a redrive to continue: an interrupted one, or the rest of one whose sink is back.
 async fn choose(
     redrives: &Redrives,
     pipeline: &Pipeline,
@@ -81,7 +92,7 @@ async fn choose(
 ) -> anyhow::Result<Option<UnfinishedRedrive>> {
     let unfinished = redrives.unfinished().await?;
     if let Some(broken_off) = unfinished.iter().find(|one| !one.is_rest) {
-        console.say("a redrive was broken off: it goes on, the letters named now are not begun");
+        console.say("an interrupted redrive continues; the dead letters named now are not started");
         return Ok(Some(*broken_off));
     }
     for rest in unfinished {
@@ -89,7 +100,7 @@ async fn choose(
         let gone: Vec<&String> = places.iter().filter(|place| !pipeline.has(place)).collect();
         if gone.len() < places.len() {
             console.say(
-                "what an earlier redrive has left goes on, the letters named now are not begun",
+                "the rest of an earlier redrive continues; the dead letters named now are not started",
             );
             return Ok(Some(rest));
         }
@@ -97,7 +108,7 @@ async fn choose(
     Ok(None)
 }
 
-/// Begins a redrive; `None`: no letter is meant.
+/// Begins a redrive. `None`: no dead letter matches.
 async fn begin(
     redrives: &Redrives,
     wanted: &Selection,
@@ -106,7 +117,7 @@ async fn begin(
 ) -> anyhow::Result<Option<RedriveId>> {
     ensure!(
         without.is_empty() || all || !wanted.filter().is_empty(),
-        "no redrive was broken off: name the letters, or say --all"
+        "no interrupted redrive to continue: name the dead letters, or use --all"
     );
     let begun = redrives.begin(wanted.chosen(all, "redrive")?).await?;
     if begun.is_none() {
@@ -115,19 +126,19 @@ async fn begin(
     Ok(begun)
 }
 
-/// What the pipeline runs, as far as letters can enter it.
+/// Stages and sinks of the pipeline that dead letters can enter.
 struct Pipeline {
     is_running: bool,
     stages: Vec<StageName>,
-    /// Those of the file that run.
+    /// Sinks of the file that run.
     sinks: Vec<SinkName>,
-    /// Sinks that what runs is bound to and that the file does not have.
+    /// Sinks that the running revision is bound to and that the file does not have.
     missing: Vec<SinkName>,
 }
 
 impl Pipeline {
-    /// While it runs: what it has noted. Sinks are made by the file, so those of the file that do not run
-    /// are left out, and one that was changed there since is refused.
+    /// Reads what runs from the state while the pipeline runs, otherwise from the file. Sinks are made from the
+    /// file: those that do not run are left out, and one that was changed in the file since is refused.
     async fn of(config: &mut PipelineConfig, state: &StateStore) -> anyhow::Result<Self> {
         let changes = Changes::new(state.clone());
         let is_running = PipelineLock::is_taken(&config.state_dir, &config.name)?;
@@ -143,8 +154,8 @@ impl Pipeline {
         for (sink, fingerprint) in config.sink_fingerprints() {
             ensure!(
                 running.get(&sink).is_none_or(|running| *running == fingerprint),
-                "{}: sink {sink} is not as the running pipeline has it: `shardmill reload` first, or put \
-                 the file back",
+                "{}: sink {sink} differs from the sink of the running pipeline: run `shardmill reload` first, or \
+                 restore the file",
                 config.file.path.display()
             );
         }
@@ -160,7 +171,7 @@ impl Pipeline {
         Ok(Self { is_running, stages, sinks, missing })
     }
 
-    /// Whether letters can enter at a place.
+    /// Whether dead letters can enter at a place.
     fn has(&self, place: &str) -> bool {
         match DeadLetterPlace::parse(place) {
             Some(DeadLetterPlace::Stage(name)) => self.stages.contains(&name),
@@ -170,8 +181,8 @@ impl Pipeline {
     }
 }
 
-/// Finds out whether the rows of replays that were broken off are there: by that a redrive knows which
-/// letters a sink has.
+/// Resolves interrupted replays: finds out whether their rows are in the table. A redrive needs this to know
+/// which dead letters a sink already has.
 pub(crate) async fn resolve_replays(
     config: &PipelineConfig,
     state: &StateStore,
@@ -182,8 +193,11 @@ pub(crate) async fn resolve_replays(
     for replay in replays.pending().await? {
         let own = config.sinks.iter().find(|sink| sink.name.value == replay.sink);
         let Some(target) = own.and_then(sinks::postgres) else {
-            // Nothing is redriven to that sink either; it is found out when the sink is back.
-            tracing::warn!(sink = %replay.sink, "a replay of a sink that is gone is not resolved");
+            // Nothing is redriven to that sink either. The replay is resolved when the sink is back.
+            tracing::warn!(
+                sink = %replay.sink,
+                "an interrupted replay is not resolved, because its sink is not in the configuration"
+            );
             continue;
         };
         match TableWindow::has_landed(target, &config.name, (&replay.sink, replay.id), silence_max)
@@ -191,12 +205,15 @@ pub(crate) async fn resolve_replays(
         {
             Ok(true) => {
                 replays.confirm(replay.id).await?;
-                console.say(format!("a replay of sink {} had replaced its rows", replay.sink));
+                console.say(format!(
+                    "an interrupted replay of sink {} had replaced its rows",
+                    replay.sink
+                ));
             }
             Ok(false) => replays.cancel(replay.id).await?,
             Err(cause) => bail!(
-                "whether a replay of sink {} has replaced rows is not known: {cause}; give the command \
-                 again when the table is in reach",
+                "cannot find out whether a replay of sink {} has replaced rows: {cause}; run the command again \
+                 when the table can be reached",
                 replay.sink
             ),
         }
@@ -204,7 +221,7 @@ pub(crate) async fn resolve_replays(
     Ok(())
 }
 
-/// A redrive about to run.
+/// A redrive that is about to run.
 struct Run {
     redrives: Redrives,
     id: RedriveId,
@@ -234,14 +251,14 @@ impl Run {
             let named = missing.join(", ");
             ensure!(
                 !self.cancel_if_new().await?,
-                "{named} is not in the pipeline any more, so nothing can enter there: put it back, or \
-                 leave its letters out (--without {})",
+                "{named} is no longer in the pipeline, so no dead letter can enter there: put it back, or \
+                 leave its dead letters out (--without {})",
                 bare(missing[0])
             );
             bail!(
-                "{named} is not in the pipeline any more, and some letters of the redrive that was broken \
-                 off have been run: put it back and give the command again, or finish the rest with \
-                 `shardmill dlq redrive --without {}`; its letters stay",
+                "{named} is no longer in the pipeline, and some dead letters of the interrupted redrive have \
+                 been processed: put it back and run the command again, or finish the rest with \
+                 `shardmill dlq redrive --without {}`; its dead letters stay",
                 bare(missing[0])
             );
         }
@@ -289,7 +306,7 @@ impl Run {
             Supervisor::prepare_under(lock, config, host, source, built, options).await?;
         supervisor.run_until(stop_on_signals(drain_max)?).await?;
         let Some(redriven) = redrives.finish(id, &at_sinks).await? else {
-            bail!("the redrive was broken off: `shardmill dlq redrive` goes on with it");
+            bail!("the redrive was interrupted: `shardmill dlq redrive` continues it");
         };
         let left_out =
             std::mem::take(&mut *left_out.lock().unwrap_or_else(PoisonError::into_inner));
@@ -307,14 +324,15 @@ impl Run {
         }
         ensure!(
             left_out.is_empty(),
-            "{} dead letters were not redriven and stay: what entered where they failed could not be made \
-             again",
+            "{} dead letters were not redriven and stay: the payload that entered where they failed could not be \
+             produced again",
             left_out.len()
         );
         Ok(())
     }
 
-    /// Places of its letters, and sinks that have a part of it, that are gone.
+    /// Returns the places that are gone from the pipeline: those of its dead letters, and sinks that have part
+    /// of it.
     async fn gone(&self) -> anyhow::Result<Vec<String>> {
         let mut gone = self.redrives.places(self.id).await?;
         gone.retain(|place| !self.pipeline.has(place));
@@ -329,7 +347,7 @@ impl Run {
         Ok(gone)
     }
 
-    /// Forgets a redrive that nothing of has run; false: something may have.
+    /// Forgets a redrive of which nothing has run. Returns false if something may have run.
     async fn cancel_if_new(&self) -> anyhow::Result<bool> {
         if self.is_rest || self.redrives.has_run(self.id).await? {
             return Ok(false);
@@ -342,19 +360,25 @@ impl Run {
         let is_there = self.pipeline.sinks.iter().any(|sink| sink.as_str() == name)
             || self.pipeline.stages.iter().any(|stage| stage.as_str() == name);
         match (is_there, gone.is_empty()) {
-            (true, _) => "it is in the pipeline; only what is gone can be left out".into(),
-            (false, true) => "nothing of what the letters enter is gone".into(),
+            (true, _) => {
+                "it is in the pipeline; only a stage or sink that is gone can be left out".into()
+            }
+            (false, true) => "no stage or sink that the dead letters enter is gone".into(),
             (false, false) => {
-                format!("expected what is gone from the pipeline: {}", gone.join(", "))
+                format!(
+                    "expected a stage or sink that is gone from the pipeline: {}",
+                    gone.join(", ")
+                )
             }
         }
     }
 }
 
-/// The gone places that are named, by the name alone or as `stage:NAME` or `sink:NAME`.
+/// Returns the places that are gone and are named in `--without`, either by name or as `stage:NAME` or
+/// `sink:NAME`.
 ///
 /// # Errors
-/// A name that is of none.
+/// The first name that matches no such place.
 fn left_out(gone: &[String], without: &[String]) -> Result<Vec<String>, String> {
     let mut left_out = Vec::new();
     for name in without {
@@ -368,12 +392,12 @@ fn left_out(gone: &[String], without: &[String]) -> Result<Vec<String>, String> 
     Ok(left_out)
 }
 
-/// The name in a place.
+/// Returns the name in a place.
 fn bare(place: &str) -> &str {
     place.split_once(':').map_or(place, |(_, name)| name)
 }
 
-/// How far each sink is with a redrive.
+/// Returns the position of each sink in a redrive.
 async fn positions(
     redrives: &Redrives,
     id: RedriveId,

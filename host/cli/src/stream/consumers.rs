@@ -1,4 +1,4 @@
-//! `shardmill stream consumers`: who reads a stream by enhanced fan-out.
+//! `shardmill stream consumers`: the enhanced fan-out consumers of a stream.
 
 use aws_sdk_kinesis::Client;
 use serde::Serialize;
@@ -12,23 +12,23 @@ use shardmill_kinesis::stream;
 
 #[derive(clap::Subcommand)]
 pub enum Command {
-    /// Show the registered consumers: status, name, ARN.
+    /// List the registered consumers: status, name, ARN.
     List {
         #[command(flatten)]
         place: StreamPlace,
     },
-    /// Register a consumer and wait until it is ACTIVE; one that is there already is left as it is.
+    /// Register a consumer and wait until it is ACTIVE. An existing consumer stays as it is.
     #[command(after_help = "Example:\n  shardmill stream consumers register shardmill")]
     Register {
-        /// The consumer's name.
+        /// Name of the consumer.
         name: String,
         #[command(flatten)]
         place: StreamPlace,
     },
-    /// Deregister a consumer and wait until it is gone: what it reads by ends.
+    /// Deregister a consumer and wait until it is gone. Its subscriptions end.
     #[command(after_help = "Example:\n  shardmill stream consumers deregister shardmill")]
     Deregister {
-        /// The consumer's name.
+        /// Name of the consumer.
         name: String,
         #[command(flatten)]
         place: StreamPlace,
@@ -49,7 +49,7 @@ struct ConsumerReport {
     created_ms: i64,
 }
 
-/// Does what the command says and reports it.
+/// Runs the command and reports the result.
 pub(super) async fn consumers(command: Command, console: &Console) -> anyhow::Result<()> {
     match command {
         Command::List { place } => {

@@ -1,4 +1,4 @@
-//! What a stream is, for people and as JSON.
+//! Description of a stream, for people and as JSON.
 
 use aws_sdk_kinesis::Client;
 use serde::Serialize;

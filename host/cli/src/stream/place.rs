@@ -1,4 +1,4 @@
-//! Which stream a command is about, and the connection to it: by its options, or by a pipeline.
+//! Choice of the stream of a command, by options or by a pipeline file, and the connection to it.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -15,31 +15,31 @@ use shardmill_kinesis::client;
 use shardmill_kinesis::client::Address;
 use shardmill_kinesis::served;
 
-/// Time for which a command waits for the embedded stream to be served.
+/// Longest wait for another process to serve the embedded stream.
 const SERVED_WAIT_MAX: Duration = Duration::from_secs(3);
 const SERVED_LOOK_INTERVAL: Duration = Duration::from_millis(50);
 
-/// Which stream, and where.
+/// Options that choose a stream and its server.
 #[derive(clap::Args)]
 pub struct StreamPlace {
-    /// The stream's name or ARN; default: that of the pipeline.
+    /// Name or ARN of the stream [default: the pipeline's stream].
     #[arg(long, value_name = "NAME", value_parser = StreamRef::parse)]
     stream: Option<StreamRef>,
-    /// The pipeline whose stream it is; default: pipeline.toml, where there is one.
+    /// The pipeline file that names the stream [default: pipeline.toml, if it exists].
     #[arg(long, value_name = "FILE")]
     pipeline: Option<PathBuf>,
-    /// `embedded`, `aws`, or a URL; default: that of the pipeline.
+    /// `embedded`, `aws`, or a URL [default: the pipeline's endpoint].
     #[arg(long)]
     endpoint: Option<String>,
-    /// The AWS region; default: that of the pipeline, or the standard chain.
+    /// AWS region [default: the pipeline's region, or the standard AWS chain].
     #[arg(long)]
     region: Option<String>,
-    /// The state folder, by which the embedded stream is found.
+    /// State folder, where the address of the embedded stream is found.
     #[arg(long, value_name = "FOLDER")]
     state_dir: Option<PathBuf>,
 }
 
-/// A stream, resolved.
+/// A resolved choice of a stream.
 pub(super) struct ResolvedStream {
     stream: Option<StreamRef>,
     server: StreamServer,
@@ -48,7 +48,7 @@ pub(super) struct ResolvedStream {
 }
 
 impl StreamPlace {
-    /// Whether the stream was named, not taken from a pipeline's file.
+    /// Whether the stream was named on the command line, not taken from a pipeline file.
     pub(super) fn names_stream(&self) -> bool {
         self.stream.is_some()
     }
@@ -65,7 +65,7 @@ impl StreamPlace {
             Some("embedded") => Endpoint::Embedded,
             Some("aws") => Endpoint::Aws,
             Some(url) => Endpoint::Url(Url::parse(url).with_context(|| {
-                format!("--endpoint {url} is neither `embedded` nor `aws` nor a URL")
+                format!("invalid --endpoint {url}: expected `embedded`, `aws` or a URL")
             })?),
             None => kinesis.map_or(Endpoint::Aws, |it| it.server.endpoint.clone()),
         };
@@ -90,7 +90,7 @@ impl StreamPlace {
             Endpoint::Aws => None,
             Endpoint::Url(url) => Some(Address::Url(url.clone())),
             Endpoint::Embedded => {
-                // Another user could send this one to a stream of their own.
+                // Otherwise another user could redirect this one to a stream of their own.
                 target.state_dir.check(served::FOLDER)?;
                 Some(embedded_address(&target.state_dir).await?)
             }
@@ -105,15 +105,15 @@ impl ResolvedStream {
     pub fn name(&self) -> anyhow::Result<&StreamRef> {
         self.stream
             .as_ref()
-            .context("which stream? name it with --stream, or a pipeline with --pipeline")
+            .context("missing stream: name it with --stream, or a pipeline with --pipeline")
     }
 }
 
-/// Finds the embedded stream that another process serves. One that was started a moment ago, as by
-/// `shardmill stream serve &` in a script, is waited for.
+/// Finds the embedded stream that another process serves. Waits for one that was started a moment ago, as by
+/// `shardmill stream serve &` in a script.
 ///
 /// # Errors
-/// When none is served within [`SERVED_WAIT_MAX`].
+/// None is served within [`SERVED_WAIT_MAX`].
 pub(super) async fn embedded_address(state_dir: &Path) -> anyhow::Result<Address> {
     let begun = Instant::now();
     loop {
@@ -122,7 +122,7 @@ pub(super) async fn embedded_address(state_dir: &Path) -> anyhow::Result<Address
         }
         anyhow::ensure!(
             begun.elapsed() < SERVED_WAIT_MAX,
-            "no embedded stream is served from {}; start one with `shardmill stream serve`",
+            "no embedded stream found in {}: start one with `shardmill stream serve`",
             state_dir.display()
         );
         tokio::time::sleep(SERVED_LOOK_INTERVAL).await;

@@ -1,4 +1,4 @@
-//! `shardmill stream put`: the records of files, or of standard input.
+//! `shardmill stream put`: puts the records of files or of standard input on a stream.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
@@ -15,53 +15,55 @@ use shardmill_kinesis::input::{Format, Input, KeyRule};
 use shardmill_kinesis::producer::{Producer, PutReport};
 use shardmill_kinesis::stream;
 
-/// Records between two looks at the progress bar.
+/// Records between two updates of the progress bar.
 const PROGRESS_RECORDS: u64 = 1_000;
 
-/// What is put, and how.
+/// Options of `stream put`.
 #[derive(clap::Args)]
 pub struct StreamPutOptions {
-    /// The files; none, or `-`: standard input.
+    /// The files; `-` or none: standard input.
     files: Vec<PathBuf>,
-    /// How records lie in the files; default: csv for files whose names end in .csv, else lines.
+    /// Record format of the files [default: csv for names that end in .csv, otherwise lines].
     #[arg(long, value_enum)]
     format: Option<FileFormat>,
-    /// The partition key of all records; default: the record's number, which spreads them.
+    /// Partition key of all records [default: the number of the record, which spreads records over the shards].
     #[arg(long, conflicts_with = "key_field")]
     key: Option<String>,
-    /// The top-level member of each JSON record that is its partition key.
+    /// Top-level member of each JSON record that is its partition key.
     #[arg(long, value_name = "NAME")]
     key_field: Option<String>,
-    /// Lines to leave out at the beginning of each file.
+    /// Number of lines to skip at the beginning of each file.
     #[arg(long, default_value_t = 0)]
     skip: u64,
-    /// Put at most one record of a partition key in a request, so that a refused record is never
-    /// overtaken by a later one of its key.
+    /// Put at most one record of each partition key in a request, so that a later record of a key never
+    /// overtakes a refused one.
     #[arg(long)]
     strict_order: bool,
 }
 
 impl StreamPutOptions {
-    /// Options that say nothing together.
+    /// Refuses options that make no sense together.
     pub(super) fn check(&self) -> anyhow::Result<()> {
         if self.key_field.is_some() && self.format != Some(FileFormat::Ndjson) {
-            bail!("--key-field takes the key from JSON: add --format ndjson");
+            bail!("--key-field requires JSON records: add --format ndjson");
         }
         if self.skip > 0 && self.format == Some(FileFormat::Binary) {
-            bail!("--skip leaves out lines, and --format binary has none: take one of them away");
+            bail!(
+                "--skip cannot be used with --format binary, which has no lines: remove one of them"
+            );
         }
         Ok(())
     }
 }
 
-/// How records lie in a file, as the option names it.
+/// Record format of a file, as a command-line value.
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum FileFormat {
-    /// A record per line, without its end (`\n` or `\r\n`).
+    /// One record per line, without the line end (`\n` or `\r\n`).
     Lines,
-    /// A CSV record per line, line breaks within quotes included.
+    /// One CSV record per line; line breaks within quotes belong to the record.
     Csv,
-    /// A JSON value per line; blank lines are passed over.
+    /// One JSON value per line; blank lines are skipped.
     Ndjson,
     /// A 4-byte big-endian length, then that number of bytes, repeated.
     Binary,
@@ -78,7 +80,7 @@ impl From<FileFormat> for Format {
     }
 }
 
-/// What a put did, for its last line.
+/// Summary of a put, for its last line.
 #[derive(Serialize)]
 struct PutSummary {
     records: u64,
@@ -88,7 +90,7 @@ struct PutSummary {
     records_per_second: f64,
 }
 
-/// Puts until the stream has all of it, and says how fast.
+/// Puts all records on the stream, and reports the throughput.
 pub(super) async fn put(
     client: Client,
     name: &StreamRef,
@@ -135,7 +137,7 @@ pub(super) async fn put(
     console.report(&summary)
 }
 
-/// The files that were named; none, or `-`: standard input, as `None`.
+/// Returns the input files; standard input is `None`.
 fn input_files(files: Vec<PathBuf>) -> Vec<Option<PathBuf>> {
     match files.is_empty() {
         true => vec![None],
@@ -143,7 +145,7 @@ fn input_files(files: Vec<PathBuf>) -> Vec<Option<PathBuf>> {
     }
 }
 
-/// By the name of the file.
+/// Chooses the format by the file name.
 fn format_of(file: Option<&Path>) -> Format {
     let extension = file.and_then(Path::extension);
     match extension.is_some_and(|name| name.eq_ignore_ascii_case("csv")) {
@@ -162,7 +164,7 @@ fn open_input(file: Option<&Path>) -> anyhow::Result<(Box<dyn BufRead + Send>, S
     Ok((Box::new(BufReader::new(opened)), path.display().to_string()))
 }
 
-/// How much the stream has, and how quickly it came.
+/// Formats the bytes put and the throughput.
 fn rate(report: PutReport, begun: Instant) -> String {
     let per_second = report.records as f64 / begun.elapsed().as_secs_f64().max(f64::EPSILON);
     format!("{}, {per_second:.0} records/s", bytesize::ByteSize(report.bytes))

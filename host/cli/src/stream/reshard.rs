@@ -1,4 +1,4 @@
-//! `shardmill stream split|merge|scale`: other shards for a stream, waited for.
+//! `shardmill stream split|merge|scale`: changes the shards of a stream and waits for the result.
 
 use std::collections::HashSet;
 use std::time::Duration;
@@ -13,13 +13,13 @@ use shardmill_core::record::{HashRange, ShardId, StreamRef};
 use shardmill_core::source::Shard;
 use shardmill_kinesis::stream;
 
-/// What is to become of the shards.
+/// Requested change of the shards.
 pub(super) enum Reshard {
-    /// One shard becomes two; the second begins `at` this hash key, or else in the middle.
+    /// One shard becomes two. The second begins at hash key `at`, or in the middle.
     Split { shard: ShardId, at: Option<u128> },
-    /// Two shards whose ranges touch become one.
+    /// Two adjacent shards become one.
     Merge { shard: ShardId, adjacent: ShardId },
-    /// The stream gets this many shards of equal ranges.
+    /// The stream gets this number of shards with equal ranges.
     Scale { shards: u32 },
 }
 
@@ -35,12 +35,12 @@ struct ReshardReport {
 struct NewShard {
     shard: String,
     parents: Vec<String>,
-    /// Text, for JSON numbers end at 2^53.
+    /// Hash keys are text, because JSON numbers are exact only up to 2^53.
     starting_hash_key: Option<String>,
     ending_hash_key: Option<String>,
 }
 
-/// Asks for other shards, waits until the stream is ACTIVE again, and reports what is new.
+/// Requests the change, waits until the stream is ACTIVE again, and reports the new shards.
 pub(super) async fn reshard(
     client: &Client,
     name: &StreamRef,
@@ -58,8 +58,8 @@ pub(super) async fn reshard(
             let (one, other) = (range_of(&before, &shard)?, range_of(&before, &adjacent)?);
             if !one.touches(&other) {
                 bail!(
-                    "shards {shard} ({one}) and {adjacent} ({other}) are not adjacent: one's range \
-                     must end just before the other's begins; `shardmill stream describe` shows them"
+                    "shards {shard} ({one}) and {adjacent} ({other}) are not adjacent: expected ranges that \
+                     follow each other directly; `shardmill stream describe` shows the shards"
                 );
             }
             stream::merge(client, name, &shard, &adjacent).await?;
@@ -101,25 +101,28 @@ fn new_shard(shard: Shard) -> NewShard {
     }
 }
 
-/// The hash range of an open shard.
+/// Returns the hash range of an open shard.
 fn range_of(shards: &[Shard], id: &ShardId) -> anyhow::Result<HashRange> {
     let shard = shards.iter().find(|shard| shard.id == *id).with_context(|| {
-        format!("the stream has no shard {id}; `shardmill stream describe` lists them")
+        format!("unknown shard {id}: `shardmill stream describe` lists the shards")
     })?;
     if shard.is_closed {
-        bail!("shard {id} is closed already; `shardmill stream describe` shows which are open");
+        bail!("shard {id} is closed: `shardmill stream describe` shows the open shards");
     }
-    shard.hash_range.with_context(|| format!("the server gives no sound hash range of shard {id}"))
+    shard
+        .hash_range
+        .with_context(|| format!("the server returned an invalid hash range of shard {id}"))
 }
 
-/// Where the second child begins: as asked if that leaves both something, or else in the middle.
+/// Returns the hash key at which the second child begins: the requested one if both children get a range, or
+/// the middle.
 fn split_at(range: HashRange, shard: &ShardId, at: Option<u128>) -> anyhow::Result<u128> {
     let Some(middle) = range.middle() else {
-        bail!("shard {shard} holds one hash key only and cannot be split");
+        bail!("shard {shard} has only one hash key and cannot be split");
     };
     let at = at.unwrap_or(middle);
     if at <= range.start() || at > range.end_inclusive() {
-        bail!("--at {at} leaves nothing to one half of shard {shard}: its range is {range}");
+        bail!("invalid --at {at}: one half of shard {shard} would be empty; its range is {range}");
     }
     Ok(at)
 }

@@ -1,4 +1,4 @@
-//! `shardmill stream tail`: a stream's records, as they are or as a plugin decodes them.
+//! `shardmill stream tail`: prints the records of a stream, raw or decoded by a plugin.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -32,9 +32,9 @@ use shardmill_kinesis::polling::{Polling, PollingReader};
 use shardmill_kinesis::stream;
 use shardmill_state::{KnownShards, ShardState};
 
-/// What the readers hold together, in bytes.
+/// Bytes that all readers may hold together.
 const READ_AHEAD_BYTES_MAX: usize = 64 << 20;
-/// Batches that were read and not printed yet.
+/// Batches that were read and are not printed yet.
 const BATCHES_MAX: usize = 64;
 const BATCH: BatchLimits = BatchLimits { records_max: 1_000, bytes_max: 1 << 20 };
 const POLLING: Polling = Polling {
@@ -42,37 +42,38 @@ const POLLING: Polling = Polling {
     poll_interval: Duration::from_millis(300),
     is_paced: true,
 };
-/// How often a look is taken for shards that a listing right after their parents' end did not show.
+/// Interval between looks for new shards. A listing right after the end of the parents may not show their
+/// children.
 const DISCOVERY_INTERVAL: Duration = Duration::from_secs(10);
 
-/// What is printed, and how.
+/// Options of `stream tail`.
 #[derive(clap::Args)]
 pub(crate) struct TailOptions {
-    /// Stop after this many records.
+    /// Stop after this number of records.
     #[arg(long)]
     limit: Option<u64>,
-    /// Stop at the end instead of waiting for more.
+    /// Stop at the end of the stream instead of waiting for more records.
     #[arg(long)]
     no_follow: bool,
-    /// Where to begin: `trim-horizon`, `latest`, `at-timestamp:2026-01-31T00:00:00Z`, or
+    /// Start position: `trim-horizon`, `latest`, `at-timestamp:2026-01-31T00:00:00Z`, or
     /// `at-sequence:SHARD:SEQUENCE`.
     #[arg(long, value_name = "WHERE", default_value = "trim-horizon",
           value_parser = shardmill_config::parse_start)]
     from: StartPosition,
-    /// Print this shard only, to its end.
+    /// Print only this shard, to its end.
     #[arg(long, value_name = "ID")]
     shard: Option<String>,
-    /// Print what this plugin makes of the records, with the route of each output; what it rejects
-    /// goes to standard error, with the reason.
+    /// Print the outputs of this plugin, with the route of each output. Rejected records go to standard error,
+    /// with the reason.
     #[arg(long, value_name = "PLUGIN.wasm")]
     decode: Option<PathBuf>,
-    /// The plugin's configuration, as JSON.
+    /// Configuration of the plugin, as JSON.
     #[arg(long, value_name = "JSON", requires = "decode", default_value = "{}")]
     config: String,
 }
 
-/// Prints records until the limit, the end if nothing is to be followed, or a signal. The records
-/// of a shard come in order, and after all those of its parents.
+/// Prints records until the limit, the end of the stream (with `--no-follow`), or a signal. The records of a
+/// shard come in order, and after all records of its parents.
 pub(super) async fn tail(
     client: Client,
     name: &StreamRef,
@@ -104,7 +105,7 @@ pub(super) async fn tail(
         }
         Ok(())
     };
-    // Around all of it: the server may answer at no step.
+    // The select surrounds everything, because the server may fail to answer at any step.
     tokio::select! {
         printed = print => printed,
         () = stop.cancelled() => Ok(()),
@@ -112,31 +113,32 @@ pub(super) async fn tail(
     }
 }
 
-/// The readers of a stream's shards: each in a task of its own, parents before children.
+/// Readers of a stream's shards, each in a task of its own, parents before children.
 struct Readers {
     connection: Arc<StreamConnection>,
     identity: Arc<StreamIdentity>,
     only: Option<ShardId>,
     from: StartPosition,
-    /// Time that LATEST stands for, in milliseconds since 1970 by the server's clock: when the command was given.
+    /// Time that LATEST stands for, in milliseconds since 1970 by the server's clock: the time at which the
+    /// command was started.
     latest_ms: Option<i64>,
     no_follow: bool,
-    /// The shards that were begun.
+    /// Shards whose reading has started.
     known: KnownShards,
     tasks: JoinSet<Result<Read, SourceError>>,
     batches: mpsc::Sender<Batch>,
 }
 
-/// How far a shard was read.
+/// Progress of reading a shard.
 enum Read {
     /// To its end: its children are next.
     ToEnd(ShardId),
-    /// To its newest record, or as far as anybody wanted.
+    /// To its newest record, or as far as was wanted.
     SoFar,
 }
 
 impl Readers {
-    /// Readers that have not begun, and where their batches come out.
+    /// Makes readers that have not started, and the receiver of their batches.
     async fn new(
         client: Client,
         name: &StreamRef,
@@ -151,7 +153,9 @@ impl Readers {
         };
         for id in begun.into_iter().chain(&only) {
             if !listed.iter().any(|shard| shard.id == *id) {
-                bail!("stream {name} has no shard {id}; `shardmill stream describe` lists them");
+                bail!(
+                    "unknown shard {id} of stream {name}: `shardmill stream describe` lists the shards"
+                );
             }
         }
         let latest_ms = match options.from {
@@ -176,7 +180,7 @@ impl Readers {
         Ok((readers, printed))
     }
 
-    /// Begins to read what may be read now.
+    /// Starts to read the shards that may be read now.
     async fn discover(&mut self) -> Result<(), SourceError> {
         let (client, name) = (&self.connection.client, &self.connection.stream);
         let mut shards = stream::shards(client, name).await?;
@@ -209,7 +213,7 @@ impl Readers {
         let inbox = Inbox::new(key, BATCH, from);
         let mut reader = PollingReader::new(self.connection.clone(), POLLING, inbox);
         let batches = self.batches.clone();
-        // A closed shard has an end that surely comes.
+        // A closed shard has an end, so there is no need to stop at its newest record.
         let until_idle = self.no_follow && !shard.is_closed;
         self.tasks.spawn(async move {
             loop {
@@ -239,23 +243,23 @@ impl Readers {
 struct Line<'a> {
     shard: &'a str,
     sequence: &'a str,
-    /// Of what a plugin made of the record.
+    /// Route of the output, if a plugin decoded the record.
     #[serde(skip_serializing_if = "Option::is_none")]
     route: Option<&'a str>,
     key: String,
     payload: String,
 }
 
-/// Prints batches.
+/// Printer of batches.
 struct Printer<'a> {
     console: &'a Console,
     decoder: Option<Decoder>,
-    /// The records that may still be printed.
+    /// Number of records that may still be printed.
     left: u64,
 }
 
 impl Printer<'_> {
-    /// Prints a batch as far as the limit allows.
+    /// Prints a batch up to the limit.
     fn print(&mut self, batch: &Batch) -> anyhow::Result<()> {
         let mut items = first_flow(batch);
         items.truncate(usize::try_from(self.left).unwrap_or(usize::MAX));
@@ -279,8 +283,8 @@ impl Printer<'_> {
     }
 }
 
-/// Prints what a plugin makes of the first items, and tells what it does not take. Gives how many they were;
-/// `None`: it was stopped.
+/// Prints the plugin's outputs for the first items, and notes the rejected ones. Returns how many items were
+/// processed; `None`: it was stopped.
 fn decode(
     runner: &mut StageRunner,
     batch: &Batch,
@@ -297,16 +301,18 @@ fn decode(
             | RunError::Later(reason, _),
         ) => {
             bail!(
-                "{:?} took no record of shard {}: {}",
+                "plugin {:?} accepted no record of shard {}: {}",
                 runner.stage().plugin,
                 batch.shard.shard,
                 escaped(&reason, &[])
             )
         }
         Err(RunError::NoInstance(error)) => {
-            bail!("{:?} does not start: {error}", runner.stage().plugin)
+            bail!("plugin {:?} does not start: {error}", runner.stage().plugin)
         }
-        Err(RunError::TooMuch(_)) => bail!("{:?} makes too much", runner.stage().plugin),
+        Err(RunError::TooMuch(_)) => {
+            bail!("plugin {:?} returned more output than its limit", runner.stage().plugin)
+        }
     };
     let record_of = |item: usize| &batch.records[items[item].record as usize];
     for output in outcome.outputs() {
@@ -339,7 +345,7 @@ fn print(
         payload: String::from_utf8_lossy(payload).into_owned(),
     };
     if console.json {
-        // Records are shown as they are: not a report, in which values of variables are hidden.
+        // Records are data, not a report: values of variables in them are not masked.
         print_json(&serde_json::to_string(&line)?);
         return Ok(());
     }
@@ -350,7 +356,7 @@ fn print(
     Ok(())
 }
 
-/// A plugin that decodes, with an instance for each shard, as in a pipeline.
+/// A plugin that decodes records, with one instance per shard as in a pipeline.
 struct Decoder {
     stage: LoadedStage,
     runners: HashMap<ShardId, StageRunner>,
@@ -365,19 +371,22 @@ impl Decoder {
         stop: &CancellationToken,
     ) -> anyhow::Result<Self> {
         let plugin = load_plugin(file)?;
-        let stage = LoadedStage::alone(plugin, config_json, &stream.name)
-            .map_err(|error| anyhow!("{} with --config {config_json}: {error}", file.display()))?;
+        let stage = LoadedStage::alone(plugin, config_json, &stream.name).map_err(|error| {
+            anyhow!("plugin {} does not start with --config {config_json}: {error}", file.display())
+        })?;
         Ok(Self { stage, runners: HashMap::new(), stop: stop.clone() })
     }
 
-    /// The instance of a shard. Nothing is too much rejected here: it is only looked at.
+    /// Returns the instance of a shard. The limit of rejected records is off, because records are only shown.
     fn runner(&mut self, shard: &ShardKey) -> anyhow::Result<&mut StageRunner> {
         if !self.runners.contains_key(&shard.shard) {
             let context = self.stage.context(&shard.stream.name, shard.shard.as_str());
             let rejected_max = RejectedMax { of_last_1000: u32::MAX, in_a_row: u32::MAX };
             let runner =
                 StageRunner::start(self.stage.clone(), context, rejected_max, self.stop.clone())
-                    .map_err(|error| anyhow!("{:?} does not start: {error}", self.stage.plugin))?;
+                    .map_err(|error| {
+                        anyhow!("plugin {:?} does not start: {error}", self.stage.plugin)
+                    })?;
             self.runners.insert(shard.shard.clone(), runner);
         }
         self.runners.get_mut(&shard.shard).context("the shard's instance was started above")

@@ -1,10 +1,10 @@
-//! Who may ask for what at the admin port and the control port.
+//! Access rules of the admin port and the control port.
 //!
 //! | request | no token | `read_token` | `token` |
 //! |---|---|---|---|
 //! | `/health/…` | live, ready or blocked | the same | with causes |
-//! | `/metrics`, `/status` | where none is configured, and the host is known | yes | with causes |
-//! | changes, their history, what they show of records | no | no | yes |
+//! | `/metrics`, `/status` | if no token is configured and the host is known | yes | with causes |
+//! | changes, their history, record contents | no | no | yes |
 
 use std::sync::Arc;
 
@@ -20,29 +20,29 @@ use shardmill_config::{AdminConfig, Secret};
 use shardmill_core::record::Digest;
 use shardmill_ports::names;
 
-/// Right that a route asks for.
+/// Right that a route requires.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Right {
-    /// Metrics and the state of the lanes.
+    /// Metrics and the status of the lanes.
     Read,
-    /// Changes, and what records hold.
+    /// Changes and record contents.
     Change,
 }
 
-/// Who asks, by what a request brings.
+/// Identity of a caller, by the token of the request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Caller {
-    /// Somebody with the token.
+    /// Sent the token.
     Owner,
-    /// Somebody with the read token.
+    /// Sent the read token.
     Reader,
-    /// Somebody with another token, or with several `Authorization` headers.
+    /// Sent an unknown token, or several `Authorization` headers.
     Stranger,
-    /// Somebody without a token.
+    /// Sent no token.
     Nobody,
 }
 
-/// Why a request is refused.
+/// Reason for refusing a request.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Refusal {
     NoToken,
@@ -52,23 +52,23 @@ enum Refusal {
     Page,
 }
 
-/// The tokens of a port, and the names that it is known by; clones share them.
+/// Tokens and host names of a port. Clones share them.
 #[derive(Clone)]
 pub struct Access(Arc<Rules>);
 
 struct Rules {
-    /// `None`: none is configured, and nothing can be changed here.
+    /// `None`: no token is configured, and nothing can be changed at this port.
     token: Option<TokenDigest>,
     read_token: Option<TokenDigest>,
-    /// Whether `/metrics` and `/status` ask for a token.
+    /// Whether `/metrics` and `/status` require a token.
     is_reading_guarded: bool,
     hosts: Vec<String>,
-    /// Where the token is found, for messages.
+    /// Place of the token, for messages.
     token_place: &'static str,
 }
 
-/// The digest of a token. Tokens are compared by it, so that all have one length, and in constant time:
-/// how long that takes says nothing about the token.
+/// Digest of a token. Digests are compared instead of tokens, so that all have the same length, and in constant
+/// time, so that the time says nothing about the token.
 struct TokenDigest(Digest);
 
 impl TokenDigest {
@@ -82,8 +82,8 @@ impl TokenDigest {
 }
 
 impl Access {
-    /// The rules of an admin port. `own` is the token of this run, which counts where none is configured.
-    /// Without it nothing can be changed at the port.
+    /// Returns the rules of an admin port. `own` is the token of this run; it is used if none is configured.
+    /// Without any token nothing can be changed at the port.
     pub fn of(config: &AdminConfig, own: Option<&Secret>) -> Self {
         let (token, token_place) = match (&config.token, own) {
             (Some(token), _) => (Some(token), "the `token` of [admin]"),
@@ -101,7 +101,7 @@ impl Access {
         }))
     }
 
-    /// The rules of a control port: all asks for its token.
+    /// Returns the rules of a control port: every request needs its token.
     pub(crate) fn with_token_only(token: &Secret) -> Self {
         Self(Arc::new(Rules {
             token: Some(digest(token)),
@@ -112,13 +112,13 @@ impl Access {
         }))
     }
 
-    /// Who asks.
+    /// Identifies the caller.
     pub fn caller(&self, headers: &HeaderMap) -> Caller {
         let mut values = headers.get_all(header::AUTHORIZATION).iter();
         let value = match (values.next(), values.next()) {
             (None, _) => return Caller::Nobody,
             (Some(value), None) => value,
-            // A proxy may have checked one of them and passed both on.
+            // With several headers, a proxy may have checked one of them and passed on both.
             (Some(_), Some(_)) => return Caller::Stranger,
         };
         let brought = value.to_str().ok().and_then(bearer).unwrap_or_default();
@@ -146,19 +146,19 @@ impl Access {
             Refusal::NoToken => (
                 StatusCode::UNAUTHORIZED,
                 format!(
-                    "the token is missing: expected {place}, as `Authorization: Bearer TOKEN`; the commands of \
-                     shardmill find it themselves"
+                    "missing token: expected {place}, as `Authorization: Bearer TOKEN`; shardmill's own commands \
+                     find it themselves"
                 ),
             ),
             Refusal::WrongToken => (
                 StatusCode::UNAUTHORIZED,
                 format!(
-                    "the token is wrong: expected {place}, in one header `Authorization: Bearer TOKEN`"
+                    "invalid token: expected {place}, in one header `Authorization: Bearer TOKEN`"
                 ),
             ),
             Refusal::ReadOnly => (
                 StatusCode::FORBIDDEN,
-                format!("`read_token` opens /metrics and /status only: send {place}"),
+                format!("`read_token` permits only /metrics and /status: expected {place}"),
             ),
             Refusal::UnknownHost => {
                 let host = names::host_of(request).unwrap_or_default();
@@ -170,7 +170,7 @@ impl Access {
             }
             Refusal::Page => (
                 StatusCode::FORBIDDEN,
-                "requests from pages in browsers are refused: send the token".to_owned(),
+                "requests from web pages are refused without a token: send the token".to_owned(),
             ),
         };
         let mut response =
@@ -183,7 +183,7 @@ impl Access {
     }
 }
 
-/// Lets only those use routes who have the right to.
+/// Protects routes: only callers with the right may use them.
 pub(crate) fn guarded(routes: Router, access: Access, right: Right) -> Router {
     let admit = move |State(access): State<Access>, request: Request, next: Next| async move {
         match access.admit(right, &request) {
@@ -202,7 +202,7 @@ fn decide(
     is_of_page: bool,
 ) -> Result<(), Refusal> {
     match (right, caller) {
-        // A page cannot have it, whatever name it came by.
+        // A web page cannot know the token, whatever host name it used.
         (_, Caller::Owner) | (Right::Read, Caller::Reader) => Ok(()),
         (Right::Change, Caller::Reader) => Err(Refusal::ReadOnly),
         (_, Caller::Stranger) => Err(Refusal::WrongToken),
@@ -214,7 +214,7 @@ fn decide(
     }
 }
 
-/// Reads the token of `Bearer TOKEN`; the scheme's case is free (RFC 9110, section 11.1).
+/// Returns the token of `Bearer TOKEN`. The scheme is case-insensitive (RFC 9110, section 11.1).
 fn bearer(value: &str) -> Option<&str> {
     let (scheme, token) = value.split_once(' ')?;
     scheme.eq_ignore_ascii_case("bearer").then(|| token.trim())
@@ -234,8 +234,8 @@ mod tests {
         use Right::{Change, Read};
         let (no, wrong, less) = (Refusal::NoToken, Refusal::WrongToken, Refusal::ReadOnly);
         let (host, page) = (Refusal::UnknownHost, Refusal::Page);
-        // The right, who asks, whether reading asks for a token, whether the host is known, whether it comes
-        // from a page.
+        // Right, caller, whether reading requires a token, whether the host is known, whether the request comes
+        // from a web page.
         for (right, caller, guarded, known, of_page, decided) in [
             (Read, Nobody, false, true, false, Ok(())),
             (Read, Nobody, false, false, false, Err(host)),
@@ -284,7 +284,7 @@ mod tests {
     fn a_token_is_equal_to_itself_alone() {
         let token = TokenDigest::of("own token");
         assert!(token.is(&TokenDigest::of("own token")));
-        // Its beginning, its end, more than it, the same length, and its digest in its place.
+        // Its beginning, its end, more than it, the same length, and its digest in place of it.
         let digest = token.0.as_str();
         for other in
             ["", "own", "token", "own token ", "own\0token", "own tokem", "pwn token", digest]

@@ -1,7 +1,7 @@
-//! Changes of a running pipeline by HTTP: swap, roll back, reload, history.
+//! HTTP API for changes of a running pipeline: swap, roll back, reload, history.
 //!
-//! Served at the admin port, and for this machine's own commands at a port of loopback that they find,
-//! with its token, by a file in the pipeline's folder which only its owner can read.
+//! It is served at the admin port. For commands on this machine it is also served at a port on loopback.
+//! Commands find that port and its token in a file in the pipeline's folder, which only the owner can read.
 
 use std::io;
 use std::net::SocketAddr;
@@ -31,78 +31,79 @@ use shardmill_engine::lane::StatusRegistry;
 use shardmill_engine::swap::{ChangeRefused, Component, SHADOW_MAX, SwapRequest, Swapper};
 use shardmill_ports::PortRules;
 
-/// The largest component that is taken, in bytes: as `limits.component` can be at most.
+/// Maximum size of a component in bytes: the maximum of `limits.component`.
 const BODY_BYTES_MAX: usize = 256 << 20;
-/// The file by which this machine's commands find a running pipeline.
+/// File through which commands on this machine find a running pipeline.
 const ADDRESS_FILE: &str = "control.json";
-/// The file that has the token of the admin port while none is configured.
+/// File with the token of the admin port, if none is configured.
 const TOKEN_FILE: &str = "admin.token";
-/// Connections that the control port keeps at once: a few commands use it.
+/// Maximum connections of the control port; only a few commands use it.
 const CONNECTIONS_MAX: usize = 32;
-/// Bytes that a connection may buffer while it reads: a request's head, and a piece of a body.
+/// Bytes that a connection may buffer while it reads: the head of a request and a piece of the body.
 pub(super) const BUFFER_BYTES_MAX: usize = 16 << 10;
-/// Changes that the history shows when nothing else is asked for.
+/// Default number of changes in the history.
 const CHANGES_SHOWN: u32 = 50;
 
-/// Reads the pipeline's file again.
+/// Function that reads the pipeline file again.
 pub type ReadConfig = Arc<dyn Fn() -> anyhow::Result<PipelineConfig> + Send + Sync>;
 
-/// What changes a running pipeline.
+/// Access to a running pipeline, for changes.
 #[derive(Clone)]
 pub struct Control {
     /// Makes the changes.
     pub swapper: Swapper,
-    /// Reads the pipeline's file, for a reload.
+    /// Reads the pipeline file, for a reload.
     pub read_config: ReadConfig,
-    /// What is shown of the lanes.
+    /// Status of the lanes.
     pub statuses: StatusRegistry,
 }
 
-/// Where the control port of a running pipeline is, and the token that it asks for.
+/// Address and token of a running pipeline's control port.
 #[derive(Serialize, Deserialize)]
 pub struct ControlAddress {
-    /// Where it listens.
+    /// Address that it listens on.
     pub address: SocketAddr,
-    /// What requests must bring.
+    /// Token that requests must send.
     pub token: String,
 }
 
 impl ControlAddress {
-    /// The one of the pipeline whose folder this is, if it left one: it may be gone since.
+    /// Reads the address that the pipeline of this folder has stored, if any. That pipeline may have ended
+    /// since.
     ///
     /// # Errors
-    /// When the file cannot be used: others could have written it, or it holds something else.
+    /// The file cannot be trusted because others could have written it, or its content is invalid.
     pub fn find(folder: &Path) -> anyhow::Result<Option<Self>> {
         let path = folder.join(ADDRESS_FILE);
-        let unusable = || format!("{} is not used", path.display());
+        let unusable = || format!("refused to use {}", path.display());
         match private::read_own(&path) {
             Ok(bytes) => serde_json::from_slice(&bytes).map(Some).map_err(|cause| {
                 anyhow!(
                     "expected the address of a running pipeline, found something else ({cause}); delete the \
-                     file, and start the pipeline again"
+                     file, and restart the pipeline"
                 )
             }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
             Err(error) if error.raw_os_error().is_some() => Err(anyhow!(
-                "{error}; give the command as the user who runs the pipeline, or delete what is there and \
-                 start the pipeline again"
+                "{error}; run the command as the user who runs the pipeline, or delete what is there and \
+                 restart the pipeline"
             )),
-            // What is not the system's says itself what to do.
+            // Other errors come from our own checks, and their text says what to do.
             Err(error) => Err(error.into()),
         }
         .with_context(unusable)
     }
 
-    /// Removes what a run that was killed has left: its port may be another user's by now.
+    /// Removes the files of a run that was killed. Its port may now belong to another user.
     ///
     /// # Errors
-    /// When it is there and cannot be removed.
+    /// A file exists and cannot be removed.
     pub fn forget(folder: &Path) -> anyhow::Result<()> {
         for name in [ADDRESS_FILE, TOKEN_FILE] {
             let path = folder.join(name);
             match std::fs::remove_file(&path) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => bail!(
-                    "failed to remove {}: {error}; move away what is there, or let this user write to its \
+                    "failed to remove {}: {error}; move away what is there, or let this user write to the \
                      folder",
                     path.display()
                 ),
@@ -113,18 +114,18 @@ impl ControlAddress {
     }
 }
 
-/// Writes a file of the pipeline's folder. Errors name it.
+/// Writes a file in the pipeline's folder. Errors name the file.
 fn write(path: &Path, bytes: &[u8]) -> anyhow::Result<()> {
     private::write_own(path, bytes).map_err(|cause| {
         anyhow!(
             "failed to write {}: {cause}; free the disk, move away what is there, or let this user write to \
-             its folder",
+             the folder",
             path.display()
         )
     })
 }
 
-/// The control port; its file is deleted with it.
+/// The control port. Its files are deleted when it ends.
 pub struct ControlPort {
     listener: TcpListener,
     folder: PathBuf,
@@ -133,10 +134,10 @@ pub struct ControlPort {
 }
 
 impl ControlPort {
-    /// Opens it on a free port of loopback and leaves its address in the pipeline's folder.
+    /// Opens the control port on a free port of loopback and stores its address in the pipeline's folder.
     ///
     /// # Errors
-    /// When no port can be opened or the file cannot be written.
+    /// No port can be opened, or the file cannot be written.
     #[boxed]
     pub async fn open(folder: &Path, deadlines: HttpDeadlines) -> anyhow::Result<Self> {
         let listener = TcpListener::bind(("127.0.0.1", 0))
@@ -150,15 +151,15 @@ impl ControlPort {
         Ok(Self { listener, folder: folder.to_owned(), token: Secret::new(token), deadlines })
     }
 
-    /// The token of this run.
+    /// Returns the token of this run.
     pub fn token(&self) -> &Secret {
         &self.token
     }
 
-    /// Leaves the token in a file for scripts that use the admin port; gives its path.
+    /// Writes the token to a file for scripts that use the admin port, and returns its path.
     ///
     /// # Errors
-    /// When the file cannot be written.
+    /// The file cannot be written.
     pub fn write_token(&self) -> anyhow::Result<PathBuf> {
         let path = self.folder.join(TOKEN_FILE);
         write(&path, format!("{}\n", self.token.reveal()).as_bytes())?;
@@ -193,7 +194,7 @@ impl ControlPort {
     }
 }
 
-/// The routes, for a router of the admin port or of their own.
+/// Returns the routes, for the admin port or the control port.
 pub fn routes(control: Control, access: Access) -> Router {
     let routes = Router::new()
         .route("/stages/{stage}/swap", post(swap))
@@ -202,32 +203,32 @@ pub fn routes(control: Control, access: Access) -> Router {
         .route("/changes", get(changes))
         .layer(DefaultBodyLimit::max(BODY_BYTES_MAX))
         .with_state(control);
-    // Also the history and the trials: they show what records hold.
+    // The token also protects the history and the trials, because they show record contents.
     guarded(routes, access, Right::Change)
 }
 
-/// What a swap's request says beside the component's bytes.
+/// Parameters of a swap request, in addition to the component in the body.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct SwapQuery {
-    /// What to call the component in messages.
+    /// Name of the component, for messages.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub name: Option<String>,
-    /// The first digits of the digest of a component that ran before, in place of a body.
+    /// First digits of the digest of a component that ran before, instead of a body.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub component: Option<String>,
-    /// Of 100 partition keys, how many the candidate gets.
+    /// Percentage of partition keys that the candidate gets.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub canary: Option<u8>,
-    /// How long it runs beside the incumbent first, in milliseconds.
+    /// Duration of the shadow run beside the incumbent, in milliseconds.
     pub shadow_ms: u64,
-    /// Records that it may give something else for.
+    /// Maximum number of records with different outputs.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_changed: Option<u64>,
-    /// Records that it may reject which the incumbent takes.
+    /// Maximum number of records that the candidate rejects and the incumbent accepts.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub max_rejected: Option<u64>,
-    /// Try it and report; change nothing.
+    /// Try the candidate and report, but change nothing.
     pub dry_run: bool,
 }
 
@@ -238,18 +239,20 @@ async fn swap(
     body: Bytes,
 ) -> Response {
     if query.canary.is_some_and(|percent| !(1..=99).contains(&percent)) {
-        return misused("canary is 1 to 99: of 100 partition keys, how many the candidate gets");
+        return misused(
+            "invalid canary: expected 1 to 99, the percentage of partition keys for the candidate",
+        );
     }
     if query.shadow_ms > SHADOW_MAX.as_millis() as u64 {
-        return misused("shadow_ms is at most one day (86400000)");
+        return misused("invalid shadow_ms: expected at most 86400000 (one day)");
     }
     let component = match query.component {
         Some(digits) => Component::Kept(digits),
         None if body.is_empty() => {
-            return misused("send the component's bytes as the body, or `component=DIGEST`");
+            return misused("missing component: send its bytes as the body, or `component=DIGEST`");
         }
         None => {
-            // Messages name it, among lines of the host's own.
+            // The name appears in messages, among the host's own lines, so it is escaped.
             let name = query.name.as_deref().unwrap_or("the component");
             let name = escaped(name, &[]);
             Component::Bytes { name, bytes: body }
@@ -274,11 +277,11 @@ async fn roll_back(State(control): State<Control>, UrlPath(stage): UrlPath<Strin
     )
 }
 
-/// What a reload's request says.
+/// Parameters of a reload request.
 #[derive(Debug, Default, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct ReloadQuery {
-    /// Say what would change, and change nothing.
+    /// Report what would change, and change nothing.
     pub dry_run: bool,
 }
 
@@ -291,7 +294,7 @@ async fn reload(State(control): State<Control>, Query(query): Query<ReloadQuery>
     answered(finished(async move { control.swapper.reload(config, dry_run).await }).await)
 }
 
-/// What is asked of the history.
+/// Parameters of a request for the history.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct ChangesQuery {
@@ -310,7 +313,7 @@ async fn changes(State(control): State<Control>, Query(query): Query<ChangesQuer
     }
 }
 
-/// A change goes on to its end, whether or not the one who asked for it waits.
+/// Runs a change to its end, even if the caller disconnects.
 async fn finished<T: Send + 'static>(change: impl Future<Output = T> + Send + 'static) -> T {
     match tokio::spawn(change).await {
         Ok(done) => done,

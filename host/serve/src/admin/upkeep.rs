@@ -1,14 +1,14 @@
-//! Counts the values of histograms, which are kept one by one until then: without a reader of `/metrics` they
-//! would pile up for as long as the process runs.
+//! Regular upkeep of histograms. The recorder keeps each value until upkeep counts it. Without a reader of
+//! `/metrics` the values would accumulate as long as the process runs.
 
 use std::time::Duration;
 
 use metrics_exporter_prometheus::PrometheusHandle;
 
-/// How often the values are counted, besides at each reading.
+/// Interval of the upkeep, in addition to each reading of `/metrics`.
 const INTERVAL: Duration = Duration::from_secs(5);
 
-/// Counts values from time to time, until the process ends, and whenever plugins have given many.
+/// Starts the upkeep: at intervals until the process ends, and whenever plugins have recorded many values.
 pub(super) fn begin(metrics: &PrometheusHandle) {
     let of_plugins = metrics.clone();
     shardmill_plugin::count_values_by(move || of_plugins.run_upkeep());

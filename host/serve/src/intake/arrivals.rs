@@ -1,8 +1,8 @@
-//! Bodies that arrive: their bytes are reserved as they come, and one of which nothing comes, or a byte now and
-//! then, gives its bytes back when another needs them.
+//! Bodies that are arriving. Their bytes are reserved as they arrive, and a body that stalls or trickles gives
+//! its bytes back when another body needs them.
 //!
-//! Without that, a few clients that send all but the last byte would hold the whole budget, and everybody else
-//! would be turned away until their deadline.
+//! Otherwise a few clients that send all but the last byte would occupy the whole budget, and all other clients
+//! would be refused until the deadline of those few.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,21 +15,21 @@ use super::BODY_BYTES_MIN;
 use shardmill_core::budget::{Budget, Permit};
 use shardmill_ports::Pace;
 
-/// Time by which a body is behind the slowest pace before it gives way: longer than a packet takes that is
-/// sent again.
+/// Time by which a body must lag the minimum pace before it gives way. It is longer than the retransmission of
+/// a packet takes.
 const STALL_MIN: Duration = Duration::from_secs(1);
-/// Time for which bytes are waited for that a body gives back.
+/// Longest wait for the bytes that a body gives back.
 const GIVE_BACK_MAX: Duration = Duration::from_millis(200);
-/// Pause between two looks whether they are there.
+/// Interval between looks whether those bytes are free.
 const LOOK_INTERVAL: Duration = Duration::from_millis(5);
 
 type ArrivalId = u64;
 
-/// Refusal of bytes that do not fit now.
+/// Refusal: the bytes do not fit now.
 #[derive(Debug)]
 pub(super) struct NoRoom;
 
-/// All bodies that arrive, and the budget that they share with what is on its way; its clones share it.
+/// All arriving bodies, and the budget that they share with records in flight to the stream. Clones share it.
 #[derive(Clone)]
 pub(super) struct Arrivals {
     budget: Budget,
@@ -42,7 +42,7 @@ struct State {
     next_id: ArrivalId,
 }
 
-/// A body that is not complete.
+/// A body that is not complete yet.
 #[derive(Clone)]
 struct Arriving {
     bytes: usize,
@@ -50,7 +50,7 @@ struct Arriving {
     give_way: CancellationToken,
 }
 
-/// A body that arrives; its bytes are given back when it is dropped.
+/// Handle of an arriving body. Dropping it returns its bytes.
 pub(super) struct Arrival {
     id: ArrivalId,
     state: Arc<Mutex<State>>,
@@ -64,12 +64,12 @@ impl Arrivals {
         Self { budget, state: Arc::default() }
     }
 
-    /// The bound of the budget, in bytes.
+    /// Returns the limit of the budget, in bytes.
     pub fn bytes_max(&self) -> usize {
         self.budget.bytes_max()
     }
 
-    /// Begins a body. It holds nothing yet.
+    /// Registers a new body. It occupies nothing yet.
     pub fn begin(&self) -> Arrival {
         let give_way = CancellationToken::new();
         let mut state = lock(&self.state);
@@ -83,22 +83,22 @@ impl Arrivals {
         Arrival { id, state: self.state.clone(), give_way, bytes: Vec::new(), reserved }
     }
 
-    /// Adds bytes that came to a body of `bytes_max` at most.
+    /// Adds received bytes to a body of at most `bytes_max` bytes.
     ///
     /// # Errors
-    /// [`NoRoom`].
+    /// [`NoRoom`] if the budget has no room for them.
     pub async fn add(
         &self,
         arrival: &mut Arrival,
         piece: &[u8],
         bytes_max: usize,
     ) -> Result<(), NoRoom> {
-        // Before room is made: this one may not stall any more.
+        // Recorded before room is made, because this body may no longer be stalled.
         self.note(arrival, piece.len());
         let needed = arrival.bytes.len() + piece.len();
         let occupied = arrival.reserved.bytes();
         if needed > occupied {
-            // What is held counts, so memory grows by what is reserved.
+            // The reserved bytes are counted, so the buffer grows only by what is reserved.
             let wanted = needed.max(occupied * 2).max(BODY_BYTES_MIN).min(bytes_max).max(needed);
             let own = Some(arrival.id);
             let is_there = self.grow(&mut arrival.reserved, wanted - occupied, own).await
@@ -114,7 +114,7 @@ impl Arrivals {
         Ok(())
     }
 
-    /// Notes what a body holds, and that bytes of it came.
+    /// Records how many bytes a body occupies, and that bytes of it arrived.
     fn note(&self, arrival: &Arrival, came: usize) {
         if let Some(arriving) = lock(&self.state).arriving.get_mut(&arrival.id) {
             arriving.bytes = arrival.reserved.bytes();
@@ -122,12 +122,12 @@ impl Arrivals {
         }
     }
 
-    /// Takes more bytes. Where there are not as many, bodies of which nothing comes give theirs back.
+    /// Reserves more bytes. If there are not enough, stalled bodies give theirs back.
     pub async fn try_grow(&self, reserved: &mut Permit, bytes: usize) -> bool {
         self.grow(reserved, bytes, None).await
     }
 
-    /// The same for a body that arrives, which does not give way to itself.
+    /// Same as [`Self::try_grow`], for an arriving body, which never gives way to itself.
     async fn grow(&self, reserved: &mut Permit, bytes: usize, own: Option<ArrivalId>) -> bool {
         if reserved.try_grow(bytes) {
             return true;
@@ -145,8 +145,8 @@ impl Arrivals {
         false
     }
 
-    /// Asks bodies of which nothing comes to give way, the longest wait first, until `bytes` are on their way
-    /// back; whether any was asked.
+    /// Asks stalled bodies to give way, those that lag most first, until `bytes` will be free. Returns whether
+    /// any body was asked.
     fn ask(&self, bytes: usize, own: Option<ArrivalId>, now: Instant) -> bool {
         let mut state = lock(&self.state);
         let asked = stalled(&state.arriving, bytes, own, now);
@@ -159,8 +159,8 @@ impl Arrivals {
     }
 }
 
-/// Chooses the bodies that give way for `bytes` of the body `own`: of the others that hold some and are behind by
-/// [`STALL_MIN`], those that are furthest behind.
+/// Chooses the bodies that give way for `bytes` of the body `own`: other bodies that occupy bytes and lag by at
+/// least [`STALL_MIN`], those that lag most first.
 fn stalled(
     arriving: &HashMap<ArrivalId, Arriving>,
     bytes: usize,
@@ -188,20 +188,20 @@ fn lock(state: &Mutex<State>) -> MutexGuard<'_, State> {
 }
 
 impl Arrival {
-    /// Bytes that have come.
+    /// Returns the number of received bytes.
     pub fn len(&self) -> usize {
         self.bytes.len()
     }
 
-    /// Ends when the body has to give way to another.
+    /// Completes when the body must give way to another.
     pub async fn gave_way(&self) {
         self.give_way.cancelled().await;
     }
 
-    /// The whole body, with what it holds.
+    /// Returns the complete body and its reservation.
     pub fn finish(mut self) -> (Bytes, Permit) {
         let bytes = std::mem::take(&mut self.bytes);
-        // A `Vec` may have more room than it was asked for, and keeps what it has.
+        // A `Vec` may have more capacity than requested, and keeps it, so the reservation follows the capacity.
         let mut reserved = self.reserved.split(usize::MAX);
         reserved.resize(bytes.capacity());
         (bytes.into(), reserved)
@@ -240,7 +240,7 @@ mod tests {
         let arrivals = Arrivals::new(Budget::new(100, "test"));
         let mut arrival = arrivals.begin();
         arrivals.add(&mut arrival, &[1; 10], 90).await.expect("room");
-        // A second one has room for what the first has not sent.
+        // The second body can use what the first has declared but not sent.
         let mut other = arrivals.begin();
         assert!(arrivals.add(&mut other, &[2; 10], 10).await.is_ok());
         assert!(arrivals.add(&mut other, &[2; 90], 100).await.is_err());

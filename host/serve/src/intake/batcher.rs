@@ -1,8 +1,20 @@
-//! Merges the records of many requests into shared PutRecords calls, and answers each request when
-//! the stream has all of its records.
+//! Merges the records of many requests into shared PutRecords calls, and answers each request when the stream
+//! has all of its records.
 //!
-//! One call is under way at a time. What it refuses for now goes back to the front of the queue, in
-//! its order; a request that is refused for longer than [`REFUSED_MAX`] is given up.
+//! Invariant: a request gets at most one answer, and 200 only after each of its records was acknowledged.
+//!
+//! One call is in flight at a time. Records that are refused temporarily go back to the front of the queue in
+//! their order. A request whose records are refused for longer than [`REFUSED_MAX`] gets an error. If a whole
+//! call is refused permanently and it has records of several requests, each of these requests is put alone from
+//! then on, so that only the invalid one fails.
+//!
+//! | result of a call | records | requests |
+//! | --- | --- | --- |
+//! | accepted | done | answered when their last record is accepted |
+//! | refused temporarily | back to the front | wait, for at most [`REFUSED_MAX`] |
+//! | a record refused permanently | dropped with the other records of its request | answered with the cause |
+//! | call refused, several requests in it | back to the front, put alone | wait |
+//! | call refused, one request in it | dropped | answered with the cause |
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -18,34 +30,35 @@ use shardmill_kinesis::put::{
 };
 use shardmill_kinesis::put_call::{NewRecord, RECORDS_PER_REQUEST_MAX, StreamWriter};
 
-/// How long the first record of a call waits for others: little beside a call's own time.
+/// Time for which the first record of a call waits for others. It is short compared with a call.
 const LINGER: Duration = Duration::from_millis(5);
-/// How long a request may be refused, or the stream be silent, before the client is told.
+/// Longest time for which a request may be refused, or the stream be silent, before the client gets an error.
 pub(super) const REFUSED_MAX: Duration = Duration::from_secs(10);
-/// Records that the stream refuses for now, as long as their request is open: a shard's limits are by the second.
+/// Retries of records that are refused temporarily, while their request is open. The limits of a shard are per
+/// second.
 const RETRY: RetryPolicy = RetryPolicy::every(Duration::from_millis(100));
 
-/// The records of one HTTP request.
+/// Records of one HTTP request.
 pub(super) struct Submission {
-    /// At least one.
+    /// At least one record.
     pub records: Vec<NewRecord>,
-    /// Their bytes, given back when the request is answered.
+    /// Reservation of their bytes, returned when the request is answered.
     pub reserved: Permit,
-    /// Told once, when nothing of the request is under way any more.
+    /// Receives one answer, when nothing of the request is in flight any more.
     pub answer: oneshot::Sender<Result<(), SubmissionRefusal>>,
 }
 
-/// Why the stream does not have all records of a request. It may have some of them.
+/// Reason why the stream does not have all records of a request. It may have some of them.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) enum SubmissionRefusal {
-    /// For good: the same request would be refused again.
+    /// Permanent: the same request would be refused again.
     Records(String),
-    /// The stream is out of reach, throttled, or gone.
+    /// The stream cannot be reached, is throttled, or no longer exists.
     Stream(String),
 }
 
-/// Puts submissions until all senders are gone and all are answered. `failing` shows since when no
-/// call succeeds, by its cause; `None` while calls do.
+/// Puts submissions until all senders are dropped and all requests are answered. `failing` has the cause while
+/// calls fail, and `None` while they succeed.
 pub(super) async fn run(
     stream: StreamWriter,
     mut submissions: mpsc::Receiver<Submission>,
@@ -68,7 +81,7 @@ pub(super) async fn run(
         match failure {
             Some(cause) => {
                 if let Some(left_out) = lines.line(Instant::now()) {
-                    tracing::warn!(%cause, left_out, "the intake cannot put");
+                    tracing::warn!(%cause, left_out, "the intake failed to put records on the stream");
                 }
                 failing_since.get_or_insert(begun);
                 failing.send_replace(Some(cause));
@@ -98,10 +111,10 @@ type RequestId = u64;
 struct Open {
     answer: oneshot::Sender<Result<(), SubmissionRefusal>>,
     _reserved: Permit,
-    /// Records that the stream does not have yet.
+    /// Number of records that the stream does not have yet.
     left: usize,
     refused_since: Option<Instant>,
-    /// A call that held its records was refused for good: it shares no other.
+    /// Whether a call with its records was refused permanently: its records share no further call.
     is_alone: bool,
 }
 
@@ -113,7 +126,8 @@ struct Queue {
 }
 
 impl Queue {
-    /// Waits for something to put, and a moment more for what can go with it; `false` at the end.
+    /// Waits for records to put, and a moment longer for others that can share the call. Returns `false` at the
+    /// end.
     async fn fill(&mut self, submissions: &mut mpsc::Receiver<Submission>) -> bool {
         if self.records.is_empty() {
             let Some(first) = submissions.recv().await else { return false };
@@ -146,8 +160,8 @@ impl Queue {
         self.records.extend(records.into_iter().map(|record| (id, record)));
     }
 
-    /// Fills the next call from the front, within the limits of PutRecords. A request that is alone shares it with
-    /// no other.
+    /// Fills the next call from the front, within the limits of PutRecords. A request that must be alone shares
+    /// the call with no other.
     fn cut(&mut self, mut call: PutRequest<RequestId>) -> PutRequest<RequestId> {
         let is_alone = |id: RequestId| self.open.get(&id).is_some_and(|open| open.is_alone);
         let Some(first) = self.records.front().map(|(id, _)| *id) else { return call };
@@ -165,8 +179,8 @@ impl Queue {
         call
     }
 
-    /// Answers the requests whose records are all in or one of which is refused for good; puts what
-    /// was refused for now back. Whether there was something to put back for that reason.
+    /// Answers the requests that are complete or permanently refused, and puts temporarily refused records
+    /// back. Returns whether there were any of the latter.
     fn apply(&mut self, answer: PutAnswer<RequestId>, begun: Instant) -> bool {
         let refused_for_now = |records: Vec<(RequestId, NewRecord)>, cause: &str| {
             let refused = |(tag, record)| Refused { tag, record, cause: cause.to_owned() };
@@ -183,7 +197,7 @@ impl Queue {
             PutAnswer::Records { records, error } => {
                 let ids: Vec<RequestId> = records.iter().map(|(id, _)| *id).collect();
                 if ids.first() != ids.last() {
-                    // One request of several is bad: each goes on alone, so that only that one fails.
+                    // One of several requests is invalid: each continues alone, so that only that one fails.
                     for id in &ids {
                         if let Some(open) = self.open.get_mut(id) {
                             open.is_alone = true;
@@ -217,12 +231,12 @@ impl Queue {
         }
         let is_refused = !refused.is_empty();
         self.put_back(refused);
-        // What belongs to a request that is answered is put no more.
+        // Records of answered requests are not put any more.
         self.records.retain(|(id, _)| self.open.contains_key(id));
         is_refused
     }
 
-    /// Puts records back to the front, in their order.
+    /// Puts records back at the front, in their order.
     fn put_back(&mut self, records: Vec<(RequestId, NewRecord)>) {
         for record in records.into_iter().rev() {
             self.records.push_front(record);
@@ -239,12 +253,12 @@ impl Queue {
 
     fn answer(&mut self, id: RequestId, answer: Result<(), SubmissionRefusal>) {
         if let Some(open) = self.open.remove(&id) {
-            // A client that went away wants no answer.
+            // The client may have disconnected; then nobody receives the answer.
             let _ = open.answer.send(answer);
         }
     }
 
-    /// Answers all that wait: the stream is out of reach.
+    /// Answers all waiting requests with an error: the stream cannot be reached.
     fn give_up(&mut self, cause: &str) {
         self.records.clear();
         let ids: Vec<RequestId> = self.open.keys().copied().collect();

@@ -1,4 +1,4 @@
-//! From the body of a request to records that can be put. Pure; no I/O.
+//! Conversion of a request body into records. Pure; no I/O.
 
 use axum::http::HeaderMap;
 use axum::http::header::CONTENT_TYPE;
@@ -9,22 +9,22 @@ use shardmill_kinesis::input::{JsonError, MemberError, check_json, key_of_member
 use shardmill_file::without_mark;
 use shardmill_kinesis::put_call::{NewRecord, NotPuttable};
 
-/// The header that is the partition key of all records of a request.
+/// Header with the partition key of all records of a request.
 pub(crate) const KEY_HEADER: &str = "x-partition-key";
 
-/// How events lie in a body.
+/// Format of the events in a body.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Shape {
     /// One JSON value.
     Json,
-    /// A JSON value per line; blank lines are passed over.
+    /// One JSON value per line; blank lines are skipped.
     Ndjson,
-    /// The body as it is.
+    /// The body unchanged, as one record.
     Opaque,
 }
 
 impl Shape {
-    /// By the `Content-Type`, its parameters aside.
+    /// Chooses the format by `Content-Type`, without its parameters.
     pub fn of(headers: &HeaderMap) -> Self {
         let media = headers.get(CONTENT_TYPE).and_then(|value| value.to_str().ok());
         let media = media.and_then(|value| value.split(';').next()).unwrap_or_default().trim();
@@ -36,45 +36,45 @@ impl Shape {
     }
 }
 
-/// A body that holds no events, or one that is bad.
+/// Error: a body without events, or with an invalid event.
 #[derive(Debug, thiserror::Error)]
 pub enum BadEvents {
-    /// Nothing is in it.
+    /// The body is empty.
     #[error("the body is empty: send at least one event")]
     Empty,
-    /// The header is no partition key.
-    #[error("the header {KEY_HEADER}: {cause}")]
+    /// The header is not a valid partition key.
+    #[error("invalid header {KEY_HEADER}: {cause}")]
     Header {
-        /// What it has, and what is due.
+        /// Found value and expected value.
         cause: String,
     },
-    /// Not JSON.
-    #[error("line {line}: {cause}; send another Content-Type if the events are no JSON")]
+    /// An event is not valid JSON.
+    #[error("line {line}: {cause}; send another Content-Type if the events are not JSON")]
     NotJson {
-        /// The line, from 1.
+        /// Line number, from 1.
         line: usize,
-        /// What is wrong, and the column.
+        /// Cause, with the column.
         cause: JsonError,
     },
-    /// The member that is the key cannot be one.
+    /// The member with the partition key is missing or unsuitable.
     #[error("line {line}: {cause}; add it, or send the header {KEY_HEADER}")]
     Member {
-        /// The line, from 1.
+        /// Line number, from 1.
         line: usize,
-        /// What is there instead.
+        /// Value found instead.
         cause: MemberError,
     },
-    /// A record that no stream takes.
+    /// A record that exceeds a limit of Kinesis.
     #[error("line {line}: {cause}")]
     NotPuttable {
-        /// The line, from 1; that of the whole body is 1.
+        /// Line number, from 1. A record of the whole body has line 1.
         line: usize,
-        /// Which limit.
+        /// The exceeded limit.
         cause: NotPuttable,
     },
 }
 
-/// The records that a body can hold at most: bounds what [`records`] makes of it.
+/// Returns the maximum number of records in a body. It bounds the result of [`records`].
 pub fn records_max(shape: Shape, body: &[u8]) -> usize {
     match shape {
         Shape::Json | Shape::Opaque => 1,
@@ -82,18 +82,18 @@ pub fn records_max(shape: Shape, body: &[u8]) -> usize {
     }
 }
 
-/// The bytes of the partition key that all records of a request are given, if it has one.
+/// Returns the length of the partition key in the header, in bytes; 0 without the header.
 pub(crate) fn header_key_bytes(headers: &HeaderMap) -> usize {
     headers.get(KEY_HEADER).map_or(0, |value| value.len())
 }
 
-/// The records of a body, in its order. They share its bytes.
+/// Returns the records of a body in order. They share its bytes.
 ///
-/// The partition key is the header's; else the member's, for JSON; else at random, which spreads
-/// the records.
+/// The partition key is that of the header, otherwise that of the JSON member, otherwise random, which spreads
+/// the records over the shards.
 ///
 /// # Errors
-/// [`BadEvents`]: nothing of the body is to be put then.
+/// [`BadEvents`]: nothing of the body may be put then.
 pub fn records(
     shape: Shape,
     headers: &HeaderMap,
@@ -123,7 +123,7 @@ pub fn records(
     }
 }
 
-/// The events of a body with their lines, from 1; blank ones are none.
+/// Returns the events of a body with their line numbers, from 1. Blank lines are skipped.
 fn events(shape: Shape, body: &Bytes) -> impl Iterator<Item = (usize, Bytes)> {
     let text = match shape {
         Shape::Opaque => &body[..],
@@ -145,8 +145,7 @@ fn events(shape: Shape, body: &Bytes) -> impl Iterator<Item = (usize, Bytes)> {
 fn header_key(headers: &HeaderMap) -> Result<Option<String>, BadEvents> {
     let Some(value) = headers.get(KEY_HEADER) else { return Ok(None) };
     let bad = |cause: String| BadEvents::Header { cause };
-    let key = str::from_utf8(value.as_bytes())
-        .map_err(|_| bad("it is not UTF-8; send the key as UTF-8".into()))?;
+    let key = str::from_utf8(value.as_bytes()).map_err(|_| bad("expected UTF-8".into()))?;
     let record = NewRecord { partition_key: key.to_owned(), payload: Bytes::new() };
     record.check().map_err(|cause| bad(cause.to_string()))?;
     Ok(Some(record.partition_key))
@@ -202,7 +201,7 @@ mod tests {
         assert_eq!(read(Shape::Ndjson, &[], body, Some("id")), of("1", "b"));
         let by_chance = read(Shape::Ndjson, &[], body, None).unwrap();
         assert_ne!(by_chance[0].0, by_chance[1].0);
-        // What is not JSON has no members.
+        // Data that is not JSON has no members.
         assert_eq!(read(Shape::Opaque, &[], "x\ny", Some("id")).unwrap()[0].1, "x\ny");
     }
 
@@ -221,6 +220,9 @@ mod tests {
             assert!(said.starts_with(expected), "{body}: {said}");
         }
         let said = read(Shape::Opaque, &[(KEY_HEADER, "")], "x", None).unwrap_err();
-        assert!(said.starts_with("the header x-partition-key: the partition key has 0"), "{said}");
+        assert!(
+            said.starts_with("invalid header x-partition-key: the partition key has 0"),
+            "{said}"
+        );
     }
 }

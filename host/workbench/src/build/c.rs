@@ -1,7 +1,7 @@
-//! Builds a C plugin: `zig cc`, then the component of our world.
+//! Builds a C plugin with `zig cc`, then makes a component for our world.
 //!
-//! `zig cc` is clang with a C library for WebAssembly in one package. It is found, never fetched:
-//! `ZIG` names it, or `zig` is on PATH, or Python has the package `ziglang`.
+//! `zig cc` is clang with a C library for WebAssembly in one package. It is found, never downloaded: `ZIG`
+//! names it, or `zig` is on PATH, or Python has the package `ziglang`.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -11,12 +11,13 @@ use std::{env, fs, io};
 use super::world::componentize_for_world;
 use super::{PluginBuildError, compile, file_error, tool};
 
-/// How to get the compiler.
+/// Advice on how to install the compiler.
 const REMEDY: &str = "install Zig with `pip install ziglang==0.17.1` (or from ziglang.org), or set \
                       ZIG to it";
 
-/// A library's module (a reactor), optimised, with 16 bytes a turn as the host's engine can. What is
-/// not used is left out; function names stay, so that a trap's backtrace names the function.
+/// Flags for an optimised library module (a reactor) with 128-bit SIMD, which the host's engine supports.
+/// Unused sections are dropped. `zig cc` takes `--strip-debug` as a request to strip everything: debug
+/// information and function names are removed, so a trap's backtrace has no function names.
 const FLAGS: [&str; 10] = [
     "--target=wasm32-wasi",
     "-mexec-model=reactor",
@@ -30,11 +31,11 @@ const FLAGS: [&str; 10] = [
     "-Wl,--strip-debug",
 ];
 
-/// Compiles all `.c` files in `dir` and in its `src`, with `dir` and its `sdk` searched for headers,
-/// and gives the component.
+/// Compiles all `.c` files in `dir` and `dir/src`, with `dir` and `dir/sdk` as header folders, and returns the
+/// component.
 ///
 /// # Errors
-/// If the compiler is missing, or the sources do not compile to a plugin.
+/// The compiler is missing, or the sources do not compile to a plugin.
 pub(super) fn build(dir: &Path) -> Result<Vec<u8>, PluginBuildError> {
     let sources = sources(dir)?;
     let scratch = tempfile::tempdir().map_err(file_error("make a folder in", &env::temp_dir()))?;
@@ -46,7 +47,8 @@ pub(super) fn build(dir: &Path) -> Result<Vec<u8>, PluginBuildError> {
     componentize_for_world(&core).map_err(|cause| PluginBuildError::Componentize { module, cause })
 }
 
-/// The sources, relative to `dir`: what the compiler is told does not depend on where the plugin lies.
+/// Returns the sources relative to `dir`, so that the compiler's input does not depend on the location of the
+/// plugin.
 fn sources(dir: &Path) -> Result<Vec<PathBuf>, PluginBuildError> {
     let mut sources = Vec::new();
     for folder in ["", "src"] {
@@ -58,15 +60,15 @@ fn sources(dir: &Path) -> Result<Vec<PathBuf>, PluginBuildError> {
     match sources.is_empty() {
         true => Err(PluginBuildError::NoSources {
             dir: dir.to_owned(),
-            expected: "*.c, there or in src",
+            expected: "*.c files, there or in src",
         }),
         false => Ok(sources),
     }
 }
 
-/// The compiler that `ZIG` names, else the one on PATH, else the one in Python's packages.
+/// Returns the compiler that `ZIG` names, otherwise the one on PATH, otherwise the one in Python's packages.
 fn compiler() -> Result<Command, PluginBuildError> {
-    // `python-zig` is what the package calls its own program.
+    // `python-zig` is the program that the Python package installs.
     let named = env::var_os("ZIG");
     let zig = named.or_else(|| {
         ["zig", "python-zig"].into_iter().find(|name| tool::is_on_path(name)).map(OsString::from)
@@ -75,12 +77,12 @@ fn compiler() -> Result<Command, PluginBuildError> {
         Some(zig) => tool::command(zig),
         None => {
             let mut python = tool::command("python3");
-            // Python before 3.11 does not know PYTHONSAFEPATH, and would take a module of the folder that it
-            // runs in, which may be anybody's.
+            // Python before 3.11 ignores PYTHONSAFEPATH and would import modules from the current folder, which
+            // may belong to anybody.
             python.args(["-c", "import ziglang"]).current_dir("/");
             let has_zig = python.stderr(Stdio::null()).status();
             if !has_zig.is_ok_and(|status| status.success()) {
-                let cause = io::Error::other("it is neither on PATH nor among Python's packages");
+                let cause = io::Error::other("not found on PATH or among Python's packages");
                 return Err(PluginBuildError::Tool { tool: "zig".into(), cause, remedy: REMEDY });
             }
             let mut command = tool::command("python3");

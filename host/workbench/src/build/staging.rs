@@ -1,5 +1,5 @@
-//! What the builds of JavaScript and Python share: their tools run everything that they find, and write
-//! beside it, so a plugin is copied into a folder of the build's own, with its library and its world.
+//! Staging for JavaScript and Python builds. Their tools execute everything that they find, and write files
+//! beside it. Therefore a plugin is copied into a folder of the build's own, with its library and its world.
 
 use std::collections::BTreeSet;
 use std::path::Path;
@@ -11,23 +11,23 @@ use super::{PluginBuildError, file_error};
 use crate::assets::WIT;
 use shardmill_config::{Capability, WIT_VERSION};
 
-/// The world that a staged plugin is built for.
+/// World that a staged plugin is built for.
 pub(super) const WORLD: &str = "staged";
-/// Folders that hold nothing of a plugin's own, beside those that begin with a dot.
+/// Folders without sources of a plugin, in addition to hidden folders.
 const NOT_STAGED: [&str; 4] = ["state", "target", "tests", "__pycache__"];
-/// Packages of the build tools, which are large.
+/// Packages of the build tools, which are large and not needed in the component.
 const TOOLS: [&str; 4] = ["componentize-qjs", "@andreiltd", "@bytecodealliance", "componentize_py"];
 
-/// A plugin in a folder of the build's own, removed with it.
+/// A copy of a plugin in a temporary folder, removed when dropped.
 pub(super) struct Staging {
     folder: TempDir,
 }
 
 impl Staging {
-    /// Copies the sources in `dir` to the folder `plugin`, and the world of the capabilities to `wit`.
+    /// Copies the sources in `dir` to the folder `plugin`, and writes the world with the capabilities to `wit`.
     ///
     /// # Errors
-    /// If a file cannot be read or written.
+    /// A file cannot be read or written.
     pub fn new(dir: &Path, capabilities: &BTreeSet<Capability>) -> Result<Self, PluginBuildError> {
         let folder =
             tempfile::tempdir().map_err(file_error("make a folder in", &env::temp_dir()))?;
@@ -40,12 +40,12 @@ impl Staging {
         Ok(staging)
     }
 
-    /// The folder.
+    /// Returns the folder.
     pub fn path(&self) -> &Path {
         self.folder.path()
     }
 
-    /// Writes a file; its folder is made.
+    /// Writes a file and creates its folder.
     pub fn write(&self, name: &str, text: &str) -> Result<(), PluginBuildError> {
         let path = self.path().join(name);
         let folder = path.parent().unwrap_or(self.path());
@@ -54,14 +54,15 @@ impl Staging {
             .map_err(file_error("write", &path))
     }
 
-    /// Reads what the tool has built.
+    /// Reads the output of the tool.
     pub fn read(&self, name: &str) -> Result<Vec<u8>, PluginBuildError> {
         let path = self.path().join(name);
         fs::read(&path).map_err(file_error("read", &path))
     }
 }
 
-/// The components of these languages import all of their world: it names what is listed and no more.
+/// Returns the text of the world. Components of these languages import their whole world, so it has only the
+/// listed capabilities.
 fn world(capabilities: &BTreeSet<Capability>) -> String {
     let imports: String =
         capabilities.iter().map(|one| format!("    import {};\n", one.interface())).collect();
@@ -93,7 +94,7 @@ fn copy(from: &Path, to: &Path) -> Result<(), PluginBuildError> {
     Ok(())
 }
 
-/// Fails like a tool that cannot be run, where a plugin's main file is missing.
+/// Checks that a plugin's main file exists, and otherwise fails like a build without sources.
 pub(super) fn require_file(dir: &Path, name: &'static str) -> Result<(), PluginBuildError> {
     match fs::metadata(dir.join(name)) {
         Ok(_) => Ok(()),

@@ -1,7 +1,7 @@
-//! Tools of builds: where they are looked for, and what they learn of this process's environment.
+//! Build tools: where they are searched, and which part of this process's environment they get.
 //!
-//! A build runs programs of others with this user's rights. It must not run one that another user of the
-//! machine has put into a folder above the plugin, and it has no use for the secrets in the environment.
+//! A build runs other programs with this user's rights. It must not run a program that another user of the
+//! machine has placed in a folder above the plugin, and it must not get the secrets in the environment.
 
 use std::collections::BTreeSet;
 use std::ffi::{OsStr, OsString};
@@ -16,10 +16,10 @@ use super::{PluginBuildError, file_error};
 use shardmill_core::private;
 use shardmill_core::private::{Reach, Trusted};
 
-/// The variable that lists further variables for build tools, by commas.
+/// Variable that lists further variables for build tools, separated by commas.
 const PASSED_ON: &str = "SHARDMILL_BUILD_ENV";
 
-/// Variables that tools need, by name: the user's places and language, the network, the compilers.
+/// Names of variables that tools need: the user's folders and language, the network, the compilers.
 const NEEDED: &[&str] = &[
     "PATH",
     "HOME",
@@ -87,16 +87,16 @@ const NEEDED: &[&str] = &[
     "MACOSX_DEPLOYMENT_TARGET",
     "RUSTFLAGS",
 ];
-/// The same by the beginning of their names.
+/// Prefixes of names of variables that tools need.
 const NEEDED_PREFIXES: &[&str] = &[
     "LC_", "XDG_", "CARGO_", "RUSTC", "RUSTUP_", "RUST_", "ZIG_", "PYTHON", "NIX_", "CC_",
     "CFLAGS_",
 ];
-/// Parts of names of variables that hold secrets, whatever they begin with. Nix's settings hold the tokens of its
-/// hosts.
+/// Parts of names of variables that contain secrets; these are never passed on by [`NEEDED`] or
+/// [`NEEDED_PREFIXES`]. `NIX_CONFIG` contains access tokens of hosts.
 const SECRET: &[&str] = &["TOKEN", "SECRET", "PASSW", "CREDENTIAL", "APIKEY", "_KEY", "NIX_CONFIG"];
 
-/// A build tool's command, with what it needs of the environment and nothing else.
+/// Makes a command for a build tool, with only the part of the environment that it needs.
 pub(super) fn command(program: impl AsRef<OsStr>) -> Command {
     let passed_on = env::var(PASSED_ON).unwrap_or_default();
     let passed_on: Vec<&str> = passed_on.split(',').map(str::trim).collect();
@@ -114,8 +114,8 @@ pub(super) fn command(program: impl AsRef<OsStr>) -> Command {
             match without_credentials(text, &value.to_string_lossy()) {
                 Some(bare) => {
                     warn_once(format!(
-                        "{text} is given to build tools without the user and the password in it; list it in \
-                         {PASSED_ON} to give it whole"
+                        "{text} is passed to build tools without its user name and password; list it in \
+                         {PASSED_ON} to pass it unchanged"
                     ));
                     command.env(name, bare);
                 }
@@ -123,12 +123,12 @@ pub(super) fn command(program: impl AsRef<OsStr>) -> Command {
             }
         }
     }
-    // Else `python3 -m` takes modules of the folder that it runs in before its own.
+    // Without this, `python3 -m` imports modules of the current folder before its own.
     command.env("PYTHONSAFEPATH", "1");
     command
 }
 
-/// Warns once in this process: a build runs several tools, and `shardmill dev` builds at each save.
+/// Warns once per process: a build runs several tools, and `shardmill dev` builds at each save.
 fn warn_once(text: String) {
     static SAID: Mutex<BTreeSet<String>> = Mutex::new(BTreeSet::new());
     let mut said = SAID.lock().unwrap_or_else(PoisonError::into_inner);
@@ -138,27 +138,28 @@ fn warn_once(text: String) {
     }
 }
 
-/// Warns of folders in PATH that every user can change. They are used: this user has named them, and common
-/// images of containers open the folder of cargo to everybody.
+/// Warns about folders in PATH that every user can change. They are used nevertheless: this user has named
+/// them, and common container images make cargo's folder writable for everybody.
 fn warn_of_open_folders(path: &OsStr) {
     for folder in env::split_paths(path) {
-        // One that is missing, or that cannot be looked at, has no tools.
+        // A folder that is missing or inaccessible has no tools.
         let Ok(way) = private::way_to(&folder, Trusted::Owners) else { continue };
         let itself = private::reach_of(&folder, Trusted::Owners).ok().flatten();
         if let Some(reach) = way.reach.or(itself) {
             warn_once(format!(
-                "build tools may be taken from {} in PATH, and {reach}",
+                "build tools may be run from {} in PATH, and {reach}",
                 folder.display()
             ));
         }
     }
 }
 
-/// The value of a variable without the user and password of the URLs in it; `None`: there are none.
+/// Returns the value of a variable without user names and passwords in its URLs. `None`: it has none.
 fn without_credentials(name: &str, value: &str) -> Option<String> {
     let upper = name.to_ascii_uppercase();
     let bare = match upper.ends_with("_PROXY") && upper != "NO_PROXY" {
-        // Also without a scheme, and with a password that is not encoded: a proxy has one `@`, if any.
+        // Also handles values without a scheme, and passwords that are not URL-encoded: a proxy has at most one
+        // real `@`, the last one.
         true => {
             let is_scheme = |text: &str| {
                 text.bytes().all(|byte| byte.is_ascii_alphanumeric() || b"+-.".contains(&byte))
@@ -174,7 +175,7 @@ fn without_credentials(name: &str, value: &str) -> Option<String> {
     (bare != value).then_some(bare)
 }
 
-/// The same for a text with any number of URLs.
+/// Same for a text with any number of URLs.
 fn urls_without_credentials(value: &str) -> String {
     let mut bare = String::with_capacity(value.len());
     let mut rest = value;
@@ -184,7 +185,7 @@ fn urls_without_credentials(value: &str) -> String {
         let ends = |c: char| matches!(c, '/' | '?' | '#' | '"' | '\'' | ',') || c.is_whitespace();
         let (authority, after) = after.split_at(after.find(ends).unwrap_or(after.len()));
         match authority.rsplit_once('@') {
-            // SSH needs the user's name, which is no secret.
+            // SSH needs the user name, which is not a secret.
             Some((user, _)) if before.ends_with("ssh://") && !user.contains(':') => {
                 bare.push_str(authority);
             }
@@ -203,11 +204,11 @@ fn is_needed(name: &str) -> bool {
     is_listed && !SECRET.iter().any(|part| upper.contains(part))
 }
 
-/// The folders of a PATH without those that depend on where a tool runs: in a plugin's folder, they would
-/// be the plugin's.
+/// Returns the absolute folders of a PATH. Relative ones depend on the tool's current folder, so the plugin
+/// would control them.
 fn absolute_folders(path: &OsStr) -> OsString {
     let folders = env::split_paths(path).filter(|folder| folder.is_absolute());
-    // It was split at what may not be in them.
+    // Cannot fail: the folders were split at the separator that they must not contain.
     env::join_paths(folders).unwrap_or_default()
 }
 
@@ -217,11 +218,11 @@ pub(super) fn is_on_path(name: &str) -> bool {
     env::split_paths(&path).any(|folder| folder.join(name).is_file())
 }
 
-/// The program that a variable names, else the one at `local` in the plugin's folder or one above it, up
-/// to the one with `.git`, else the one on PATH.
+/// Returns the program that a variable names, otherwise the one at `local` in the plugin's folder or in one of
+/// its parents up to the one with `.git`, otherwise the one on PATH.
 ///
-/// The search ends at a folder that is not this user's, or where others may write: a tool there may be
-/// anybody's.
+/// The search ends at a folder that does not belong to this user, or that others may write to: a tool there may
+/// be anybody's.
 pub(super) fn find_tool(variable: &str, dir: &Path, local: &str, name: &str) -> Command {
     if let Some(named) = env::var_os(variable) {
         return command(named);
@@ -229,14 +230,14 @@ pub(super) fn find_tool(variable: &str, dir: &Path, local: &str, name: &str) -> 
     match find_near(dir, local) {
         Ok(Some(Found { tool, real })) => {
             let mut command = command(real);
-            // A program of several tools goes by the name that it was called by.
+            // One program may act as several tools, by the name that it is called with.
             command.arg0(tool);
             command
         }
         Ok(None) => command(name),
         Err(PassedOver { tool, why }) => {
             tracing::warn!(
-                "{} is not used, because {why}; `{name}` is taken from PATH. Set {variable} to use it anyway",
+                "{} is not used, because {why}; `{name}` from PATH is used instead. Set {variable} to use it anyway",
                 tool.display()
             );
             command(name)
@@ -244,15 +245,15 @@ pub(super) fn find_tool(variable: &str, dir: &Path, local: &str, name: &str) -> 
     }
 }
 
-/// A tool that was found, and the path without links that was checked: this one is run, so that no link on the
-/// way is followed a second time.
+/// A tool that was found, and its checked path without links. The checked path is run, so that no link is
+/// followed a second time after the check.
 #[derive(Debug, PartialEq, Eq)]
 struct Found {
     tool: PathBuf,
     real: PathBuf,
 }
 
-/// A tool that is there and not used.
+/// A tool that exists and is not used.
 struct PassedOver {
     tool: PathBuf,
     why: String,
@@ -279,11 +280,11 @@ fn find_near(dir: &Path, local: &str) -> Result<Option<Found>, PassedOver> {
     Ok(None)
 }
 
-/// Checks a tool: the folders between `folder` and it, every folder and link on the way from `/` to the file
-/// that it leads to, and that file. Gives the path of the file.
+/// Checks a tool: the folders between `folder` and the tool, every folder and link from `/` to the file that it
+/// leads to, and that file. Returns the path of the file.
 ///
-/// A folder further up counts as well: who may write there puts another folder in the place of one on the way,
-/// between this check and the tool's start.
+/// Folders further up count as well: a user who may write there can exchange a folder on the path between this
+/// check and the start of the tool.
 fn checked(folder: &Path, tool: &Path) -> Result<PathBuf, String> {
     let mut between = tool.ancestors().skip(1).take_while(|above| *above != folder);
     between.try_for_each(only_ours)?;
@@ -291,12 +292,12 @@ fn checked(folder: &Path, tool: &Path) -> Result<PathBuf, String> {
     if let Some(reach) = way.reach {
         return Err(reach.to_string());
     }
-    // In a sticky folder, another user may have put what was not there.
+    // In a sticky folder, another user may have created an entry that did not exist.
     [Some(&*way.real), way.real.parent()].into_iter().flatten().try_for_each(nobody_elses)?;
     Ok(way.real)
 }
 
-/// Checks that a file or folder is this user's, and that nobody else may write there.
+/// Checks that a file or folder belongs to this user, and that nobody else may write to it.
 fn only_ours(path: &Path) -> Result<(), String> {
     let uid = fs::metadata(path).map_err(|cause| not_seen(path, &cause))?.uid();
     if uid != private::uid() {
@@ -305,7 +306,7 @@ fn only_ours(path: &Path) -> Result<(), String> {
     nobody_elses(path)
 }
 
-/// Checks that a file or folder is this user's or root's, and that nobody else may write there.
+/// Checks that a file or folder belongs to this user or root, and that nobody else may write to it.
 fn nobody_elses(path: &Path) -> Result<(), String> {
     match private::reach_of(path, Trusted::Nobody).map_err(|cause| not_seen(path, &cause))? {
         Some(reach) => Err(reach.to_string()),
@@ -314,13 +315,13 @@ fn nobody_elses(path: &Path) -> Result<(), String> {
 }
 
 fn not_seen(path: &Path, cause: &io::Error) -> String {
-    format!("failed to look at {}: {cause}", path.display())
+    format!("failed to read metadata of {}: {cause}", path.display())
 }
 
-/// Refuses to build where a tool would take settings from a folder above the plugin that another user wrote:
-/// cargo's name compilers and wrappers, which it runs.
+/// Refuses to build if a tool would read settings, in a folder above the plugin, that another user can write.
+/// Cargo's settings name compilers and wrappers, which cargo runs.
 ///
-/// Whoever owns the plugin is trusted by building it.
+/// The owner of the plugin is trusted: the user chose to build the plugin.
 ///
 /// # Errors
 /// [`PluginBuildError::ForeignSettings`].
@@ -338,13 +339,14 @@ pub(super) fn refuse_foreign_settings(dir: &Path, names: &[&str]) -> Result<(), 
     Ok(())
 }
 
-/// How another user can have written a file with settings in `folder`, or can exchange it.
+/// Returns how another user can have written a settings file in `folder`, or can exchange it.
 fn reach_of_settings(folder: &Path, file: &Path, trusted: Trusted) -> io::Result<Option<Reach>> {
-    // A link of another user may lead to a file of this one that was never meant to be followed.
+    // A link of another user may lead to a file of this user that was never meant as settings.
     if let Some(reach) = private::way_to(file, trusted)?.reach {
         return Ok(Some(reach));
     }
-    // The folder that holds it alone, such as `.cargo`: where it is sticky, everybody may have put the file.
+    // The folder that contains only this file, such as `.cargo`: if it is sticky, anybody may have created the
+    // file.
     let outer = file.parent().filter(|outer| *outer != folder);
     match outer {
         Some(outer) => private::reach_of(outer, trusted),
@@ -447,7 +449,7 @@ mod tests {
         assert_eq!(near().unwrap_or(None).as_ref(), Some(&expected));
         for (path, mode, is_used) in [
             (&above, 0o777, false),
-            // Who may write there cannot exchange the folder of another user.
+            // Users who may write to a sticky folder cannot exchange a folder of another user.
             (&above, 0o1777, true),
             (&above, 0o755, true),
             (&target, 0o666, false),
@@ -515,7 +517,7 @@ mod tests {
             assert!(refused(), "{mode:o}");
         }
         chmod(folder, 0o755);
-        // Another `.cargo` may be put in its place.
+        // Another `.cargo` may be put in place of the folder.
         chmod(place.path(), 0o777);
         assert!(refused());
         chmod(place.path(), 0o1777);

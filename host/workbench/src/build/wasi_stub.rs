@@ -1,9 +1,9 @@
-//! Answers what compilers import of WASI preview 1, so that no plugin is given any of it.
+//! Implements the WASI preview 1 functions that compilers import, so that no plugin gets real WASI.
 //!
-//! C's library and Go's runtime import a clock, random numbers and files, whether a plugin uses them
-//! or not. The module made here answers all of it inside the sandbox, the same each time: a clock
-//! that counts its questions (and how long one sleeps), random numbers of a fixed seed, output that
-//! is taken and dropped, nothing else. It is made for the imports that a module has.
+//! C's library and Go's runtime import a clock, random numbers and files, whether a plugin uses them or not.
+//! The module made here answers these calls inside the sandbox, the same way each time: a clock that counts its
+//! calls (and moves by sleeps), random numbers from a fixed seed, output that is accepted and dropped, and
+//! nothing else. It contains only the functions that the plugin's module imports.
 
 use wasm_encoder::{
     BlockType, CodeSection, ConstExpr, EntityType, ExportKind, ExportSection, Function,
@@ -12,29 +12,29 @@ use wasm_encoder::{
 };
 use wasmparser::{CompositeInnerType, FuncType, Parser, Payload, TypeRef};
 
-/// The name that modules import it by.
+/// Name under which modules import WASI preview 1.
 pub(super) const MODULE: &str = "wasi_snapshot_preview1";
 
-/// WASI's number for "no such file descriptor": it ends the search for opened folders.
+/// WASI error "bad file descriptor". It ends the search for preopened folders.
 const BAD_DESCRIPTOR: i32 = 8;
-/// WASI's number for "not supported".
+/// WASI error "not supported".
 const NOT_SUPPORTED: i32 = 58;
-/// What the clock advances by at each question, in nanoseconds.
+/// Nanoseconds by which the clock advances at each call.
 const CLOCK_STEP_NS: i64 = 1_000;
-/// The first state of the random numbers: any but 0.
+/// Initial state of the random numbers; it must not be 0.
 const RANDOM_SEED: i64 = 0x9e37_79b9_7f4a_7c15_u64.cast_signed();
 /// Bytes of a subscription and of an event of `poll_oneoff`.
 const SUBSCRIPTION_BYTES: i32 = 48;
 const EVENT_BYTES: i32 = 32;
 
-/// The clock's and the random numbers' state.
+/// Indices of the globals with the state of the clock and of the random numbers.
 const CLOCK: u32 = 0;
 const RANDOM: u32 = 1;
 
-/// The module that answers `core`'s imports of WASI. None: it has none.
+/// Makes the module that answers the WASI imports of `core`. `None`: it has no such imports.
 ///
 /// # Errors
-/// If `core` cannot be read.
+/// `core` cannot be parsed.
 pub(super) fn adapter(core: &[u8]) -> anyhow::Result<Option<Vec<u8>>> {
     let imports = imports(core)?;
     if imports.is_empty() {
@@ -72,7 +72,7 @@ pub(super) fn adapter(core: &[u8]) -> anyhow::Result<Option<Vec<u8>>> {
     Ok(Some(module.finish()))
 }
 
-/// The functions that a module imports of WASI, each once.
+/// Returns the functions that a module imports from WASI, each once.
 fn imports(core: &[u8]) -> anyhow::Result<Vec<(String, FuncType)>> {
     let mut types = Vec::new();
     let mut found: Vec<(String, FuncType)> = Vec::new();
@@ -103,7 +103,7 @@ fn imports(core: &[u8]) -> anyhow::Result<Vec<(String, FuncType)>> {
     Ok(found)
 }
 
-/// WASI's functions have numbers only.
+/// Converts types of a signature. WASI functions have only numbers.
 fn values(types: &[wasmparser::ValType]) -> Vec<ValType> {
     let value = |ty: &wasmparser::ValType| match ty {
         wasmparser::ValType::I64 => ValType::I64,
@@ -114,9 +114,9 @@ fn values(types: &[wasmparser::ValType]) -> Vec<ValType> {
     types.iter().map(value).collect()
 }
 
-/// The body of one function. Its parameters are the locals from 0 on, in WASI's order.
+/// Makes the body of one function. Its parameters are the locals from 0 on, in WASI's order.
 fn answer(name: &str, signature: &FuncType) -> Function {
-    // Three numbers of its own: two of 32 bits, one of 64.
+    // Three local variables: two of 32 bits, one of 64.
     let mut function = Function::new([(2, ValType::I32), (1, ValType::I64)]);
     let own = signature.params().len() as u32; // a handful
     let mut code = function.instructions();
@@ -147,7 +147,7 @@ fn answer(name: &str, signature: &FuncType) -> Function {
     function
 }
 
-/// `random_get(start, length)`: fills bytes by xorshift64.
+/// `random_get(start, length)`: fills the bytes with xorshift64.
 fn random(code: &mut InstructionSink<'_>) {
     let (start, length) = (0, 1);
     code.block(BlockType::Empty).loop_(BlockType::Empty);
@@ -163,7 +163,7 @@ fn random(code: &mut InstructionSink<'_>) {
     code.br(0).end().end().i32_const(0);
 }
 
-/// `fd_write(descriptor, pieces, count, written)`: says that all of it was written.
+/// `fd_write(descriptor, pieces, count, written)`: reports that everything was written.
 fn drop_output(code: &mut InstructionSink<'_>, own: u32) {
     let (pieces, count, written, sum) = (1, 2, 3, own);
     code.block(BlockType::Empty).loop_(BlockType::Empty);
@@ -175,19 +175,20 @@ fn drop_output(code: &mut InstructionSink<'_>, own: u32) {
     code.local_get(written).local_get(sum).i32_store(word(0)).i32_const(0);
 }
 
-/// `poll_oneoff(subscriptions, events, count, happened)`: everything happens at once; for who
-/// sleeps, the clock goes on.
+/// `poll_oneoff(subscriptions, events, count, happened)`: reports that all events happened at once. A sleep
+/// moves the clock.
 fn sleep(code: &mut InstructionSink<'_>, own: u32) {
     let (subscriptions, events, count, happened, done) = (0, 1, 2, 3, own);
     code.block(BlockType::Empty).loop_(BlockType::Empty);
     code.local_get(done).local_get(count).i32_ge_u().br_if(1);
-    // The event: the subscription's user data, no error, its type.
+    // The event: user data of the subscription, no error, its type.
     code.local_get(events).local_get(subscriptions).i64_load(double(0)).i64_store(double(0));
     code.local_get(events).i64_const(0).i64_store(double(8));
     code.local_get(events).i64_const(0).i64_store(double(16));
     code.local_get(events).i64_const(0).i64_store(double(24));
     code.local_get(events).local_get(subscriptions).i32_load8_u(byte(8)).i32_store8(byte(10));
-    // Type 0 is a clock: its timeout is at 24; bit 0 of the flags at 40 says that it is a time.
+    // Type 0 is a clock. Its timeout is at offset 24; bit 0 of the flags at offset 40 says that the timeout is
+    // absolute.
     code.local_get(subscriptions).i32_load8_u(byte(8)).i32_eqz().if_(BlockType::Empty);
     code.local_get(subscriptions).i32_load8_u(byte(40)).if_(BlockType::Empty);
     code.local_get(subscriptions).i64_load(double(24)).global_get(CLOCK).i64_gt_u();
@@ -213,7 +214,7 @@ fn byte(offset: u64) -> MemArg {
     MemArg { offset, align: 0, memory_index: 0 }
 }
 
-/// Alignments are hints: 0 holds for every address.
+/// The alignment is only a hint: 0 is valid for every address.
 fn word(offset: u64) -> MemArg {
     byte(offset)
 }
@@ -230,7 +231,7 @@ mod tests {
 
     const I32: ValType = ValType::I32;
 
-    /// What a compiler may write: imports, and nothing else.
+    /// A module with imports and nothing else, as a compiler may produce.
     fn core(imports: &[(&str, &[ValType], &[ValType])]) -> Vec<u8> {
         let (mut types, mut section) = (TypeSection::new(), ImportSection::new());
         for (index, (name, params, results)) in (0..).zip(imports) {
@@ -242,7 +243,7 @@ mod tests {
         module.finish()
     }
 
-    /// An adapter that runs, with a page of memory.
+    /// A running adapter, with one page of memory.
     struct Running {
         store: Store<()>,
         memory: Memory,
@@ -326,7 +327,7 @@ mod tests {
         let mut running = Running::new();
         let (first, second) = (running.clock_ns(), running.clock_ns());
         assert!(first < second);
-        // Two clocks: one for a second from now, one for a time in the past, which changes nothing.
+        // Two clocks: one a second from now, one at a time in the past, which changes nothing.
         let subscription = |user: u64, timeout: u64, flags: u8| {
             let mut bytes = [0; 48];
             bytes[..8].copy_from_slice(&user.to_le_bytes());

@@ -1,7 +1,7 @@
-//! Makes a component of a core module that implements our world by hand, as C's and Go's do.
+//! Makes a component of a core module that implements our world by hand, as the C and Go libraries do.
 //!
-//! Such a module says nothing about its interface: that is added here, from the WIT that the host
-//! carries. Capabilities that the module does not import are left out of the component.
+//! Such a module does not name its interface. It is added here, from the WIT that is compiled into the host.
+//! Capabilities that the module does not import are left out of the component.
 
 use wit_component::{ComponentEncoder, StringEncoding, embed_component_metadata};
 use wit_parser::{Resolve, UnresolvedPackageGroup};
@@ -10,14 +10,14 @@ use super::componentize::ComponentizeError;
 use super::wasi_stub;
 use crate::assets::WIT;
 
-/// The world that holds all that such a module may import.
+/// World with everything that such a module may import.
 const WORLD: &str = "plugin-with-capabilities";
 
-/// Wraps the core module `core`, and validates the result. What it imports of WASI is answered by
-/// constants.
+/// Wraps the core module `core` and validates the result. Its WASI imports are answered by a stub
+/// ([`wasi_stub`]).
 ///
 /// # Errors
-/// If `core` is no core module, or does not fit the world.
+/// `core` is not a core module, or does not match the world.
 pub(super) fn componentize_for_world(core: &[u8]) -> Result<Vec<u8>, ComponentizeError> {
     let stub = wasi_stub::adapter(core).map_err(ComponentizeError::Malformed)?;
     let mut described = core.to_vec();
@@ -32,7 +32,7 @@ pub(super) fn componentize_for_world(core: &[u8]) -> Result<Vec<u8>, Componentiz
     encoder.encode().map_err(ComponentizeError::Unfit)
 }
 
-/// Adds the section that says which world the module implements.
+/// Adds the section that names the world of the module.
 fn describe(core: &mut Vec<u8>) -> anyhow::Result<()> {
     let mut resolve = Resolve::default();
     let mut sources = wit_parser::SourceMap::default();

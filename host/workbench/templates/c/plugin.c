@@ -1,8 +1,8 @@
-/* {{name}}: greets. Takes {"name":"Ada"}, gives {"greeting":"Hello, Ada!"} on the route `out`. */
+/* {{name}}: greets. Accepts {"name":"Ada"}, emits {"greeting":"Hello, Ada!"} on the route `out`. */
 
 #include "shardmill.h"
 
-enum { OUT }; /* the routes, in the order in which they are declared */
+enum { OUT }; /* routes, in the order of their declaration */
 
 void sm_configure(const sm_context *context) {
     (void)context; /* context->config is the TOML table [stage.config] as JSON */
@@ -15,8 +15,8 @@ void sm_configure(const sm_context *context) {
 void sm_record(const sm_input *record) {
     sm_bytes value, name;
     if (!sm_json_member(record->payload, "name", &value) || !sm_json_string(value, &name)) {
-        /* The record is kept with the reason, and its neighbours go on. */
-        sm_reject("an object with a text `name` was due");
+        /* The record becomes a dead letter with this reason. Other records are not affected. */
+        sm_reject("expected an object with a text `name`");
         return;
     }
     const char *greeting = sm_format("Hello, %.*s!", SM_ARG(name)); /* edit me */

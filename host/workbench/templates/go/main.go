@@ -1,4 +1,4 @@
-// {{name}}: greets. Takes {"name":"Ada"}, gives {"greeting":"Hello, Ada!"} on the route "out".
+// {{name}}: greets. Accepts {"name":"Ada"}, emits {"greeting":"Hello, Ada!"} on the route "out".
 package main
 
 import (
@@ -8,7 +8,7 @@ import (
 	"shardmill"
 )
 
-// The routes, in the order in which they are declared.
+// Routes, in the order of their declaration.
 const out = 0
 
 type person struct {
@@ -21,10 +21,10 @@ type greeting struct {
 
 func init() { shardmill.Register(configure) }
 
-// main is not called: the host calls what init has registered.
+// main is never called: the host calls the functions that init registers.
 func main() {}
 
-// configure may read the TOML table [stage.config] by context.ReadConfig.
+// configure can read the TOML table [stage.config] with context.ReadConfig.
 func configure(context *shardmill.Context) (shardmill.Descriptor, shardmill.Plugin, error) {
 	return shardmill.Descriptor{
 		Name:    "{{name}}",
@@ -38,14 +38,14 @@ func configure(context *shardmill.Context) (shardmill.Descriptor, shardmill.Plug
 	}, shardmill.PluginFunc(greet), nil
 }
 
-// greet rejects a record by an error: it is kept with the reason, and its neighbours go on.
+// greet may return an error: the record then becomes a dead letter. Other records are not affected.
 func greet(record *shardmill.Record, output *shardmill.Output) error {
 	var of person
 	if err := json.Unmarshal(record.Payload, &of); err != nil {
 		return err
 	}
 	if of.Name == "" {
-		return errors.New("an object with a text `name` was due")
+		return errors.New("expected an object with a text `name`")
 	}
 	text := "Hello, " + of.Name + "!" // edit me
 	return output.EmitJSON(out, greeting{text})

@@ -1,4 +1,4 @@
-"""{{name}}: greets. Takes {"name":"Ada"}, gives {"greeting":"Hello, Ada!"} on the route "out"."""
+"""{{name}}: greets. Accepts {"name":"Ada"}, emits {"greeting":"Hello, Ada!"} on the route "out"."""
 
 from shardmill import Out, Record, Reject, plugin
 
@@ -10,9 +10,9 @@ from shardmill import Out, Record, Reject, plugin
     routes={"out": ("application/json", {"greeting": "text"})},
 )
 def greet(record: Record, out: Out) -> None:
-    """An exception rejects the record: it is kept with the reason, and its neighbours go on."""
+    """An exception rejects the record: it becomes a dead letter. Other records are not affected."""
     name = record.json().get("name")
     if not isinstance(name, str):
-        raise Reject("an object with a text `name` was due")
+        raise Reject("expected an object with a text `name`")
     greeting = f"Hello, {name}!"  # edit me
     out.emit("out", {"greeting": greeting})

@@ -1,9 +1,9 @@
-//! {{name}}: greets. Takes `{"name":"Ada"}`, gives `{"greeting":"Hello, Ada!"}` on the route `out`.
+//! {{name}}: greets. Accepts `{"name":"Ada"}`, emits `{"greeting":"Hello, Ada!"}` on the route `out`.
 
 use serde::{Deserialize, Serialize};
 use shardmill_sdk::{Context, Descriptor, Emitter, Error, NoConfig, Plugin, Record, Route};
 
-/// The routes, in the order in which they are declared.
+/// Routes, in the order of their declaration.
 const OUT: u32 = 0;
 
 #[derive(Deserialize)]
@@ -19,7 +19,7 @@ struct Greeting {
 struct Greet;
 
 impl Plugin for Greet {
-    /// The TOML table `[stage.config]`: give it a struct of your own.
+    /// Type of the TOML table `[stage.config]`; use a struct of your own.
     type Config = NoConfig;
 
     fn configure(_: NoConfig, _: &Context) -> Result<(Self, Descriptor), Error> {
@@ -30,7 +30,7 @@ impl Plugin for Greet {
         Ok((Greet, descriptor))
     }
 
-    /// An error rejects the record: it is kept with the reason, and its neighbours go on.
+    /// An error rejects the record: it becomes a dead letter with the reason. Other records are not affected.
     fn record(&mut self, record: &Record<'_>, out: &mut Emitter<'_>) -> Result<(), Error> {
         let person: Person = serde_json::from_slice(record.payload())?;
         let greeting = format!("Hello, {}!", person.name); // edit me
