@@ -1,24 +1,24 @@
-/* packed-readings: decodes the packed structures that a sensor's firmware sends, and gives JSON.
+/* packed-readings: decodes the packed structures that a sensor's firmware sends, and emits JSON.
  *
  * Accepts application/octet-stream: each record is one `reading` as below, little-endian, without
- * padding. Gives {"device":…,"at_ms":…,"celsius":…,"humidity":…,"label":…} on the route `readings`; what
- * is hotter than the configuration's `alarm_celsius` (a whole number, 60 by default) goes to `alarms`
- * as well. */
+ * padding. Emits {"device":…,"at_ms":…,"celsius":…,"humidity":…,"label":…} on the route `readings`.
+ * Readings above the configured `alarm_celsius` (a whole number, 60 by default) also go to the route
+ * `alarms`. */
 
 #include "../../plugins/sdk-c/shardmill.h"
 
-enum { READINGS, ALARMS }; /* the routes, in the order in which they are declared */
+enum { READINGS, ALARMS }; /* routes, in the order of their declaration */
 
 #define VERSION 2
 
-/* The firmware's own header would be included here. */
+/* A real plugin would include the firmware's own header here. */
 typedef struct __attribute__((packed)) {
     uint8_t version;
     uint32_t device;
     uint64_t at_ms;
     int16_t centi_celsius;
     uint8_t humidity_percent;
-    char label[8]; /* ended by zeros, or full */
+    char label[8]; /* padded with zeros, or full */
 } reading;
 
 _Static_assert(sizeof(reading) == 24, "what the firmware sends");
@@ -47,7 +47,7 @@ void sm_configure(const sm_context *context) {
         char *end;
         alarm_celsius = strtol(text, &end, 10);
         if (end == text || *end != 0)
-            sm_refuse(sm_format("config.alarm_celsius: a whole number is due, not %s", text));
+            sm_refuse(sm_format("config.alarm_celsius: expected a whole number, found %s", text));
     }
 }
 
@@ -72,13 +72,13 @@ static void emit(uint32_t route, const reading *of) {
 void sm_record(const sm_input *record) {
     reading of;
     if (record->payload.size != sizeof of) {
-        sm_reject(sm_format("%u bytes where a reading of %zu was due",
-                            (unsigned)record->payload.size, sizeof of));
+        sm_reject(sm_format("expected a reading of %zu bytes, found %u", sizeof of,
+                            (unsigned)record->payload.size));
         return;
     }
     memcpy(&of, record->payload.data, sizeof of);
     if (of.version != VERSION) {
-        sm_reject(sm_format("version %d of the reading where %d was due", of.version, VERSION));
+        sm_reject(sm_format("expected a reading of version %d, found %d", VERSION, of.version));
         return;
     }
     emit(READINGS, &of);

@@ -1,7 +1,7 @@
-// gob-cars: decodes what encoding/gob wrote, with encoding/gob, and gives JSON.
+// gob-cars: decodes records written by encoding/gob, with encoding/gob, and emits JSON.
 //
-// Accepts application/x-gob: each record is a gob stream of its own that holds one car or more. Gives
-// one JSON object per car on the route "cars".
+// Accepts application/x-gob: each record is a complete gob stream with one or more cars. Emits one JSON
+// object per car on the route "cars".
 package main
 
 import (
@@ -16,10 +16,10 @@ import (
 	"shardmill"
 )
 
-// The routes, in the order in which they are declared.
+// Routes, in the order of their declaration.
 const cars = 0
 
-// row is a car as tables have it.
+// row is a car as a row of a table.
 type row struct {
 	Make     string            `json:"make"`
 	Model    string            `json:"model"`
@@ -33,7 +33,7 @@ type row struct {
 
 func init() { shardmill.Register(configure) }
 
-// main is not called: the host calls what init has registered.
+// main is never called: the host calls the functions that init registers.
 func main() {}
 
 func configure(*shardmill.Context) (shardmill.Descriptor, shardmill.Plugin, error) {
@@ -60,16 +60,16 @@ func configure(*shardmill.Context) (shardmill.Descriptor, shardmill.Plugin, erro
 
 func decode(record *shardmill.Record, output *shardmill.Output) error {
 	if len(record.Payload) == 0 {
-		return errors.New("empty payload where a gob of a car was due")
+		return errors.New("empty payload: expected a gob of a car")
 	}
 	decoder := gob.NewDecoder(bytes.NewReader(record.Payload))
 	for {
-		var one car.Car // afresh: gob leaves alone what is zero
+		var one car.Car // a new one each time: gob does not set fields that are zero
 		switch err := decoder.Decode(&one); {
 		case err == io.EOF:
 			return nil
 		case err != nil:
-			return fmt.Errorf("no gob of a car: %w", err)
+			return fmt.Errorf("invalid gob of a car: %w", err)
 		}
 		if err := output.EmitJSON(cars, toRow(&one)); err != nil {
 			return err

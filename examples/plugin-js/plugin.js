@@ -1,4 +1,4 @@
-// Flattens the nested events that a web page sends into rows: views and orders by routes of their own.
+// Flattens the nested events of web pages into rows, with separate routes for views and orders.
 import { plugin } from "shardmill";
 
 import { campaignOf } from "./lib/campaign.js";
@@ -34,13 +34,13 @@ export const stage = plugin({
         out.emit("views", { ...row, referrer: page.referrer ?? null });
         break;
       case "order":
-        // A row for each line, all under the visitor's key.
+        // One row for each line of the order, all with the visitor's key.
         for (const { sku, price, count } of order.lines) {
           out.emit("orders", { ...row, sku, cents: Math.round(price * 100) * count }, visitor.id);
         }
         break;
       default:
-        out.reject(`an event of type ${JSON.stringify(type)}: view or order was due`);
+        out.reject(`unknown event type ${JSON.stringify(type)}: expected view or order`);
     }
   },
 });

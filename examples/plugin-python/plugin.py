@@ -1,4 +1,4 @@
-"""Parses the lines that Apache and nginx write ("combined") into typed rows."""
+"""Parses the log lines of Apache and nginx (combined log format) into typed rows."""
 
 import re
 from datetime import datetime, timezone
@@ -40,7 +40,7 @@ class AccessLog:
     def record(self, record: Record, out: Out) -> None:
         line = LINE.match(record.text())
         if line is None:
-            raise Reject("no line in the combined log format")
+            raise Reject("not a line in the combined log format")
         row = {name: None if value in ("-", "") else value for name, value in line.groupdict().items()}
         if row["path"].startswith(self.ignored):
             return

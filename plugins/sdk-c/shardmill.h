@@ -1,10 +1,10 @@
-/* Write shardmill plugins in C: one header, no generated code, no offsets.
+/* SDK for shardmill plugins in C: one header, without generated code or offsets.
  *
  * A plugin includes this header in one source file and defines two functions:
  *
  *     #include "shardmill.h"
  *
- *     enum { OUT }; // routes, in the order in which they are declared
+ *     enum { OUT }; // routes, in the order of their declaration
  *
  *     void sm_configure(const sm_context *context) {
  *         sm_plugin("upper", "0.1.0");
@@ -13,23 +13,23 @@
  *
  *     void sm_record(const sm_input *record) {
  *         if (record->payload.size == 0)
- *             sm_reject("empty payload where a text was due");
+ *             sm_reject("expected a text, found an empty payload");
  *         else
  *             sm_emit(OUT, record->payload);
  *     }
  *
- * `shardmill plugin build` compiles it and wraps it as a component. What becomes of a record:
+ * `shardmill plugin build` compiles it and wraps it as a component. Outcome of a record:
  *
  *     emitted or passed, once or more often    delivered on the routes named
- *     nothing                                  filtered: dropped on purpose, and counted
+ *     nothing                                  filtered: dropped on purpose
  *     sm_reject                                dead-lettered alone, with the reason
- *     sm_retry                                 tried again with its batch, after a pause
+ *     sm_retry                                 retried with its batch, after a backoff
  *     a trap (abort, a failed assert, …)       dead-lettered alone, with a backtrace
  *
- * Memory: what records point to, what `sm_alloc` gives and what the host's answers hold is valid
- * until the call ends; then all of it is free again at once. Keep with `malloc` what must live
- * longer. An instance's memory is a cache: it is lost at a trap, and a replay has another one. What
- * becomes of a record must depend on the record and the configuration alone.
+ * Memory: the data of records, the memory from `sm_alloc` and the answers of the host are valid
+ * until the call ends; then all of it is freed at once. Use `malloc` for data that must live
+ * longer. Treat an instance's memory as a cache: it is lost at a trap, and a replay starts with
+ * another instance. The outcome of a record must depend only on the record and the configuration.
  */
 #ifndef SHARDMILL_H
 #define SHARDMILL_H
@@ -44,9 +44,9 @@
 
 _Static_assert(sizeof(void *) == 4, "shardmill.h is for wasm32: build with `shardmill plugin build`");
 
-/* ---- What a plugin sees ------------------------------------------------------------------- */
+/* ---- Inputs of a plugin ------------------------------------------------------------------- */
 
-/* Bytes, or a text in UTF-8; never ended by a zero byte. */
+/* Bytes, or a UTF-8 text without a terminating zero byte. */
 typedef struct {
     const uint8_t *data;
     uint32_t size;
@@ -59,7 +59,7 @@ typedef struct {
     bool nullable;
 } sm_column_info;
 
-/* A route that leads here. */
+/* An upstream route that leads to this plugin. */
 typedef struct {
     sm_bytes name;
     sm_bytes format; /* a media type */
@@ -67,7 +67,7 @@ typedef struct {
     uint32_t column_count;
 } sm_route_info;
 
-/* Where and how the plugin is used. */
+/* The stage that the plugin runs in. */
 typedef struct {
     sm_bytes stream_name;
     sm_bytes shard_id;
@@ -76,26 +76,26 @@ typedef struct {
     uint32_t upstream_count;
 } sm_context;
 
-/* One record on its way in. */
+/* An incoming record. */
 typedef struct {
     sm_bytes payload;
     sm_bytes key;      /* the partition key: UTF-8 */
     sm_bytes sequence; /* the sequence number: up to 129 digits, so it fits no integer */
     uint32_t sub_sequence;
     uint32_t route;      /* an index into `context->upstream` */
-    uint64_t arrived_ms; /* when the stream took it, since the Unix epoch: use it for "now" */
-    uint32_t index;      /* its place in the batch: may differ in a replay */
+    uint64_t arrived_ms; /* arrival time since the Unix epoch: use it for "now" */
+    uint32_t index;      /* index in the batch: may differ in a replay */
 } sm_input;
 
-/* ---- What a plugin defines ---------------------------------------------------------------- */
+/* ---- Functions that a plugin defines ------------------------------------------------------ */
 
 /* Called once, before the first record: declares the plugin, or refuses its configuration. */
 void sm_configure(const sm_context *context);
 
 #ifdef SM_BATCH
-/* Defined by a plugin that sets SM_BATCH before it includes this header, instead of `sm_record`: it
- * sees a whole batch, to ask the host for something only once. It calls `sm_at` for each record, in
- * their order, before it emits or rejects for it. */
+/* Replaces `sm_record` in a plugin that defines SM_BATCH before it includes this header. It sees a
+ * whole batch, so that it can make one request to the host for all records. It must call `sm_at` for
+ * each record, in their order, before it emits or rejects for that record. */
 void sm_batch(const sm_input *records, uint32_t count);
 #else
 /* Called for each record. */
@@ -104,7 +104,7 @@ void sm_record(const sm_input *record);
 
 /* ---- Texts and memory --------------------------------------------------------------------- */
 
-/* The bytes of a C text. */
+/* Returns the bytes of a C string. */
 static inline sm_bytes sm_text(const char *text) {
     return (sm_bytes){(const uint8_t *)text, (uint32_t)strlen(text)};
 }
@@ -113,68 +113,68 @@ static inline bool sm_equal(sm_bytes a, sm_bytes b) {
     return a.size == b.size && memcmp(a.data, b.data, a.size) == 0;
 }
 
-/* A C text of bytes, valid until the call ends. */
+/* Copies bytes to a C string that is valid until the call ends. */
 static inline const char *sm_c_text(sm_bytes bytes);
 
-/* A text formatted as by printf, valid until the call ends. Costs 20 kB of component. Bytes go in by
- * `%.*s` and SM_ARG: sm_format("no car: %.*s", SM_ARG(record->payload)). */
+/* Formats a text as printf does; it is valid until the call ends. Adds 20 kB to the component. Format
+ * bytes with `%.*s` and SM_ARG: sm_format("no car: %.*s", SM_ARG(record->payload)). */
 static inline const char *sm_format(const char *format, ...) __attribute__((format(printf, 1, 2)));
 #define SM_ARG(bytes) (int)(bytes).size, (const char *)(bytes).data
 
-/* Memory that is free again when the call ends; never null. Aligned for any type. */
+/* Allocates memory that is freed when the call ends. Never null, aligned for any type. */
 static inline void *sm_alloc(size_t size);
 
 /* ---- In `sm_configure` -------------------------------------------------------------------- */
 
-/* Names the plugin. Due once. The texts of these functions must live as long as the call. */
+/* Names the plugin. Call it exactly once. The texts of these functions must live until the call ends. */
 static inline void sm_plugin(const char *name, const char *version);
-/* Adds a media type that the plugin takes. Without any, it takes all. */
+/* Adds an accepted media type. A plugin that adds none accepts all. */
 static inline void sm_accepts(const char *media_type);
-/* Declares a way out. The first one has the number 0. */
+/* Declares a route. The first one has the number 0. */
 static inline void sm_route(const char *name, const char *format);
-/* Declares a column of the route that was declared last: one that is never null. */
+/* Declares a column of the last declared route. Its values are never null. */
 static inline void sm_column(const char *name, const char *data_type);
 /* Declares a column that may be null or absent. */
 static inline void sm_nullable_column(const char *name, const char *data_type);
-/* Says that the rows which come in must have a column: checked before a record flows. */
+/* Requires a column of the incoming rows. This is checked at the start, before any record. */
 static inline void sm_needs(const char *name, const char *data_type);
-/* The same of a column that may be null or absent. */
+/* Requires a column that may be null or absent. */
 static inline void sm_needs_nullable(const char *name, const char *data_type);
-/* Refuses the configuration: the pipeline does not start. The text is for a human. */
+/* Refuses the configuration, so that the pipeline does not start. The text is for humans. */
 static inline void sm_refuse(const char *why);
 
 /* ---- For a record ------------------------------------------------------------------------- */
 
-/* Delivers a payload on a route, under the key that came in. */
+/* Delivers a payload on a route, under the key of the record. */
 static inline void sm_emit(uint32_t route, sm_bytes payload);
 /* Delivers a payload on a route, under a key of its own, which must be UTF-8. */
 static inline void sm_emit_keyed(uint32_t route, sm_bytes key, sm_bytes payload);
 /* Delivers the record as it came in, without a copy. */
 static inline void sm_pass(uint32_t route);
-/* Rejects the record; what was emitted for it is taken back. The reason says what was found and what
- * was due. */
+/* Rejects the record; what was emitted for it is taken back. The reason says what was expected
+ * and what was found. */
 static inline void sm_reject(const char *reason);
-/* The record could be processed later: its whole batch is tried again after a pause. */
+/* Fails the whole batch, which is retried after a backoff: the record may succeed later. */
 static inline void sm_retry(const char *reason);
 
-/* Writes an output in place, piece by piece: begin, put what it holds, end. */
+/* Writes an output in place: begin it, put its parts, end it. */
 static inline void sm_begin(uint32_t route);
 static inline void sm_put(sm_bytes bytes);
 static inline void sm_put_text(const char *text);
 static inline void sm_put_int(int64_t number);
-/* A JSON string with its quotation marks, from UTF-8. */
+/* Puts a UTF-8 text as a JSON string with quotation marks. */
 static inline void sm_put_json_string(sm_bytes text);
 static inline void sm_end(void);
 
 /* ---- The configuration -------------------------------------------------------------------- */
 
-/* Finds a member of a JSON object, such as `context->config`: its value as it is written there. For
- * the members of the object itself only. False: it is not there. */
+/* Finds a direct member of a JSON object, such as `context->config`, and returns the JSON text of its
+ * value in `value`. Returns false if there is no such member. */
 static inline bool sm_json_member(sm_bytes object, const char *name, sm_bytes *value);
-/* The text that a JSON string stands for. False: the value is none. */
+/* Decodes a JSON string. Returns false if the value is not a string. */
 static inline bool sm_json_string(sm_bytes value, sm_bytes *text);
 
-/* ---- Inside: memory ----------------------------------------------------------------------- */
+/* ---- Internal: memory --------------------------------------------------------------------- */
 
 #define SM__ALIGN 16u
 #define SM__CHUNK_BYTES_MIN (64u << 10)
@@ -184,8 +184,8 @@ typedef struct sm__chunk {
     uint32_t size, used;
 } sm__chunk;
 
-/* What one call needs comes from chunks that are free again when it ends. The largest one is kept,
- * so that calls of the same size need no new one. */
+/* The memory of one call comes from chunks that are freed when it ends. The largest one is kept, so
+ * that calls of the same size need no new chunk. */
 static sm__chunk *sm__chunks;
 
 static inline void *sm__alloc(uint32_t size) {
@@ -195,7 +195,7 @@ static inline void *sm__alloc(uint32_t size) {
         uint32_t wanted = chunk == NULL ? SM__CHUNK_BYTES_MIN : 2 * chunk->size;
         if (wanted < size)
             wanted = size;
-        /* The header takes one aligned step, so that what follows is aligned as malloc is. */
+        /* The header takes SM__ALIGN bytes, so that the memory after it is aligned like malloc's. */
         chunk = malloc(wanted + SM__ALIGN);
         if (chunk == NULL)
             __builtin_trap();
@@ -226,7 +226,7 @@ static inline const char *sm_format(const char *format, ...) {
     const int length = vsnprintf(NULL, 0, format, arguments);
     va_end(arguments);
     if (length < 0)
-        __builtin_trap(); /* not a format */
+        __builtin_trap(); /* invalid format */
     char *text = sm_alloc((size_t)length + 1);
     va_start(arguments, format);
     vsnprintf(text, (size_t)length + 1, format, arguments);
@@ -235,7 +235,7 @@ static inline const char *sm_format(const char *format, ...) {
 }
 
 static inline void sm__free_call(void) {
-    sm__chunk *kept = sm__chunks; /* the newest is the largest: each is at least twice the last */
+    sm__chunk *kept = sm__chunks; /* the newest is the largest: each is at least twice the one before */
     if (kept == NULL)
         return;
     for (sm__chunk *chunk = kept->next; chunk != NULL;) {
@@ -247,7 +247,7 @@ static inline void sm__free_call(void) {
     kept->used = 0;
 }
 
-/* The host puts its arguments and answers here. It never asks for a block again. */
+/* Allocates memory for the arguments and answers of the host, which never resizes a block. */
 __attribute__((export_name("cabi_realloc"), used)) void *
 sm__cabi_realloc(void *old, size_t old_size, size_t align, size_t new_size) {
     if (new_size == 0)
@@ -258,7 +258,7 @@ sm__cabi_realloc(void *old, size_t old_size, size_t align, size_t new_size) {
     return block;
 }
 
-/* Bytes that grow. They keep their room between calls. */
+/* A growable buffer. It keeps its capacity between calls. */
 typedef struct {
     uint8_t *data;
     uint32_t size, room;
@@ -291,9 +291,10 @@ static inline sm_bytes sm__bytes(sm__buffer *buffer) {
     return (sm_bytes){buffer->data, buffer->size};
 }
 
-/* ---- Inside: configure -------------------------------------------------------------------- */
+/* ---- Internal: configure ------------------------------------------------------------------ */
 
-/* These and the structures below lie in memory as the canonical ABI has the types of plugin.wit. */
+/* This and the structures below have the memory layout of the types of plugin.wit in the canonical
+ * ABI. */
 typedef struct {
     uint32_t is_error;
     union {
@@ -330,7 +331,7 @@ static inline void sm_route(const char *name, const char *format) {
 
 static inline void sm__column(const char *name, const char *data_type, bool nullable) {
     if (sm__self.routes.size == 0) {
-        sm_refuse("the plugin declares a column before a route");
+        sm_refuse("a column was declared before any route: call sm_route first");
         return;
     }
     sm_column_info column = {sm_text(name), sm_text(data_type), nullable};
@@ -362,7 +363,7 @@ static inline void sm_refuse(const char *why) {
         sm__self.refusal = why;
 }
 
-/* ---- Inside: process ---------------------------------------------------------------------- */
+/* ---- Internal: process -------------------------------------------------------------------- */
 
 #define SM__INPUT_WORDS 10u
 #define SM__NONE UINT32_MAX
@@ -381,17 +382,17 @@ typedef struct {
 } sm__processed;
 _Static_assert(sizeof(sm__processed) == 28, "the canonical ABI's layout");
 
-/* What became of the batch so far. */
+/* Outcome of the batch so far. */
 static struct {
     sm__buffer arena, outputs, rejects;
-    /* The record that is written for, and where what is written for it began. */
+    /* The current record, and the sizes of the buffers at its start. */
     const sm_input *record;
     uint32_t arena_start, outputs_start;
     bool is_rejected;
-    /* The output between `sm_begin` and `sm_end`. */
+    /* The open output, between `sm_begin` and `sm_end`. */
     bool is_open;
     uint32_t open_route, open_start;
-    /* The failure of the whole batch, and the record that it was found at. */
+    /* The failure of the whole batch, and the record at which it occurred. */
     const char *failure;
     bool is_retryable, failed_at_record;
     uint32_t failed_record;
@@ -405,10 +406,10 @@ static inline void sm__at(const sm_input *record) {
 }
 
 #ifdef SM_BATCH
-/* Says which record the next calls are for. */
+/* Selects the record of the next calls. */
 static inline void sm_at(const sm_input *record) {
     if (sm__out.record != NULL && record->index <= sm__out.record->index)
-        __builtin_trap(); /* records must be taken in the order of the batch */
+        __builtin_trap(); /* records must be selected in the order of the batch */
     sm__at(record);
 }
 #endif
@@ -416,7 +417,7 @@ static inline void sm_at(const sm_input *record) {
 static inline void sm__output(uint32_t route, uint32_t key, uint32_t key_size, uint32_t payload,
                               uint32_t payload_size) {
     if (sm__out.record == NULL)
-        __builtin_trap(); /* there is no record to write for */
+        __builtin_trap(); /* no record is selected */
     if (sm__out.is_rejected)
         return;
     const uint32_t words[] = {sm__out.record->index, route, key, key_size, payload, payload_size};
@@ -442,7 +443,7 @@ static inline void sm_pass(uint32_t route) { sm__output(route, SM__NONE, 0, SM__
 
 static inline void sm_reject(const char *reason) {
     if (sm__out.record == NULL)
-        __builtin_trap(); /* there is no record to reject */
+        __builtin_trap(); /* no record is selected */
     if (sm__out.is_rejected)
         return;
     sm__out.arena.size = sm__out.arena_start;
@@ -488,7 +489,7 @@ static inline void sm_put_int(int64_t number) {
 
 static inline void sm_put_json_string(sm_bytes text) {
     static const char hex[] = "0123456789abcdef";
-    uint8_t *out = sm__reserve(&sm__out.arena, 6 * text.size + 2); /* \u00xx at worst */
+    uint8_t *out = sm__reserve(&sm__out.arena, 6 * text.size + 2); /* the longest escape is \u00xx */
     *out++ = '"';
     for (uint32_t i = 0; i < text.size; i++) {
         const uint8_t byte = text.data[i];
@@ -517,7 +518,7 @@ static inline void sm_end(void) {
     sm__out.is_open = false;
 }
 
-/* The columns that are needed are a JSON array, written where outputs will be. */
+/* The required columns are a JSON array. It is built in the arena, which is not in use yet. */
 static inline void sm__needs(const char *name, const char *data_type, const char *rest) {
     sm_put_text(sm__out.arena.size == 0 ? "[{\"name\":" : ",{\"name\":");
     sm_put_json_string(sm_text(name));
@@ -526,7 +527,7 @@ static inline void sm__needs(const char *name, const char *data_type, const char
     sm_put_text(rest);
 }
 
-/* Structures are passed by pointers in C and by their members in the canonical ABI: hence these. */
+/* C passes structures by pointer, the canonical ABI passes their members: hence these parameters. */
 __attribute__((export_name("shardmill:plugin/stage@0.1.0#configure"), used)) sm__configured *
 sm__configure(const uint8_t *stream, uint32_t stream_size, const uint8_t *shard,
               uint32_t shard_size, const uint8_t *config, uint32_t config_size,
@@ -541,7 +542,7 @@ sm__configure(const uint8_t *stream, uint32_t stream_size, const uint8_t *shard,
     sm__out.arena.size = 0;
     sm_configure(&context);
     if (sm__self.name.size == 0)
-        sm_refuse("the plugin does not name itself: sm_configure must call sm_plugin");
+        sm_refuse("missing plugin name: sm_configure must call sm_plugin");
     answer = (sm__configured){0};
     if (sm__self.refusal != NULL) {
         answer.is_error = 1;
@@ -630,9 +631,9 @@ sm__process_done(void *answer) {
     sm__free_call();
 }
 
-/* ---- Inside: JSON ------------------------------------------------------------------------- */
+/* ---- Internal: JSON ----------------------------------------------------------------------- */
 
-/* Where a JSON value that begins at `at` ends; the host gives valid JSON. */
+/* Returns the end of the JSON value that begins at `at`. The host passes only valid JSON. */
 static inline const uint8_t *sm__json_end(const uint8_t *at, const uint8_t *end) {
     uint32_t depth = 0;
     while (at < end) {
@@ -687,7 +688,7 @@ static inline bool sm_json_member(sm_bytes object, const char *name, sm_bytes *v
     return false;
 }
 
-/* The number that four hexadecimal digits are. */
+/* Reads four hexadecimal digits. */
 static inline uint32_t sm__json_hex(const uint8_t *digits) {
     uint32_t number = 0;
     for (int i = 0; i < 4; i++) {
@@ -748,19 +749,21 @@ static inline bool sm_json_string(sm_bytes value, sm_bytes *text) {
 
 /* ---- Capabilities ------------------------------------------------------------------------- */
 
-/* What a plugin may ask of the host, if its stage grants it (`[stage.grant]`). A function that is not
- * used is not imported. What `lookup`, `clock`, `random` and `http` answer may differ at a replay. */
+/* Functions of the host that a plugin may call if its stage grants them (`[stage.grant]`). A component
+ * imports only the functions that it uses. The results of `lookup`, `clock`, `random` and `http` may
+ * differ in a replay. */
 
 #define SM__IMPORT(interface, name)                                                                \
     __attribute__((import_module("shardmill:plugin/" interface "@0.1.0"), import_name(name))) extern
 
-/* Why the host did not do what it was asked. Give it on with `sm_fail`. */
+/* Failure of a call to the host. Pass it to `sm_fail`. */
 typedef struct {
     bool retryable;
     sm_bytes message;
 } sm_failure;
 
-/* Retries or rejects, as the failure says: a record, or before `sm_at` the whole batch. */
+/* Retries the batch if the failure is retryable. Otherwise rejects the current record, or fails the
+ * whole batch if no record is selected yet. */
 static inline void sm_fail(const sm_failure *failure) {
     const char *message = sm_c_text(failure->message);
     if (failure->retryable || sm__out.record == NULL)
@@ -769,7 +772,7 @@ static inline void sm_fail(const sm_failure *failure) {
         sm_reject(message);
 }
 
-/* log: a line in the host's log. */
+/* log: writes a line to the host's log. */
 typedef enum { SM_TRACE, SM_DEBUG, SM_INFO, SM_WARN, SM_ERROR } sm_level;
 
 SM__IMPORT("log", "write") void sm__log_write(uint32_t level, const char *line, uint32_t size);
@@ -778,8 +781,8 @@ static inline void sm_log(sm_level level, const char *line) {
     sm__log_write(level, line, (uint32_t)strlen(line));
 }
 
-/* metrics: series of the plugin's own. In `sm_configure`; a failure refuses the configuration. The
- * number that they give is for `sm_observe`. */
+/* metrics: time series that the plugin defines. Register them in `sm_configure`; a failure refuses
+ * the configuration. Pass the returned number to `sm_observe`. */
 typedef struct {
     uint32_t is_error;
     union {
@@ -812,7 +815,7 @@ static inline uint32_t sm_gauge(const char *name, const char *help) {
 static inline uint32_t sm_histogram(const char *name, const char *help) {
     return sm__register(2, name, help);
 }
-/* Adds to a counter, sets a gauge, takes a value into a histogram. */
+/* Adds to a counter, sets a gauge, or adds a value to a histogram. */
 static inline void sm_observe(uint32_t metric, double value) {
     sm__metrics_observe(metric, value);
 }
@@ -840,8 +843,8 @@ void sm__lookup_get(const char *table, uint32_t table_size, const uint8_t *arena
                     uint32_t arena_size, const uint32_t *keys, uint32_t key_words,
                     sm__looked_up *answer);
 
-/* Fills `rows`, one per key: a JSON object, or `data == NULL` where there is none. False: `failure`
- * says why. */
+/* Fills `rows`, one per key: a JSON object, or `data == NULL` for a key without a row. Returns false
+ * and sets `failure` if the lookup failed. */
 static inline bool sm_lookup(const char *table, const sm_bytes *keys, uint32_t count,
                              sm_bytes *rows, sm_failure *failure) {
     uint32_t size = 0;
@@ -870,17 +873,16 @@ static inline bool sm_lookup(const char *table, const sm_bytes *keys, uint32_t c
     return true;
 }
 
-/* clock and random. Without them, `arrived_ms` and the sequence number serve, and a replay has the
- * same. */
+/* clock and random. Prefer `arrived_ms` and the sequence number: they are the same in a replay. */
 SM__IMPORT("clock", "now-ms") uint64_t sm__clock_now_ms(void);
 SM__IMPORT("random", "next-u64") uint64_t sm__random_next_u64(void);
 
-/* Milliseconds since the Unix epoch. */
+/* Returns the time of day, in milliseconds since the Unix epoch. */
 static inline uint64_t sm_now_ms(void) { return sm__clock_now_ms(); }
-/* 64 random bits. */
+/* Returns 64 random bits. */
 static inline uint64_t sm_random(void) { return sm__random_next_u64(); }
 
-/* http: requests to the hosts that are granted. */
+/* http: requests to granted hosts. */
 typedef struct {
     sm_bytes name, value;
 } sm_header;
@@ -916,7 +918,8 @@ void sm__http_send(const uint8_t *method, uint32_t method_size, const uint8_t *u
                    uint32_t url_size, const sm_header *headers, uint32_t header_count,
                    const uint8_t *body, uint32_t body_size, sm__answered *answer);
 
-/* Sends a request and waits for the answer, whatever its status. False: `failure` says why not. */
+/* Sends a request and waits for the response, whatever its status. Returns false and sets `failure` if
+ * there was no response. */
 static inline bool sm_http(const sm_http_request *request, sm_http_response *response,
                            sm_failure *failure) {
     sm__answered answer = {0};

@@ -9,18 +9,19 @@ import (
 	"unsafe"
 )
 
-// The exports of the world, in the canonical ABI: the shapes of wit/0.1.0/plugin.wit as they lie in
-// memory. Pointers have 4 bytes here; Go's own have 8, hence the type address.
+// The exports of the world in the canonical ABI: the memory layout of the types of
+// wit/0.1.0/plugin.wit. Pointers have 4 bytes there; pointer fields of Go structs have 8, hence the
+// type address.
 
 const (
 	inputWords = 10
-	// none is the start of a span that is none.
+	// none is the start of an absent span.
 	none = ^uint32(0)
 )
 
 type address = uint32
 
-// text is a string or list in the canonical ABI: where it starts, and its bytes or elements.
+// text is a string or a list in the canonical ABI: its start, and its number of bytes or elements.
 type text struct {
 	start address
 	count uint32
@@ -59,13 +60,13 @@ var (
 	registered Configure
 	plugin     Plugin
 
-	// What became of the batch so far. They keep their room between calls.
+	// Outcome of the batch so far. The slices keep their capacity between calls.
 	arena            []byte
 	outputs, rejects []uint32
 	records          []Record
 	output           Output
 
-	// What the host holds the addresses of until a call is over.
+	// Memory that the host reads until the post-return call. It must stay reachable for Go's collector.
 	answer struct {
 		configured
 		configureError
@@ -76,7 +77,7 @@ var (
 	}
 )
 
-// keep appends bytes to the arena that goes out, and says where they are.
+// keep appends bytes to the outgoing arena and returns their offset.
 func keep(bytes []byte) uint32 {
 	start := uint32(len(arena))
 	arena = append(arena, bytes...)
@@ -98,7 +99,7 @@ func bytesAt(at address, count uint32) []byte {
 
 func stringAt(at address, count uint32) string { return string(bytesAt(at, count)) }
 
-// list gives the address of a list and keeps it until the call is over.
+// list returns the address of a list and keeps the list reachable until the call is over.
 func list[T any](of []T) text {
 	if len(of) == 0 {
 		return text{}
@@ -121,12 +122,12 @@ func cabiRealloc(old, oldBytes, align, newBytes uint32) uint32 {
 	return addressOf(block)
 }
 
-// chunk is where the host puts its arguments and answers. It is used again by the next call, so that
-// calls leave nothing behind; a larger one replaces it when it is too small.
+// chunk is where the host writes its arguments and answers. The next call reuses it, so calls leak
+// nothing. A larger one replaces it when it is too small.
 var (
 	chunk     []uint64
 	chunkUsed uint32
-	// outgrown are the chunks of this call that were too small.
+	// outgrown are the chunks of this call that became too small. The host may still use them.
 	outgrown [][]uint64
 )
 
@@ -201,11 +202,11 @@ func configure(context *Context) (described Descriptor, err error) {
 		}
 	}()
 	if registered == nil {
-		return described, fmt.Errorf("the plugin is not registered: call shardmill.Register in an init function")
+		return described, fmt.Errorf("no plugin is registered: call shardmill.Register in an init function")
 	}
 	described, plugin, err = registered(context)
 	if err == nil && plugin == nil {
-		err = fmt.Errorf("configure gave no plugin")
+		err = fmt.Errorf("configure returned no plugin")
 	}
 	return described, err
 }
@@ -269,7 +270,7 @@ func exportProcess(arenaAt, arenaBytes, wordsAt, wordCount uint32) uint32 {
 	return addressOf(unsafe.Pointer(&answer.outcome))
 }
 
-// read makes records of the words that the host has passed.
+// read decodes the words from the host into records.
 func read(in []byte, wordsAt, wordCount uint32) {
 	words := unsafe.Slice((*uint32)(pointer(wordsAt)), wordCount)
 	count := int(wordCount / inputWords)
@@ -289,7 +290,7 @@ func read(in []byte, wordsAt, wordCount uint32) {
 	}
 }
 
-// run turns a panic into an error: the record is to blame, not its neighbours.
+// run turns a panic into an error, so that only this record is rejected and not its neighbours.
 func run(record *Record, output *Output) (err error) {
 	defer func() {
 		if panicked := recover(); panicked != nil {
@@ -308,7 +309,7 @@ func runBatch(batch BatchPlugin) (err error) {
 	return batch.Batch(records)
 }
 
-// failed answers that the whole batch failed, at the record `input` or none.
+// failed returns the failure of the whole batch, at the record `input` or at none.
 func failed(err error, input uint32) uint32 {
 	answer.failure = failure{isError: 1, message: textOf(strings.ToValidUTF8(err.Error(), "\uFFFD"))}
 	if isRetryable(err) {

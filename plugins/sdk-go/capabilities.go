@@ -7,11 +7,11 @@ import (
 	"unsafe"
 )
 
-// What a plugin may ask of the host, if its stage grants it ([stage.grant]): the interfaces of
-// wit/0.1.0/capabilities.wit. A function that is not used is not imported. What Lookup, NowMs,
-// RandomU64 and Send answer may differ at a replay.
+// Capabilities: functions of the host that a plugin may call if its stage grants them
+// ([stage.grant]). They are the interfaces of wit/0.1.0/capabilities.wit. A component imports only the
+// functions that it uses. The results of Lookup, NowMs, RandomU64 and Send may differ in a replay.
 
-// Level is how important a line in the log is.
+// Level is the severity of a log line.
 type Level uint32
 
 // The levels.
@@ -23,7 +23,7 @@ const (
 	Error
 )
 
-// Log writes a line in the host's log.
+// Log writes a line to the host's log.
 func Log(level Level, line string) {
 	logWrite(uint32(level), line)
 }
@@ -31,25 +31,26 @@ func Log(level Level, line string) {
 //go:wasmimport shardmill:plugin/log@0.1.0 write
 func logWrite(level uint32, line string)
 
-// Metric is a series of the plugin's own.
+// Metric is a time series that the plugin defines.
 type Metric uint32
 
-// NewCounter announces a metric that adds up. In configure only; the name is [a-z][a-z0-9_]*.
+// NewCounter registers a metric that adds up its values. In configure only; the name must match
+// [a-z][a-z0-9_]*.
 func NewCounter(name, help string) (Metric, error) { return register(0, name, help) }
 
-// NewGauge announces a metric that keeps its last value. In configure only.
+// NewGauge registers a metric that keeps its last value. In configure only.
 func NewGauge(name, help string) (Metric, error) { return register(1, name, help) }
 
-// NewHistogram announces a metric that counts how values are distributed. In configure only.
+// NewHistogram registers a metric that counts the distribution of its values. In configure only.
 func NewHistogram(name, help string) (Metric, error) { return register(2, name, help) }
 
-// Observe gives the metric a value.
+// Observe adds a value to the metric.
 func (m Metric) Observe(value float64) { metricsObserve(uint32(m), value) }
 
 func register(kind uint32, name, help string) (Metric, error) {
 	var answer struct {
 		isError       uint32
-		number, count uint32 // or the error's text
+		number, count uint32 // with an error: the start and size of its text
 	}
 	metricsRegister(kind, name, help, unsafe.Pointer(&answer))
 	if answer.isError&0xff != 0 {
@@ -64,8 +65,8 @@ func metricsRegister(kind uint32, name, help string, answer unsafe.Pointer)
 //go:wasmimport shardmill:plugin/metrics@0.1.0 observe
 func metricsObserve(metric uint32, value float64)
 
-// Lookup asks the table for the rows of all keys at once; see [BatchPlugin]. A row is a JSON object,
-// nil where there is none, and valid until the call ends.
+// Lookup reads the rows of all keys from a reference table in one request; see [BatchPlugin]. A row is
+// a JSON object, or nil if the table has no such key. It is valid until the call ends.
 func Lookup(table string, keys []string) ([][]byte, error) {
 	var joined []byte
 	spans := make([]uint32, 0, 2*len(keys))
@@ -80,7 +81,7 @@ func Lookup(table string, keys []string) ([][]byte, error) {
 	lookupGet(table, unsafe.Pointer(unsafe.SliceData(joined)), uint32(len(joined)),
 		unsafe.Pointer(unsafe.SliceData(spans)), uint32(len(spans)), unsafe.Pointer(&answer))
 	if answer.isError&0xff != 0 {
-		// The failure lies in the same place: whether it may pass, then its text.
+		// The failure has the same place in the union: whether it is retryable, then its text.
 		return nil, hostFailure(answer.arena.start, text{answer.arena.count, answer.rows.start})
 	}
 	found := bytesAt(answer.arena.start, answer.arena.count)
@@ -97,40 +98,40 @@ func Lookup(table string, keys []string) ([][]byte, error) {
 //go:wasmimport shardmill:plugin/lookup@0.1.0 get
 func lookupGet(table string, arena unsafe.Pointer, arenaBytes uint32, keys unsafe.Pointer, keyWords uint32, answer unsafe.Pointer)
 
-// NowMs is the time of day, in milliseconds since the Unix epoch.
+// NowMs returns the time of day, in milliseconds since the Unix epoch.
 func NowMs() uint64 { return clockNowMs() }
 
 //go:wasmimport shardmill:plugin/clock@0.1.0 now-ms
 func clockNowMs() uint64
 
-// RandomU64 gives 64 random bits.
+// RandomU64 returns 64 random bits.
 func RandomU64() uint64 { return randomNextU64() }
 
 //go:wasmimport shardmill:plugin/random@0.1.0 next-u64
 func randomNextU64() uint64
 
-// Header is a name and a value.
+// Header is the name and the value of an HTTP header.
 type Header struct{ Name, Value string }
 
-// Request is what a host that is granted is asked.
+// Request is an HTTP request to a granted host.
 type Request struct {
-	// Method is such as GET.
+	// Method is an HTTP method, such as GET.
 	Method, URL string
 	Headers     []Header
-	// Body is none where it is empty.
+	// Body is absent if it is empty.
 	Body []byte
 }
 
-// Response is what was answered.
+// Response is the answer to a Request, whatever its status.
 type Response struct {
 	Status int
-	// Headers have names in lower case.
+	// Headers have lower-case names.
 	Headers []Header
 	// Body is valid until the call ends.
 	Body []byte
 }
 
-// Send sends a request and waits for the answer, whatever its status.
+// Send sends a request and waits for the response. A status such as 500 is not an error.
 func Send(request *Request) (*Response, error) {
 	type header struct{ name, value text }
 	headers := make([]header, 0, len(request.Headers))
@@ -166,7 +167,8 @@ func Send(request *Request) (*Response, error) {
 //go:wasmimport shardmill:plugin/http@0.1.0 send
 func httpSend(method, url string, headers unsafe.Pointer, headerCount uint32, body unsafe.Pointer, bodyBytes uint32, answer unsafe.Pointer)
 
-// hostFailure is an error that retries the batch, or rejects the record, as the host says.
+// hostFailure returns an error that retries the batch if the host calls the failure retryable, and
+// rejects the record otherwise.
 func hostFailure(retryable uint32, message text) error {
 	err := errors.New(stringAt(message.start, message.count))
 	if retryable&0xff != 0 {

@@ -1,6 +1,6 @@
-// Package shardmill is what shardmill plugins in Go are written with: no generated code, no offsets.
+// Package shardmill is the SDK for shardmill plugins in Go. It needs no generated code and no offsets.
 //
-// A plugin is a package main that hands a configure function to [Register] in its init:
+// A plugin is a package main whose init passes a configure function to [Register]:
 //
 //	package main
 //
@@ -10,7 +10,7 @@
 //		"shardmill"
 //	)
 //
-//	const out = 0 // routes, in the order in which they are declared
+//	const out = 0 // routes, in the order of their declaration
 //
 //	func init() { shardmill.Register(configure) }
 //	func main() {}
@@ -28,18 +28,18 @@
 //		return nil
 //	}
 //
-// What becomes of a record:
+// Outcome of a record:
 //
 //	emitted or passed, once or more often    delivered on the routes named
-//	nothing, and no error                    filtered: dropped on purpose, and counted
+//	nothing, and no error                    filtered: dropped on purpose
 //	an error, or a panic                     dead-lettered alone, with the reason
-//	an error of [Retry]                      tried again with its batch, after a pause
+//	an error of [Retry]                      retried with its batch, after a backoff
 //
-// The bytes of a record are valid until the call ends: copy what must live longer. An instance's
-// memory is a cache: it is lost when the plugin fails. What becomes of a record must depend on the
-// record and the configuration alone, for it may be replayed: use [Record.Arrived] for the time. In
-// the sandbox, [time.Now] is a counter that begins in 1970, random numbers have a fixed seed, there
-// are no files and no network, and what is printed is dropped.
+// The bytes of a record are valid until the call ends: copy what must live longer. Treat an
+// instance's memory as a cache: it is lost when the plugin fails. The outcome of a record must depend
+// only on the record and the configuration, because the record may be replayed: use [Record.Arrived]
+// for the time. In the sandbox, [time.Now] is a counter that begins in 1970, random numbers have a
+// fixed seed, there are no files and no network, and printed text is dropped.
 package shardmill
 
 import (
@@ -48,10 +48,10 @@ import (
 	"time"
 )
 
-// Plugin takes one record at a time.
+// Plugin processes one record at a time.
 type Plugin interface {
-	// Record emits any number of outputs, or none to filter the record. An error rejects it; what
-	// was emitted for it is taken back.
+	// Record emits any number of outputs, or none to filter the record. An error rejects the record
+	// and discards its outputs.
 	Record(record *Record, output *Output) error
 }
 
@@ -61,22 +61,22 @@ type PluginFunc func(record *Record, output *Output) error
 // Record calls the function.
 func (f PluginFunc) Record(record *Record, output *Output) error { return f(record, output) }
 
-// BatchPlugin is a [Plugin] that sees a batch before its records, to ask the host for what they need
-// only once. Batches are cut by size and time and differ in a replay.
+// BatchPlugin is a [Plugin] that sees a batch before its records, so that it can make one request to
+// the host for all of them. Batches are cut by size and time, so a replay has different ones.
 type BatchPlugin interface {
 	Plugin
 	// Batch is called before the records of a batch. An error fails the whole batch.
 	Batch(records []Record) error
 }
 
-// Configure makes the plugin. Called once, before the first record; an error refuses the
-// configuration, and the pipeline does not start.
+// Configure creates the plugin. It is called once, before the first record. If it returns an error,
+// the configuration is refused and the pipeline does not start.
 type Configure func(context *Context) (Descriptor, Plugin, error)
 
-// Register says what the plugin is. Due once, in an init function.
+// Register registers the plugin. Call it exactly once, in an init function.
 func Register(configure Configure) { registered = configure }
 
-// Context is where and how the plugin is used.
+// Context describes the stage that the plugin runs in.
 type Context struct {
 	StreamName string
 	ShardID    string
@@ -85,32 +85,32 @@ type Context struct {
 	Upstream []Route
 }
 
-// ReadConfig reads the configuration into a struct. A key that it has no field for is an error.
+// ReadConfig reads the configuration into a struct. A key without a field in the struct is an error.
 func (c *Context) ReadConfig(into any) error {
 	decoder := json.NewDecoder(newReader(c.Config))
 	decoder.DisallowUnknownFields()
 	return decoder.Decode(into)
 }
 
-// Descriptor is what a plugin is and what it takes and gives.
+// Descriptor describes a plugin, its inputs and its outputs.
 type Descriptor struct {
-	// Name and Version are for error texts and metrics. Not empty.
+	// Name and Version appear in error texts and metrics. They must not be empty.
 	Name, Version string
-	// Accepts are the media types that it takes. Empty: any.
+	// Accepts are the accepted media types. If empty, all are accepted.
 	Accepts []string
-	// Needs are the columns that the rows which come in must have: checked before a record flows.
+	// Needs are the columns that the incoming rows must have. They are checked at the start.
 	Needs []Column
-	// Routes are the ways out; the first one has the number 0.
+	// Routes are the outputs of the stage; the first one has the number 0.
 	Routes []Route
 }
 
-// Route is a named way out of a stage.
+// Route is a named output of a stage.
 type Route struct {
-	// Name is a-z, 0-9, - and _.
+	// Name consists of a-z, 0-9, - and _.
 	Name string
 	// Format is the media type of the payloads.
 	Format string
-	// Columns are those of the rows, where they are known.
+	// Columns are the columns of the rows, if they are known.
 	Columns []Column
 }
 
@@ -123,7 +123,7 @@ type Column struct {
 	Nullable bool `json:"nullable"`
 }
 
-// Record is one record on its way in. Its bytes are valid until the call ends.
+// Record is an incoming record. Its bytes are valid until the call ends.
 type Record struct {
 	Payload []byte
 	// Key is the partition key.
@@ -134,21 +134,22 @@ type Record struct {
 	SubSequence uint32
 	// Route is an index into Context.Upstream.
 	Route uint32
-	// ArrivedMs is when the stream took it, in milliseconds since the Unix epoch.
+	// ArrivedMs is the arrival time in the stream, in milliseconds since the Unix epoch.
 	ArrivedMs uint64
 
 	index uint32
 }
 
-// Arrived is when the stream took the record: the time to use for "now". A replay sees the same.
+// Arrived returns the arrival time of the record in the stream. Use it for "now": it is the same in
+// a replay.
 func (r *Record) Arrived() time.Time { return time.UnixMilli(int64(r.ArrivedMs)).UTC() }
 
-// Output takes what becomes of a record.
+// Output collects the outputs of a record.
 type Output struct {
 	input uint32
 }
 
-// Emit delivers a payload on a route, under the key that came in. The payload is copied.
+// Emit delivers a payload on a route, under the key of the record. The payload is copied.
 func (o *Output) Emit(route uint32, payload []byte) {
 	start := keep(payload)
 	outputs = append(outputs, o.input, route, none, 0, start, uint32(len(payload)))
@@ -171,19 +172,19 @@ func (o *Output) EmitJSON(route uint32, value any) error {
 	return nil
 }
 
-// Pass delivers the record as it came in, without a copy.
+// Pass delivers the unchanged record, without a copy.
 func (o *Output) Pass(route uint32) {
 	outputs = append(outputs, o.input, route, none, 0, none, 0)
 }
 
-// Retry makes an error that has the batch tried again after a pause, instead of rejecting a record.
+// Retry wraps an error so that the whole batch is retried after a backoff and no record is rejected.
 func Retry(cause error) error { return retryable{cause} }
 
 type retryable struct{ error }
 
 func (r retryable) Unwrap() error { return r.error }
 
-// isRetryable tells what Retry has made, and a host's failure that may pass.
+// isRetryable recognises errors made by Retry, and failures of the host that may pass.
 func isRetryable(err error) bool {
 	var retry retryable
 	return errors.As(err, &retry)

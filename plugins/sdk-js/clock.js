@@ -1,4 +1,4 @@
-/** The capability `clock`: the time of day. `Date` stays with the time of the record. */
+/** The capability `clock`: the time of day. `Date` still uses the time of the record. */
 import host from "shardmill:plugin/clock";
 
 /** Milliseconds since the Unix epoch. */

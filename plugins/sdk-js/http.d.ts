@@ -1,16 +1,16 @@
-/** What was answered, whatever its status. */
+/** Response to a request, whatever its status. */
 export interface Response {
   readonly status: number;
-  /** Names in lower case. */
+  /** Headers by lower-case name. */
   readonly headers: { readonly [name: string]: string };
   bytes(): Uint8Array;
   text(): string;
   json(): any;
 }
-/** The capability `http`: sends a request to a granted host and waits for the answer. */
+/** The capability `http`: sends a request to a granted host and waits for the response. */
 export function send(request: {
   readonly url: string;
-  /** `GET` where it is absent. */
+  /** `GET` by default. */
   readonly method?: string;
   readonly headers?: { readonly [name: string]: string };
   readonly body?: string | Uint8Array;

@@ -2,7 +2,7 @@
 import host from "shardmill:plugin/http";
 import { answerOf, decodeText, encodeText } from "shardmill";
 
-/** Sends a request and waits for the answer, whatever its status. */
+/** Sends a request and waits for the response. A status such as 500 is not an error. */
 export function send({ method = "GET", url, headers = {}, body = "" }) {
   const request = {
     method,

@@ -1,4 +1,4 @@
-/** The capability `log`: lines in the host's log. With it, `console` writes there too. */
+/** The capability `log`: writes lines to the host's log. With it, `console` writes there too. */
 export const log: {
   trace(...given: unknown[]): void;
   debug(...given: unknown[]): void;

@@ -2,7 +2,7 @@
 import host from "shardmill:plugin/lookup";
 import { answerOf, decodeText, encodeText } from "shardmill";
 
-/** The rows of the table `name` for the keys, in their order; undefined where there is none. */
+/** Rows of the table `name` in the order of the keys; undefined for a key without a row. */
 export function lookup(name, keys) {
   const texts = keys.map((key) => encodeText(String(key)));
   const arena = new Uint8Array(texts.reduce((sum, text) => sum + text.length, 0));

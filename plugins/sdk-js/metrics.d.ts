@@ -1,11 +1,11 @@
-/** The capability `metrics`: series of the plugin's own. Announce them in `configure`, once. */
+/** The capability `metrics`: time series that the plugin defines. Register them once, in `configure`. */
 export interface Metric {
-  /** Gives it a value. */
+  /** Adds a value to the metric. */
   observe(value: number): void;
 }
-/** A metric that adds up. The name is `[a-z][a-z0-9_]*`. */
+/** Registers a metric that adds up its values. The name must match `[a-z][a-z0-9_]*`. */
 export function counter(name: string, help?: string): Metric;
-/** A metric that keeps its last value. */
+/** Registers a metric that keeps its last value. */
 export function gauge(name: string, help?: string): Metric;
-/** A metric that counts how values are distributed. */
+/** Registers a metric that counts the distribution of its values. */
 export function histogram(name: string, help?: string): Metric;

@@ -1,4 +1,4 @@
-/** The capability `metrics`. Announce metrics in `configure`, once; observe them anywhere. */
+/** The capability `metrics`. Register metrics once, in `configure`; observe values anywhere. */
 import host from "shardmill:plugin/metrics";
 
 class Metric {

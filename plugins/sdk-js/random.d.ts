@@ -1,2 +1,2 @@
-/** The capability `random`: a number from 0 to below 1 that nobody can predict. */
+/** The capability `random`: returns an unpredictable number, at least 0 and less than 1. */
 export function random(): number;

@@ -1,8 +1,8 @@
-/** The capability `random`. `Math.random` stays with the numbers of the record. */
+/** The capability `random`. `Math.random` is still seeded by the record. */
 import host from "shardmill:plugin/random";
 
-/** A number from 0 to below 1 that nobody can predict. */
+/** Returns an unpredictable number, at least 0 and less than 1. */
 export function random() {
-  // 64 bits come as a number, rounded to the 53 that it holds.
+  // The 64 bits arrive as a JavaScript number, rounded to its 53 bits.
   return (Number(host.nextU64()) % 0x1_0000_0000_0000) / 0x1_0000_0000_0000;
 }

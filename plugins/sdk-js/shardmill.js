@@ -1,6 +1,6 @@
 /**
- * What shardmill plugins in JavaScript are written with: records in, outputs by the names of routes,
- * no offsets. Types and their documentation: `shardmill.d.ts`.
+ * SDK for shardmill plugins in JavaScript. Plugins take records and emit outputs on routes by name,
+ * without offsets. `shardmill.d.ts` has the types and their documentation.
  *
  *     import { plugin } from "shardmill";
  *
@@ -13,16 +13,16 @@
  *       },
  *     });
  *
- * The engine is QuickJS: ECMAScript modules and the language's own library, without the web's or
- * Node's. There are no timers and no promises across calls.
+ * The engine is QuickJS: it has ECMAScript modules and the standard library of the language, but no web
+ * or Node APIs. There are no timers, and a promise cannot outlive a call.
  */
 
-// A batch is one arena of bytes and ten words a record: see `wit/0.1.0/plugin.wit`.
+// A batch is one arena of bytes and ten words per record: see `wit/0.1.0/plugin.wit`.
 const INPUT_WORDS = 10;
-/** 2^32 - 1. The engine hands numbers on as 32 signed bits. */
+/** 2^32 - 1 as a signed number: the engine passes words as 32 signed bits. */
 const NONE = -1;
 
-/** Thrown by a plugin: the whole batch is tried again after a pause. */
+/** Error that a plugin throws to have the whole batch retried after a backoff. */
 export class Retry extends Error {}
 Retry.prototype.name = "Retry";
 
@@ -75,7 +75,7 @@ export function plugin(definition) {
           out._input(index);
           try {
             const returned = record(current, out);
-            // Nearly always undefined: one comparison a record.
+            // Almost always undefined: this costs one comparison per record.
             if (returned !== undefined) checkReturned("record", returned, out._hasOutcome());
             if (promised) throw new Error(PROMISED("record"));
           } catch (error) {
@@ -96,8 +96,8 @@ export function plugin(definition) {
   return { configure, process };
 }
 
-// A plugin's call has ended when its function returns. Outputs of a promise would come after that, and
-// a value that is returned goes nowhere: without these checks each record would be filtered in silence.
+// A plugin's call ends when its function returns. Outputs of a promise would come too late, and a
+// returned value is ignored: without these checks, each record would be filtered silently.
 
 const ASYNC = (name) =>
   `\`${name}\` is asynchronous or returns a promise, but there are no promises across calls: ` +
@@ -106,13 +106,13 @@ const GENERATOR = (name) =>
   `\`${name}\` is a generator, but what it yields goes nowhere: make it a plain function that calls out.emit`;
 
 const PROMISED = (name) =>
-  `\`${name}\` has begun something asynchronous (await, then, or an async function in forEach) that would go on ` +
+  `\`${name}\` started something asynchronous (await, then, or an async function in forEach) that would continue ` +
   "after the call, but there are no promises across calls: make it plain functions that call out.emit before " +
   "`" + name + "` returns";
 
-// What waits for a promise never goes on: no job runs between calls. An async function that is called for
-// what it does, and not returned, would drop its outputs in silence. So whatever begins to wait is noted:
-// `then` and its like, and `await`, which asks a promise for its constructor.
+// Code that waits for a promise never continues, because no job runs between calls. An async function
+// whose promise is not returned would lose its outputs silently. So each start of a wait is recorded:
+// `then`, `catch` and `finally`, and `await`, which reads the constructor of a promise.
 let promised = false;
 for (const name of ["then", "catch", "finally"]) {
   const original = Promise.prototype[name];
@@ -133,7 +133,7 @@ Object.defineProperty(Promise.prototype, "constructor", {
   },
 });
 
-/** Refuses a definition whose functions can be seen not to be plain ones. */
+/** Refuses a definition whose functions are recognisably asynchronous or generators. */
 function checkFunctions(definition) {
   if (definition.record === undefined && definition.batch === undefined) {
     throw new TypeError("a plugin needs `record` or `batch`");
@@ -153,8 +153,8 @@ function checkFunctions(definition) {
 }
 
 /**
- * Refuses what a function has returned in place of calling `out.emit`. `null` and `false` are fine: they
- * come of `condition && out.emit(...)`. So is any plain value where the record has an outcome already.
+ * Refuses a value that was returned instead of passed to `out.emit`. `null` and `false` are allowed: they
+ * result from `condition && out.emit(...)`. Any plain value is allowed if the record already has an outcome.
  */
 function checkReturned(name, returned, hasOutcome) {
   if (returned === undefined || returned === null || returned === false) return;
@@ -168,19 +168,19 @@ function checkReturned(name, returned, hasOutcome) {
   }
 }
 
-/** A value's kind for a message. */
+/** Describes the kind of a value for a message. */
 function kindOf(value) {
   if (value === null) return "null";
   if (typeof value === "object") return `an object (${value.constructor?.name ?? "without a class"})`;
   return `a ${typeof value}`;
 }
 
-/** Whether a value can be bytes of the arena. */
+/** Whether a value can be written to the arena as bytes. */
 function isBytes(value) {
   return ArrayBuffer.isView(value) || value instanceof ArrayBuffer;
 }
 
-/** A value as JSON text. Refuses those that JSON would turn into "{}" and lose. */
+/** Serialises a value as JSON. Refuses values that JSON would silently turn into "{}". */
 function toJson(value) {
   if (typeof value === "object" && value !== null && value.toJSON === undefined) {
     checkSerialisable(value, "the value");
@@ -205,7 +205,7 @@ function checkSerialisable(value, place) {
   }
 }
 
-/** A record on its way in. Its text is decoded when it is asked for. */
+/** An incoming record. Its text is decoded on demand. */
 class Record {
   constructor(shared, index) {
     this._shared = shared;
@@ -253,12 +253,12 @@ class Record {
     }
   }
 
-  /** The text of the span in the words `word` and `word + 1`. */
+  /** Returns the text whose span is in the words `word` and `word + 1`. */
   _text(word) {
     const shared = this._shared;
     const start = shared.inputs[this._at + word];
     const end = start + shared.inputs[this._at + word + 1];
-    // All the bytes at once: decoding costs a call of the engine, slicing costs next to nothing.
+    // Decode all bytes at once: decoding costs a call into the engine, slicing is cheap.
     if (shared.text === undefined) {
       shared.text = bytesAsCharacters(shared.arena);
       shared.isAscii = isAscii(shared.arena);
@@ -273,7 +273,7 @@ class Record {
   }
 }
 
-/** Takes what becomes of the records of a batch. One for all batches. */
+/** Collects the outcomes of the records of a batch. One object serves all batches. */
 class Out {
   constructor() {
     this._numbers = new Map();
@@ -303,7 +303,7 @@ class Out {
     return this;
   }
 
-  /** The numbers of the routes that `configure` has declared. */
+  /** Sets the numbers of the routes that `configure` has declared. */
   _declare(routes) {
     this._numbers = new Map(routes.map((route, index) => [route.name, index]));
   }
@@ -312,15 +312,15 @@ class Out {
     const number = this._numbers.get(route);
     if (number === undefined) {
       const declared = [...this._numbers.keys()].join(", ");
-      throw new Error(`there is no route "${route}": the plugin declares ${declared}`);
+      throw new Error(`unknown route "${route}": the plugin declares ${declared}`);
     }
     return number;
   }
 
   _push(number, value, key) {
-    // A promise that ends after its call would otherwise write among another call's outputs.
+    // Otherwise a promise that resolves after its call could write into another call's outputs.
     if (this._at < 0) {
-      throw new Error("no record is under way: in `batch`, call out.at(record) first; after a call nothing can be emitted");
+      throw new Error("no current record: in `batch`, call out.at(record) first; nothing can be emitted after a call");
     }
     if (key !== undefined && typeof key !== "string" && !isBytes(key)) {
       throw new TypeError(`a partition key must be a text or bytes, not ${kindOf(key)}`);
@@ -334,25 +334,25 @@ class Out {
     this._at = -1;
     this._mark = 0;
     this._rejected = undefined;
-    // Two numbers and two values an output; two values a reject.
+    // Two numbers and two values per output; two values per reject.
     this._outputs = [];
     this._values = [];
     this._rejects = [];
   }
 
-  /** What comes next belongs to another record. */
+  /** Begins the outputs of another record. */
   _input(index) {
     this._settle();
     this._at = index;
     this._mark = this._outputs.length;
   }
 
-  /** Whether the record under way was given an output, or was rejected. */
+  /** Whether the current record has an output or was rejected. */
   _hasOutcome() {
     return this._rejected !== undefined || this._outputs.length > this._mark;
   }
 
-  /** A rejected record has no outputs: what was emitted for it is taken back. */
+  /** Discards the outputs of a rejected record. */
   _settle() {
     if (this._rejected === undefined) return;
     this._outputs.length = this._mark;
@@ -361,7 +361,7 @@ class Out {
     this._rejected = undefined;
   }
 
-  /** Lays the values end to end in one arena. */
+  /** Joins the values in one arena and returns the result of the call. */
   _finish() {
     this._settle();
     const arena = new Arena();
@@ -381,13 +381,13 @@ class Out {
     return { arena: arena.bytes(), outputs, rejects };
   }
 
-  /** Keeps nothing of a batch. */
+  /** Releases all data of the batch. */
   _end() {
     this._begin(0);
   }
 }
 
-/** Gathers texts and bytes. Texts in a row are encoded at once. */
+/** Collects texts and bytes. Consecutive texts are encoded together. */
 class Arena {
   constructor() {
     this._bytes = undefined;
@@ -402,7 +402,7 @@ class Arena {
       words[at] = NONE;
       words[at + 1] = 0;
     } else if (typeof value === "string") {
-      // Its place, if all texts are ASCII; else `flush` puts it right.
+      // This span is right if all texts are ASCII; otherwise `_flush` corrects it.
       words[at] = this._used + this._texts.length;
       words[at + 1] = value.length;
       this._texts += value;
@@ -418,7 +418,7 @@ class Arena {
     }
   }
 
-  /** All that was added. */
+  /** Returns all bytes that were added. */
   bytes() {
     this._flush();
     return this._bytes === undefined ? new Uint8Array(0) : this._bytes.subarray(0, this._used);
@@ -446,7 +446,7 @@ class Arena {
     }
   }
 
-  /** Room is doubled, so that each byte is moved once or twice. */
+  /** Appends bytes. The capacity doubles, so a byte is moved once or twice on average. */
   _append(bytes) {
     const due = this._used + bytes.length;
     if (this._bytes === undefined) {
@@ -461,7 +461,7 @@ class Arena {
   }
 }
 
-/** The descriptor of a definition. */
+/** Makes the descriptor of a definition. */
 function describe({ name, version, accepts = [], routes, needsColumns }) {
   const ways = Object.entries(routes ?? {}).map(([name, given]) => {
     const { format, columns } = typeof given === "string" ? { format: given } : given;
@@ -474,7 +474,7 @@ function describe({ name, version, accepts = [], routes, needsColumns }) {
   return { name, version, accepts, routes: ways, extra };
 }
 
-/** Columns of `{ name: "type" }`; a type that ends with `?` is nullable. */
+/** Converts `{ name: "type" }` to columns; a type that ends with `?` is nullable. */
 function columnsOf(columns) {
   return Object.entries(columns ?? {}).map(([name, type]) => {
     const nullable = type.endsWith("?");
@@ -482,7 +482,7 @@ function columnsOf(columns) {
   });
 }
 
-/** An error for a human: its message, and for the engine's own errors their kind and place. */
+/** Text of an error for humans: its message, and for errors of the engine also their kind and place. */
 function reason(error) {
   if (!(error instanceof Error)) return String(error);
   if (error.constructor === Error || error instanceof Retry) return error.message;
@@ -490,7 +490,7 @@ function reason(error) {
   return `${error.name}: ${error.message}${place ? ` (${place[1]})` : ""}`;
 }
 
-/** For the capabilities: the host's answer, or what it threw as an error. */
+/** For the capabilities: returns the host's answer, or throws its failure as an `Error` or `Retry`. */
 export function answerOf(ask) {
   try {
     return ask();
@@ -501,25 +501,26 @@ export function answerOf(ask) {
   }
 }
 
-/** The UTF-8 bytes of a text; half a surrogate pair becomes U+FFFD. */
+/** Encodes a text as UTF-8. A lone surrogate becomes U+FFFD. */
 export function encodeText(text) {
   return encodeAscii(text) ?? encode(text);
 }
 
-/** The text of UTF-8 bytes. Throws where they are none. */
+/** Decodes UTF-8. Throws if the bytes are not UTF-8. */
 export function decodeText(bytes) {
   const text = bytesAsCharacters(bytes);
   return isAscii(bytes) ? text : decodeURIComponent(escape(text));
 }
 
-// The engine has no TextDecoder. Its base64 is native and makes bytes of characters and back at once.
+// The engine has no TextDecoder. Its base64 functions are native, so they convert between bytes and
+// characters fast.
 
-/** A character for each byte. */
+/** Makes one character of each byte. */
 function bytesAsCharacters(bytes) {
   return atob(bytes.toBase64());
 }
 
-/** The bytes of an ASCII text; undefined for others. */
+/** Encodes an ASCII text; returns undefined for other texts. */
 function encodeAscii(text) {
   try {
     const bytes = Uint8Array.fromBase64(btoa(text));
@@ -529,12 +530,12 @@ function encodeAscii(text) {
   }
 }
 
-/** The same for any text. */
+/** Encodes any text as UTF-8. */
 function encode(text) {
   return Uint8Array.fromBase64(btoa(unescape(encodeURIComponent(text.toWellFormed()))));
 }
 
-/** Whether all bytes are below 128. Four at a time. */
+/** Whether all bytes are below 128. Checks 32 bytes at a time. */
 function isAscii(bytes) {
   let index = 0;
   const length = bytes.length;
@@ -557,16 +558,16 @@ function isAscii(bytes) {
   return true;
 }
 
-// What differs between two runs of the same record would make a replay differ: time and chance come
+// A replay must give the same result for the same record, so the time and random numbers are derived
 // from the record. The real ones are capabilities: `clock.js` and `random.js`.
 
-/** The record under way, the shard, and the random numbers of that record. */
+/** The current record, the shard, and the random state of that record. */
 let current;
 let where = "";
 let random;
 
 const EngineDate = Date;
-/** Now is when the record under way arrived; before the first one, 1970 began. */
+/** Arrival time of the current record; before the first one, the Unix epoch. */
 const nowMs = () => (current === undefined ? 0 : current.arrivedMs);
 globalThis.Date = new Proxy(EngineDate, {
   apply: () => new EngineDate(nowMs()).toString(),
@@ -590,7 +591,7 @@ Math.random = () => {
   return (random[0] >>> 0) / 0x1_0000_0000;
 };
 
-/** Four words of a text: FNV-1a with four beginnings. */
+/** Hashes a text to four words: FNV-1a with four initial values. */
 function seeded(text) {
   const words = new Uint32Array([0x811c9dc5, 0x9e3779b9, 0x85ebca6b, 0xc2b2ae35]);
   for (let word = 0; word < 4; word++) {
@@ -603,6 +604,6 @@ function seeded(text) {
   return words;
 }
 
-// Printed lines go nowhere without the capability `log`: `log.js` puts another console in place.
+// Without the capability `log`, printed lines are dropped; `log.js` replaces the console.
 const drop = () => {};
 globalThis.console = { trace: drop, debug: drop, log: drop, info: drop, warn: drop, error: drop };

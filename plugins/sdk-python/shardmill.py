@@ -1,4 +1,4 @@
-"""What shardmill plugins in Python are written with: records in, outputs by the names of routes.
+"""SDK for shardmill plugins in Python: plugins take records and emit outputs on routes by name.
 
     from shardmill import Out, Record, plugin
 
@@ -6,20 +6,20 @@
     def upper(record: Record, out: Out) -> None:
         out.emit("out", record.text().upper())
 
-With state or a configuration, decorate a class that has `record` and `configure`; see `plugin`.
+For state or a configuration, decorate a class that has `record` and `configure`; see `plugin`.
 
-What becomes of a record:
+Outcome of a record:
 
-| what the plugin does                     | what becomes of it                           |
+| what the plugin does                     | the record is                                |
 |------------------------------------------|----------------------------------------------|
 | emits or passes it, once or more often   | delivered on the routes named                |
-| nothing                                  | filtered: dropped on purpose, and counted    |
+| nothing                                  | filtered: dropped on purpose                 |
 | rejects it, or raises an exception       | dead-lettered alone, with the reason         |
-| raises `Retry`                           | tried again with its batch, after a pause    |
+| raises `Retry`                           | retried with its batch, after a backoff      |
 
-Modules are loaded when the plugin is built, and only then: import at the top of a file. There are no
-files, no network and no threads. So that a replay gives the same, the time is when the record under way
-arrived, and random numbers are seeded by it, in `time`, `datetime` and `random` too.
+Modules are loaded only when the plugin is built: import at the top of a file. There are no files, no
+network and no threads. A replay must give the same result, so the time is the arrival time of the current
+record, and random numbers are seeded by it. `time`, `datetime` and `random` follow this too.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ try:
 except ImportError:  # outside of a component, as in an editor or a test
 
     class Err(Exception):  # type: ignore[no-redef]
-        """An error that goes to the host."""
+        """Stand-in for the error of componentize-py that goes to the host."""
 
         def __init__(self, value: Any) -> None:
             super().__init__(value)
@@ -49,22 +49,22 @@ except ImportError:  # outside of a component, as in an editor or a test
 
 __all__ = ["Context", "Out", "Record", "Reject", "Retry", "Upstream", "plugin"]
 
-# A batch is one arena of bytes and ten words a record: see `wit/0.1.0/plugin.wit`.
+# A batch is one arena of bytes and ten words per record: see `wit/0.1.0/plugin.wit`.
 _INPUT_WORDS = 10
 _NONE = 0xFFFF_FFFF
 
 
 class Reject(Exception):
-    """Raised by a plugin: the record cannot be processed, for this reason. As any exception does, but the
-    reason is shown without the exception's name."""
+    """Exception that a plugin raises to reject a record. Any exception rejects it, but the reason of this
+    one is shown without the name of the exception."""
 
 
 class Retry(Exception):
-    """Raised by a plugin: the whole batch is tried again after a pause."""
+    """Exception that a plugin raises to have the whole batch retried after a backoff."""
 
 
 def _failed(failure: Any) -> Exception:
-    """What a capability's failure is to a plugin."""
+    """Converts the failure of a capability to an exception for the plugin."""
     given = failure.value
     return Retry(given.message) if given.retryable else Reject(given.message)
 
@@ -74,13 +74,13 @@ class Upstream:
     """A route that leads to this plugin."""
 
     name: str
-    #: The media type of its payloads; empty where it is not known.
+    #: Media type of its payloads; empty if it is unknown.
     format: str
 
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Where the plugin is used. The same for all calls of an instance."""
+    """The stage that the plugin runs in. The same for all calls of an instance."""
 
     stream_name: str
     shard_id: str
@@ -90,7 +90,7 @@ class Context:
 
 
 class _Batch:
-    """What the records of a batch share."""
+    """Data that the records of a batch share."""
 
     __slots__ = ("arena", "inputs", "upstream")
 
@@ -101,11 +101,11 @@ class _Batch:
 
 
 class Record:
-    """A record on its way in. Its parts are copied and decoded when they are asked for."""
+    """An incoming record. Its parts are copied and decoded on demand."""
 
     __slots__ = ("_batch", "_at", "index")
 
-    #: Its place in the batch, from 0.
+    #: Index in the batch, from 0.
     index: int
 
     def __init__(self, batch: _Batch, index: int) -> None:
@@ -118,14 +118,14 @@ class Record:
         return self._span(2)
 
     def text(self) -> str:
-        """The payload as text. Raises `Reject` where it is not UTF-8."""
+        """The payload as text. Raises `Reject` if it is not UTF-8."""
         try:
             return str(self._span(2), "utf-8")
         except UnicodeDecodeError as error:
             raise Reject(f"the payload is not UTF-8: {error.reason} at byte {error.start}") from None
 
     def json(self) -> Any:
-        """The payload as a JSON value. Raises `Reject` where it is none."""
+        """The payload as a JSON value. Raises `Reject` if it is not JSON."""
         try:
             return _parse(str(self._span(2), "utf-8"))
         except ValueError as error:
@@ -148,18 +148,18 @@ class Record:
 
     @property
     def route(self) -> str:
-        """The name of the route that it came by."""
+        """Name of the upstream route on which the record came."""
         return self._batch.upstream[self._batch.inputs[self._at + 7]]
 
     @property
     def arrived_ms(self) -> int:
-        """When the stream took it, in milliseconds since the Unix epoch."""
+        """Arrival time in the stream, in milliseconds since the Unix epoch."""
         inputs, at = self._batch.inputs, self._at
         return inputs[at + 8] | inputs[at + 9] << 32
 
     @property
     def arrived(self) -> _datetime.datetime:
-        """When the stream took it, in UTC."""
+        """Arrival time in the stream, in UTC."""
         return _EPOCH + _datetime.timedelta(milliseconds=self.arrived_ms)
 
     def _span(self, word: int) -> bytes:
@@ -169,7 +169,7 @@ class Record:
 
 
 class Out:
-    """Takes what becomes of records."""
+    """Collects the outcomes of records."""
 
     __slots__ = ("_routes", "_words", "_parts", "_used", "_rejects", "_rejected", "_input", "_mark")
 
@@ -178,9 +178,9 @@ class Out:
         self._begin()
 
     def emit(self, route: str, value: Any, key: str | None = None) -> None:
-        """Delivers a payload on a route, under the key that came in or another.
+        """Delivers a payload on a route, under the key of the record or another key.
 
-        A `str` goes as UTF-8, `bytes`, `bytearray` and `memoryview` as they are, anything else as JSON
+        A `str` is sent as UTF-8, `bytes`, `bytearray` and `memoryview` unchanged, anything else as JSON
         (times in ISO 8601, decimals as texts).
         """
         number = self._routes.get(route)
@@ -207,7 +207,7 @@ class Out:
         self._used = used + len(payload)
 
     def pass_on(self, route: str, key: str | None = None) -> None:
-        """Delivers the record on a route as it came in, under its key or another. Nothing is copied."""
+        """Delivers the unchanged record on a route, under its key or another key. Nothing is copied."""
         number = self._routes.get(route)
         if number is None or self._input < 0:
             raise self._misplaced(route)
@@ -217,11 +217,11 @@ class Out:
             self._words += (self._input, number, *self._keep(key), _NONE, 0)
 
     def reject(self, reason: str) -> None:
-        """Dead-letters the record. What was emitted for it is taken back."""
+        """Dead-letters the record and discards its outputs."""
         self._rejected = str(reason)
 
     def at(self, record: Record) -> Out:
-        """In `batch`: what follows belongs to this record. Records are due in their order."""
+        """In `batch`: what follows belongs to this record. Call it for the records in their order."""
         if record.index < self._input:
             raise ValueError("outputs must be in the order of the records")
         self._begin_record(record.index)
@@ -230,12 +230,12 @@ class Out:
     def _misplaced(self, route: str) -> Exception:
         if self._input < 0:
             return RuntimeError(
-                "no record is under way: in `batch`, call out.at(record) first; after a call nothing can be emitted"
+                "no current record: in `batch`, call out.at(record) first; nothing can be emitted after a call"
             )
-        return ValueError(f"there is no route {route!r}: the plugin declares {', '.join(self._routes)}")
+        return ValueError(f"unknown route {route!r}: the plugin declares {', '.join(self._routes)}")
 
     def _keep(self, text: str) -> tuple[int, int]:
-        """Adds a text to the arena, and gives its span."""
+        """Adds a text to the arena and returns its span."""
         raw = text.encode(errors="replace")
         start = self._used
         self._parts.append(raw)
@@ -252,9 +252,9 @@ class Out:
         self._mark = 0
 
     def _begin_record(self, index: int) -> None:
-        """What comes next belongs to another record."""
+        """Begins the outputs of another record."""
         if self._rejected is not None:
-            # Its bytes stay in the arena, unused: a reject is rare.
+            # The bytes of its outputs stay in the arena, unused: rejects are rare.
             del self._words[self._mark :]
             self._rejects += (self._input, *self._keep(self._rejected))
             self._rejected = None
@@ -263,7 +263,7 @@ class Out:
             self._mark = len(self._words)
 
     def _has_outcome(self) -> bool:
-        """Whether the record under way was given an output, or was rejected."""
+        """Whether the current record has an output or was rejected."""
         return self._rejected is not None or len(self._words) > self._mark
 
     def _finish(self) -> _Outcome:
@@ -326,20 +326,20 @@ def plugin(
 ) -> Callable[[Any], Any]:
     """Decorates the plugin: a function that takes a record and `Out`, or a class with these methods:
 
-    `record(self, record, out)`: what becomes of one record.
+    `record(self, record, out)`: processes one record.
 
-    `batch(self, records, out)`: sees a whole batch before its records, to ask the host for what they need
-    at once; or, without `record`, says what becomes of all: `out.at(record).emit(...)`. Batches are cut by
-    size and time and differ in a replay.
+    `batch(self, records, out)`: sees a whole batch before its records, so that it can make one request to
+    the host for all of them. Without `record`, it processes all records: `out.at(record).emit(...)`.
+    Batches are cut by size and time, so a replay has different ones.
 
     `configure(self, config, context)`: optional; called once, before the first record, with the TOML table
-    `[stage.config]` as a dict. It may return a dict of what is given here (`routes`, `accepts`, ...), where
-    that depends on the configuration. An exception refuses the configuration.
+    `[stage.config]` as a dict. It may return a dict with those arguments of this decorator (`routes`,
+    `accepts`, ...) that depend on the configuration. If it raises, the configuration is refused.
 
-    `routes` are the ways out: `{"out": "application/json"}`, or with the columns of the rows
-    `{"out": ("application/json", {"id": "bigint", "note": "text?"})}`; the types are PostgreSQL's, a
-    column whose type ends with `?` may be null. `accepts` are the media types that can be processed; none:
-    any. `needs_columns` are those that the rows must have that come in.
+    `routes` are the outputs: `{"out": "application/json"}`, or with the columns of the rows
+    `{"out": ("application/json", {"id": "bigint", "note": "text?"})}`. The types are PostgreSQL types; a
+    column whose type ends with `?` may be null. `accepts` are the accepted media types; if empty, all are
+    accepted. `needs_columns` are the columns that the incoming rows must have.
     """
     given = {
         "name": name,
@@ -361,7 +361,7 @@ def plugin(
             raise TypeError("a plugin needs a method `record` or `batch`")
         global _stage
         if _stage is not None:
-            raise TypeError("one component is one plugin: `@plugin` was used twice")
+            raise TypeError("`@plugin` was used twice: a component can have only one plugin")
         _stage = _Stage(given, record, batch, configure)
         return target
 
@@ -369,7 +369,7 @@ def plugin(
 
 
 class _Stage:
-    """What the host calls."""
+    """The exports that the host calls."""
 
     def __init__(
         self,
@@ -403,7 +403,7 @@ class _Stage:
         except Exception as error:
             raise Err(_reason(error)) from None
         self.out = Out({route.name: index for index, route in enumerate(descriptor.routes)})
-        # What is loaded stays: the collector need not look at it again and again.
+        # The loaded objects stay, so the garbage collector need not scan them again.
         gc.collect()
         gc.freeze()
         return descriptor
@@ -437,9 +437,9 @@ class _Stage:
             under_way.record = None
 
 
-# A plugin's call has ended when its function returns. A coroutine that nobody awaits and a generator that
-# nobody reads do nothing, and a value that is returned goes nowhere: without these checks each record would
-# be filtered in silence.
+# A plugin's call ends when its function returns. A coroutine that nobody awaits and a generator that
+# nobody reads do nothing, and a returned value is ignored: without these checks, each record would be
+# filtered silently.
 
 
 def _asynchronous(name: str) -> str:
@@ -454,7 +454,7 @@ def _generator(name: str) -> str:
 
 
 def _check_function(name: str, function: Any) -> None:
-    """Refuses a function that can be seen not to be a plain one."""
+    """Refuses a function that is recognisably asynchronous or a generator."""
     if function is None:
         return
     while type(function).__name__ == "partial":
@@ -468,10 +468,10 @@ def _check_function(name: str, function: Any) -> None:
 
 
 def _check_returned(name: str, returned: Any, has_outcome: bool) -> None:
-    """Refuses what a function has returned in place of calling `out.emit`.
+    """Refuses a value that was returned instead of passed to `out.emit`.
 
-    `None` and `False` are fine: they come of `condition and out.emit(...)`. So is any plain value where the
-    record has an outcome already, and a mapping that `configure` returns.
+    `None` and `False` are allowed: they result from `condition and out.emit(...)`. Any plain value is allowed
+    if the record already has an outcome, and so is a mapping that `configure` returns.
     """
     if returned is None or returned is False:
         return
@@ -488,16 +488,16 @@ def _check_returned(name: str, returned: Any, has_outcome: bool) -> None:
         )
 
 
-#: Bits of `co_flags`, by `inspect`, which is not loaded for them alone.
+#: Bits of `co_flags`, copied from `inspect` to avoid loading that module.
 _GENERATOR, _COROUTINE, _ASYNC_GENERATOR = 0x20, 0x80, 0x200
 
 _stage: _Stage | None = None
 
 
 def _registered() -> _Stage:
-    """The plugin of this component."""
+    """Returns the plugin of this component."""
     if _stage is None:
-        raise TypeError("there is no plugin: decorate a function or a class with `@plugin(...)`")
+        raise TypeError("no plugin is registered: decorate a function or a class with `@plugin(...)`")
     return _stage
 
 
@@ -530,7 +530,7 @@ def _columns(given: Mapping[str, str] | None) -> list[_Column]:
 
 
 def _reason(error: Exception) -> str:
-    """An exception for a human: its text, and for those that were not raised for it, their kind and place."""
+    """Text of an exception for humans: its message, and except for `Reject` and `Retry` its kind and place."""
     if isinstance(error, (Reject, Retry)):
         return str(error)
     place = ""
@@ -544,7 +544,7 @@ def _reason(error: Exception) -> str:
 
 
 def _as_json(value: Any) -> Any:
-    """What JSON has no type for."""
+    """Converts a value for which JSON has no type."""
     if hasattr(value, "isoformat"):
         return value.isoformat()
     if type(value).__name__ in ("Decimal", "UUID"):
@@ -558,24 +558,24 @@ _serialise = json.JSONEncoder(
 ).encode
 
 
-# What differs between two runs of the same record would make a replay differ: time and chance come from
+# A replay must give the same result for the same record, so the time and random numbers are derived from
 # the record. The real ones are capabilities: `shardmill_clock` and `shardmill_random`.
 
 
 class _RecordTime:
-    """The record under way, and what follows from it."""
+    """The current record, and the time derived from it."""
 
     def __init__(self) -> None:
         self.record: Record | None = None
         self.shard = ""
 
     def now_ms(self) -> int:
-        """When the record under way arrived; before the first one, 1970 began."""
+        """Arrival time of the current record; before the first one, the Unix epoch."""
         return 0 if self.record is None else self.record.arrived_ms
 
 
 class _RecordRandom(_random.Random):
-    """Seeded by the shard and the record under way, when it is first used for that record."""
+    """Random numbers seeded by the shard and the current record, at the first use for that record."""
 
     _seeded_by: Any = None
 
@@ -625,7 +625,7 @@ class _Date(_datetime.date):
 
 
 class _Dropped:
-    """Where printed lines go without the capability `log`: `shardmill_log` puts another in place."""
+    """Output that drops printed lines. `shardmill_log` replaces it with the host's log."""
 
     def write(self, text: str) -> int:
         return len(text)
@@ -635,7 +635,7 @@ class _Dropped:
 
 
 class _Late:
-    """Refuses modules that were not loaded when the plugin was built: their files are not there."""
+    """Refuses modules that were not loaded when the plugin was built: their files do not exist at run time."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> None:
         raise ModuleNotFoundError(
@@ -645,8 +645,8 @@ class _Late:
 
 
 def _take_over() -> None:
-    """Puts the record's time and chance in the places of the real ones. Only in a component."""
-    # What the standard library loads late.
+    """Replaces the clock and the random numbers with those of the record. Only in a component."""
+    # Modules that the standard library loads lazily.
     for module in ("_strptime", "encodings.ascii", "encodings.cp1252", "encodings.latin_1", "traceback"):
         importlib.import_module(module)
     inst = _RecordRandom(0)
@@ -662,7 +662,7 @@ def _take_over() -> None:
     os.urandom = _random._urandom = inst.randbytes  # type: ignore[attr-defined]
     _time.time = lambda: _record_time.now_ms() / 1000
     _time.time_ns = lambda: _record_time.now_ms() * 1_000_000
-    # A stopwatch that stands still: how long something takes is nothing that a record decides.
+    # A monotonic clock that stands still: a duration does not depend on the record.
     _time.monotonic = _time.perf_counter = _time.process_time = lambda: 0.0
     _time.monotonic_ns = _time.perf_counter_ns = _time.process_time_ns = lambda: 0
     _datetime.datetime = _DateTime  # type: ignore[misc]

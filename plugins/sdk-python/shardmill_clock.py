@@ -1,4 +1,4 @@
-"""The capability `clock`: the time of day. `time` and `datetime` stay with the time of the record."""
+"""The capability `clock`: the time of day. `time` and `datetime` still use the time of the record."""
 
 from datetime import datetime, timedelta, timezone
 

@@ -11,10 +11,10 @@ from wit_world.imports import http as _host
 
 @dataclass(frozen=True, slots=True)
 class Response:
-    """What was answered, whatever its status."""
+    """Response to a request, whatever its status."""
 
     status: int
-    #: Names in lower case.
+    #: Headers by lower-case name.
     headers: Mapping[str, str]
     body: bytes
 
@@ -34,7 +34,7 @@ def send(
     headers: Mapping[str, str] | None = None,
     body: bytes = b"",
 ) -> Response:
-    """Sends a request and waits for the answer. Raises `Retry` where it may be answered later."""
+    """Sends a request and waits for the response. Raises `Retry` if a later attempt may succeed."""
     request = _host.Request(method, url, list((headers or {}).items()), body)
     try:
         response = _host.send(request)

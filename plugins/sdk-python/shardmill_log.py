@@ -6,32 +6,32 @@ from wit_world.imports import log as _host
 
 
 def trace(message: object) -> None:
-    """Writes a line in the host's log, for tracing."""
+    """Writes a line to the host's log at the level trace."""
     _host.write(_host.Level.TRACE, str(message))
 
 
 def debug(message: object) -> None:
-    """Writes a line in the host's log, for debugging."""
+    """Writes a line to the host's log at the level debug."""
     _host.write(_host.Level.DEBUG, str(message))
 
 
 def info(message: object) -> None:
-    """Writes a line in the host's log."""
+    """Writes a line to the host's log at the level info."""
     _host.write(_host.Level.INFO, str(message))
 
 
 def warn(message: object) -> None:
-    """Writes a line in the host's log: something may be wrong."""
+    """Writes a line to the host's log at the level warn: something may be wrong."""
     _host.write(_host.Level.WARN, str(message))
 
 
 def error(message: object) -> None:
-    """Writes a line in the host's log: something is wrong."""
+    """Writes a line to the host's log at the level error: something is wrong."""
     _host.write(_host.Level.ERROR, str(message))
 
 
 class _Printed:
-    """Writes whole lines."""
+    """Output that collects printed text and logs it line by line."""
 
     def __init__(self) -> None:
         self.line = ""

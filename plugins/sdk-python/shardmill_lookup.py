@@ -11,8 +11,8 @@ _NONE = 0xFFFF_FFFF
 
 
 def lookup(name: str, keys: Iterable[object]) -> list[dict[str, Any] | None]:
-    """The rows of the table `name` for the keys, in their order; None where there is none. Ask for all
-    keys of a batch at once."""
+    """Returns the rows of the table `name` in the order of the keys; None for a key without a row. Look up
+    all keys of a batch at once."""
     texts = [str(key).encode() for key in keys]
     words: list[int] = []
     used = 0

@@ -1,11 +1,11 @@
-"""The capability `metrics`. Announce metrics in `configure`, once; observe them anywhere."""
+"""The capability `metrics`. Register metrics once, in `configure`; observe values anywhere."""
 
 from componentize_py_types import Err
 from wit_world.imports import metrics as _host
 
 
 class Metric:
-    """A series of the plugin's own, shown as `shardmill_plugin_NAME`."""
+    """Time series that the plugin defines, exported as `shardmill_plugin_NAME`."""
 
     def __init__(self, kind: _host.Kind, name: str, help: str) -> None:
         try:
@@ -14,20 +14,20 @@ class Metric:
             raise ValueError(f"metric {name}: {refusal.value}") from None
 
     def observe(self, value: float) -> None:
-        """Gives it a value."""
+        """Adds a value to the metric."""
         _host.observe(self._number, float(value))
 
 
 def counter(name: str, help: str = "") -> Metric:
-    """A metric that adds up. The name is `[a-z][a-z0-9_]*`."""
+    """Registers a metric that adds up its values. The name must match `[a-z][a-z0-9_]*`."""
     return Metric(_host.Kind.COUNTER, name, help)
 
 
 def gauge(name: str, help: str = "") -> Metric:
-    """A metric that keeps its last value."""
+    """Registers a metric that keeps its last value."""
     return Metric(_host.Kind.GAUGE, name, help)
 
 
 def histogram(name: str, help: str = "") -> Metric:
-    """A metric that counts how values are distributed."""
+    """Registers a metric that counts the distribution of its values."""
     return Metric(_host.Kind.HISTOGRAM, name, help)

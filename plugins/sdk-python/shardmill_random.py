@@ -1,13 +1,13 @@
-"""The capability `random`. `random.random()` and its like stay with the numbers of the record."""
+"""The capability `random`. The module `random` of Python is still seeded by the record."""
 
 from wit_world.imports import random as _host
 
 
 def next_u64() -> int:
-    """64 bits that nobody can predict."""
+    """Returns 64 unpredictable bits."""
     return _host.next_u64()
 
 
 def random() -> float:
-    """A number from 0 to below 1 that nobody can predict."""
+    """Returns an unpredictable number, at least 0 and less than 1."""
     return (next_u64() >> 11) / (1 << 53)

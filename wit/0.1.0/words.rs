@@ -1,7 +1,7 @@
 //! The words of `plugin.wit` as Rust structures: the one description of their order in Rust,
 //! compiled into the host and into the SDK.
 
-/// A stretch of an arena, in bytes.
+/// A byte range of an arena.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
     /// Its first byte.
@@ -11,10 +11,10 @@ pub struct Span {
 }
 
 impl Span {
-    /// The words that stand for no span.
+    /// The words for "no span".
     pub const NONE: Span = Span { start: u32::MAX, length: 0 };
 
-    /// No span reaches so far into an arena below 4 GiB: `NONE` is unmistakable.
+    /// An arena is below 4 GiB, so no span begins there: `NONE` is unambiguous.
     #[inline]
     fn or_none(self) -> Option<Self> {
         (self != Self::NONE).then_some(self)
@@ -114,12 +114,12 @@ impl Output {
     }
 }
 
-/// One record that was refused.
+/// One rejected record.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Reject {
     /// The record, counted from 0.
     pub input: u32,
-    /// Why.
+    /// The reason.
     pub reason: Span,
 }
 

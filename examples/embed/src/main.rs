@@ -1,10 +1,10 @@
-//! A program with a pipeline in it: readings of two weather stations, from a source of its own, through a plugin,
-//! into a sink of its own.
+//! Example of a program with an embedded pipeline: readings of two weather stations go from a custom source through a
+//! plugin into a custom sink.
 //!
-//! `cargo run -p embed -- FOLDER` shows what that is good for. It starts itself as `embed FOLDER run`, kills that
-//! process in the middle, runs it once more to its end, and counts the rows in `FOLDER/rows`: each reading is there
-//! once. The engine keeps checkpoints in `FOLDER/state`. No row is there twice because of the sink, which writes
-//! its position together with the rows (`sink.rs`).
+//! `cargo run -p embed -- FOLDER` shows that no row is lost or doubled. It starts itself as `embed FOLDER run`, kills
+//! that process halfway, runs it again to its end, and counts the rows in `FOLDER/rows`: each reading is there
+//! once. The engine keeps checkpoints in `FOLDER/state`. Rows are not doubled because the sink writes its position
+//! together with its rows (`sink.rs`).
 
 mod sink;
 mod source;
@@ -23,14 +23,14 @@ use shardmill_engine::{CommitPolicy, DEFAULT_COMMIT_POLICY, Pipeline, Stage};
 use sink::FolderSink;
 use source::{READINGS, STATIONS, WeatherStations};
 
-/// Decodes CSV lines to JSON rows.
+/// Plugin that decodes CSV lines to JSON rows.
 const PLUGIN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../plugins/prebuilt/csv-decode.wasm");
 /// Configuration of the plugin: a line is `north,17,21.5`.
 const COLUMNS: [(&str, &str); 3] =
     [("station", "text"), ("number", "bigint"), ("celsius", "numeric")];
-/// How long a run has to commit what is in hand once its end is asked for.
+/// Time for a run to commit what it has read after its end is requested.
 const DRAIN_MAX: Duration = Duration::from_secs(20);
-/// How long the first rows are waited for. The first run compiles the plugin.
+/// Longest wait for the first rows. The first run compiles the plugin.
 const FIRST_ROWS_MAX: Duration = Duration::from_secs(120);
 
 #[tokio::main]
@@ -44,7 +44,7 @@ async fn main() -> anyhow::Result<()> {
     }
 }
 
-/// Runs the pipeline until every station's last reading is committed, or Ctrl-C.
+/// Runs the pipeline until the last reading of every station is committed, or until Ctrl-C.
 async fn run(folder: &Path) -> anyhow::Result<()> {
     let columns = COLUMNS.map(|(name, data_type)| json!({ "name": name, "type": data_type }));
     let often = CommitPolicy { linger_max: Duration::from_millis(50), ..DEFAULT_COMMIT_POLICY };
@@ -71,7 +71,7 @@ async fn run(folder: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Kills a run in the middle, lets another one go on, and counts the rows.
+/// Kills a run halfway, lets a second run continue, and counts the rows.
 fn show(folder: &Path) -> anyhow::Result<()> {
     let rows = folder.join("rows");
     let all = STATIONS.len() * READINGS as usize;
@@ -104,7 +104,7 @@ fn show(folder: &Path) -> anyhow::Result<()> {
     Ok(())
 }
 
-/// Prints a line of what the example shows.
+/// Prints a line of the example's output.
 #[expect(clippy::print_stdout, reason = "it is the output of the program")]
 fn say(line: impl std::fmt::Display) {
     println!("{line}");

@@ -1,8 +1,8 @@
-//! Where the rows go: a folder with a file per shard.
+//! A custom sink: a folder with one file per shard.
 //!
-//! Each commit appends its rows and then a line with its position, `#17`. What comes after the last such line belongs
-//! to a commit that a crash has cut off: whoever acquires the shard next removes it. So rows and position move
-//! together, and each row is there once.
+//! Each commit appends its rows and then a line with its position, `#17`. Anything after the last such line belongs
+//! to a commit that was interrupted by a crash; the next `acquire` of the shard removes it. So rows and position
+//! move together, and each row is written once.
 
 use std::fmt::Display;
 use std::fs::{File, OpenOptions};
@@ -17,17 +17,17 @@ use shardmill_core::sink::{
     Acquired, Commit, Committed, KeptPosition, RefusalLog, Sink, SinkError, SinkWriter,
 };
 
-/// Begins a line that is a position. Rows are JSON objects: none begins so.
+/// First byte of a line with a position. Rows are JSON objects, so no row begins with it.
 const MARK: u8 = b'#';
 
-/// A folder of rows.
+/// Sink that writes rows to files in a folder.
 pub struct FolderSink {
     name: SinkName,
     folder: PathBuf,
 }
 
 impl FolderSink {
-    /// A sink of this name.
+    /// Makes a sink with this name.
     pub fn new(name: &str, folder: PathBuf) -> Self {
         Self { name: SinkName::new(name), folder }
     }
@@ -37,13 +37,13 @@ impl FolderSink {
     }
 }
 
-/// Lets the engine try again, and show the cause meanwhile.
+/// Makes an error after which the engine retries; it shows the cause meanwhile.
 fn unavailable(sink: &SinkName, cause: impl Display) -> SinkError {
     SinkError::Unavailable { sink: sink.clone(), cause: cause.to_string() }
 }
 
-/// Finds the end of the last commit in a file, in bytes, and its position. A crash can cut a character in two, so the
-/// file is bytes, and not text.
+/// Returns the end of the last complete commit in a file, in bytes, and its position. A crash can split a
+/// character, so the file is read as bytes, not as text.
 fn committed(file: &[u8]) -> (usize, Option<Position>) {
     let (mut end, mut last) = (0, (0, None));
     for line in file.split_inclusive(|byte| *byte == b'\n') {
@@ -55,8 +55,8 @@ fn committed(file: &[u8]) -> (usize, Option<Position>) {
     last
 }
 
-/// Reads the position of a line `#17`, or `#17/3` for the fourth record of an aggregate; `None`: the line is a row, or
-/// was cut off.
+/// Parses the position of a line `#17`, or `#17/3` for the fourth record of an aggregate. `None`: the line is a row or
+/// incomplete.
 fn position_of(line: &[u8]) -> Option<Position> {
     let mark = std::str::from_utf8(line.strip_prefix(&[MARK])?.strip_suffix(b"\n")?).ok()?;
     let (sequence, sub_sequence) = mark.split_once('/').unwrap_or((mark, "0"));
@@ -64,7 +64,7 @@ fn position_of(line: &[u8]) -> Option<Position> {
     Some(Position { sequence, sub_sequence: sub_sequence.parse().ok()? })
 }
 
-/// Gives the committed rows of all files in a folder.
+/// Returns the committed rows of all files in a folder.
 pub fn rows(folder: &Path) -> io::Result<Vec<String>> {
     let files = match std::fs::read_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -90,9 +90,9 @@ impl Sink for FolderSink {
         std::fs::create_dir_all(&self.folder).map_err(|error| unavailable(&self.name, error))
     }
 
-    /// The lock keeps every other writer out until this one is dropped, in this process and in others. A sink that
-    /// cannot lock its destination writes a number beside the position that grows with each `acquire`, and checks it
-    /// in each commit.
+    /// The lock excludes every other writer, in this process and in others, until this one is dropped. A sink that
+    /// cannot lock its destination stores a number beside the position that grows with each `acquire`, and checks
+    /// it in each commit.
     async fn acquire(&self, shard: &ShardKey) -> Result<Acquired, SinkError> {
         let open = || {
             let path = self.path(shard);
@@ -118,8 +118,8 @@ impl Sink for FolderSink {
         }
     }
 
-    /// The engine compares these with its checkpoints before the first record: so a folder that was restored from a
-    /// backup is noticed.
+    /// The engine compares these positions with its checkpoints before the first record, and so notices a folder
+    /// that was restored from a backup.
     async fn kept_positions(
         &self,
         _pipeline: &PipelineName,
@@ -135,17 +135,17 @@ impl Sink for FolderSink {
     }
 }
 
-/// Writes one shard's file.
+/// Writer of one shard's file.
 struct FolderWriter {
     sink: SinkName,
     file: File,
-    /// Where the last commit ends.
+    /// End of the last commit in the file, in bytes.
     end: u64,
 }
 
 impl FolderWriter {
     fn append(&mut self, bytes: &[u8]) -> io::Result<()> {
-        // Removes what a try that failed has written.
+        // Removes what a failed attempt has written.
         self.file.set_len(self.end)?;
         self.file.write_all(bytes)?;
         self.file.sync_data()?;
@@ -156,7 +156,8 @@ impl FolderWriter {
 
 #[async_trait]
 impl SinkWriter for FolderWriter {
-    /// The writes are small, and made right here. A sink that writes much does it off the async threads.
+    /// Writes on the async thread, because the writes are small. A sink that writes more must do so off the async
+    /// threads.
     async fn commit(
         &mut self,
         commit: &Commit,

@@ -1,4 +1,4 @@
-//! Where the records come from: weather stations, a shard each, with numbered readings.
+//! A custom source: weather stations, one shard each, with numbered readings.
 
 use std::time::Duration;
 
@@ -10,13 +10,13 @@ use shardmill_core::source::{
     BatchReader, NextBatch, ResumePoint, Shard, ShardSource, SourceError, StartPosition,
 };
 
-/// The stations.
+/// Names of the stations.
 pub const STATIONS: [&str; 2] = ["north", "south"];
 /// Readings of a station, numbered from 1.
 pub const READINGS: u64 = 1_000;
 /// Readings in a batch.
 const BATCH: u64 = 10;
-/// The pause between two batches: a run takes two seconds, so that it can be killed in the middle.
+/// Pause between two batches. It makes a run take two seconds, so that it can be killed halfway.
 const PAUSE: Duration = Duration::from_millis(20);
 
 /// All stations, as one stream.
@@ -25,7 +25,7 @@ pub struct WeatherStations;
 #[async_trait]
 impl ShardSource for WeatherStations {
     async fn identity(&self) -> Result<StreamIdentity, SourceError> {
-        // Positions are kept under it: it is the same in every run.
+        // Positions are stored under this identity, so it must be the same in every run.
         Ok(StreamIdentity { name: "weather".into(), arn: "example:weather".into(), created_ms: 0 })
     }
 
@@ -46,10 +46,10 @@ impl ShardSource for WeatherStations {
     }
 }
 
-/// Reads one station.
+/// Reader of one station.
 struct Station {
     shard: ShardKey,
-    /// The last reading that was handed over.
+    /// Position of the last reading that was returned.
     after: Option<Position>,
 }
 
@@ -70,7 +70,7 @@ impl Station {
 impl BatchReader for Station {
     async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
         let last = self.after.as_ref().map_or(Ok(0), |after| after.sequence.as_str().parse());
-        // A position that this source did not give is refused, rather than taken for another place.
+        // A position of another source is refused, so that it is not mistaken for a place in this one.
         let last: u64 = last.map_err(|_| SourceError::Call {
             call: "next_batch",
             place: format!("station {}", self.shard.shard),
@@ -79,7 +79,7 @@ impl BatchReader for Station {
         if last >= READINGS {
             return Ok(NextBatch::SourceEnd);
         }
-        // The engine may drop this future at any wait: nothing is noted before the last one.
+        // The engine may drop this future at any await, so nothing is changed before the last one.
         tokio::time::sleep(PAUSE).await;
         let records: Vec<Record> =
             (last + 1..=READINGS.min(last + BATCH)).map(|number| self.reading(number)).collect();

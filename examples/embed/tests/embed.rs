@@ -1,4 +1,4 @@
-//! The example does what its page says: with the real program, in a folder of its own.
+//! Checks that the example does what its README says, with the real program, in a temporary folder.
 #![expect(clippy::expect_used, reason = "tests fail by panicking")]
 
 use std::fs::OpenOptions;
@@ -18,7 +18,7 @@ fn example(folder: &Path) -> Command {
     command
 }
 
-/// Waits for the end, and gives what the program has said.
+/// Waits for the end of the program, and returns its output.
 fn said(mut child: Child) -> String {
     let begun = Instant::now();
     while child.try_wait().expect("a child").is_none() {
@@ -38,7 +38,7 @@ fn started(mut command: Command) -> Child {
     command.stdout(Stdio::piped()).spawn().expect("the program")
 }
 
-/// Every line of the sink's files but the positions, in order.
+/// Returns every line of the sink's files except the positions, sorted.
 fn rows(folder: &Path) -> Vec<String> {
     let mut rows = Vec::new();
     for file in std::fs::read_dir(folder.join("rows")).into_iter().flatten() {
@@ -50,7 +50,7 @@ fn rows(folder: &Path) -> Vec<String> {
     rows
 }
 
-/// Rows that the readings become, in order.
+/// Returns the expected rows of all readings, sorted.
 fn expected() -> Vec<String> {
     let row = |station: &str, number: u64| {
         let celsius = number as f64 / 2.0;
@@ -72,7 +72,7 @@ fn the_example_shows_each_row_once() {
     assert_eq!(rows(folder.path()), expected());
 }
 
-/// The first run is asked to end half-way, the second is killed, the third ends by itself.
+/// The first run is asked to end halfway, the second is killed, and the third ends by itself.
 #[test]
 fn a_run_goes_on_where_the_one_before_was_stopped_or_killed() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -99,7 +99,7 @@ fn a_run_goes_on_where_the_one_before_was_stopped_or_killed() {
         assert_eq!(ended.success(), signal == "-INT", "{signal}: {ended}");
         done = rows(folder.path()).len();
         assert!((enough..expected().len()).contains(&done), "{signal}: {done} rows");
-        // A commit can be cut off anywhere: here in the middle of a character.
+        // A crash can interrupt a commit anywhere: here in the middle of a character.
         for file in std::fs::read_dir(folder.path().join("rows")).expect("the folder") {
             let mut file = OpenOptions::new().append(true).open(file.expect("a file").path());
             file.as_mut().expect("the file").write_all(b"{\"station\":\"Z\xc3").expect("written");

@@ -1,9 +1,9 @@
-// Package car is what the producer and the plugin agree on.
+// Package car has the types that the producer and the plugin share.
 package car
 
 import "time"
 
-// Car is what the web application puts on the stream, as gob writes it.
+// Car is the struct that the web application puts on the stream, encoded as gob.
 type Car struct {
 	Make, Model string
 	Year        int

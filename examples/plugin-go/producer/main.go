@@ -1,6 +1,6 @@
-// producer writes cars as a web application would put them on a stream: each record is a gob of its
-// own. On standard output, each record has its length in front, 4 bytes, big-endian: what
-// `shardmill stream put --format binary` takes.
+// producer writes cars as a web application would put them on a stream: each record is a complete gob
+// stream. On standard output, each record is preceded by its length (4 bytes, big-endian), as
+// `shardmill stream put --format binary` expects.
 package main
 
 import (
@@ -34,7 +34,7 @@ func main() {
 	for _, one := range cars {
 		put(encode(&one))
 	}
-	put(encode(&cars[0])[:40]) // a record that was cut
+	put(encode(&cars[0])[:40]) // a truncated record
 }
 
 func encode(one *car.Car) []byte {

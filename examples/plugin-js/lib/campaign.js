@@ -1,4 +1,4 @@
-/** The campaign that a page's address names (`utm_…`), or undefined. */
+/** Returns the campaign in a page's address (`utm_campaign`), or undefined. */
 export function campaignOf(address) {
   const query = address.split("#", 1)[0].split("?")[1];
   if (query === undefined) return undefined;

@@ -1,20 +1,20 @@
-//! access-log: reads the lines that web servers write, in the common and the combined log format.
+//! access-log: parses the log lines of web servers, in the common and the combined log format.
 //!
 //! | | |
 //! |---|---|
 //! | accepts | `text/plain` |
 //! | route `requests` | `application/json`: one row per line |
-//! | route `errors` | the same rows, of statuses from 500 on |
+//! | route `errors` | the same rows, if the status is 500 or higher |
 //! | configuration | `ignore`: paths whose requests are dropped, such as health checks |
 
 use serde::{Deserialize, Serialize};
 use shardmill_sdk::{Context, Descriptor, Emitter, Error, Plugin, Record, Route};
 
-/// The routes, in the order in which they are declared.
+/// Routes, in the order of their declaration.
 const REQUESTS: u32 = 0;
 const ERRORS: u32 = 1;
 
-/// The TOML table `[stage.config]`.
+/// Type of the TOML table `[stage.config]`.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Config {
@@ -22,7 +22,7 @@ struct Config {
     ignore: Vec<String>,
 }
 
-/// A line, borrowed from its record.
+/// A parsed line, borrowed from its record.
 #[derive(Serialize)]
 struct Request<'a> {
     host: &'a str,
@@ -35,9 +35,9 @@ struct Request<'a> {
 }
 
 impl<'a> Request<'a> {
-    /// Reads `HOST IDENT USER [TIME] "METHOD PATH PROTOCOL" STATUS BYTES …`.
+    /// Parses `HOST IDENT USER [TIME] "METHOD PATH PROTOCOL" STATUS BYTES …`.
     fn parse(line: &'a str) -> Result<Self, Error> {
-        let missing = |what: &str| Error::reject(format!("{what} was due in {line:?}"));
+        let missing = |what: &str| Error::reject(format!("expected {what} in {line:?}"));
         let mut words = line.splitn(4, ' ');
         let host = words.next().filter(|host| !host.is_empty()).ok_or_else(|| missing("a host"))?;
         let user = words.nth(1).ok_or_else(|| missing("a user"))?;

@@ -7,20 +7,19 @@
 //! | columns | `id bigint`, `make text` |
 //! | configuration | none |
 //!
-//! The bytes are those of bincode's *standard* configuration (little-endian, integers of
-//! variable length). The payload must hold one car and nothing after it; whatever else it
-//! holds is rejected with a reason.
+//! The bytes are those of bincode's *standard* configuration (little-endian, integers of variable length). A
+//! payload must contain one car and nothing after it; any other payload is rejected with a reason.
 //!
-//! A host reads `bigint` as a signed 64-bit integer: an id above 2^63 - 1 decodes here, and
-//! the table refuses its row.
+//! A host reads `bigint` as a signed 64-bit integer: an id above 2^63 - 1 is decoded here, and the table
+//! refuses its row.
 
 use bincode::config::{self, Config};
 use bincode::error::DecodeError;
 use serde::{Deserialize, Serialize};
 use shardmill_sdk::{Context, Descriptor, Emitter, Error, NoConfig, Plugin, Record, Route, Writer};
 
-/// The most bytes that a car may claim to have, whatever its payload's length: a corrupt
-/// length must not become an allocation.
+/// Maximum bytes that a car may claim to have, whatever the length of its payload: a corrupt length must not
+/// cause an allocation.
 const CAR_BYTES_MAX: usize = 1 << 20;
 
 const ROUTE_CARS: u32 = 0;
@@ -28,19 +27,18 @@ const ROUTE_CARS: u32 = 0;
 /// A car, borrowed from its payload.
 #[derive(Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Car<'a> {
-    /// Identifies the car.
+    /// Id of the car.
     pub id: u64,
-    /// The maker and model, such as `Honda 7`.
+    /// Maker and model, such as `Honda 7`.
     pub make: &'a str,
 }
 
 impl<'a> Car<'a> {
-    /// Decodes a payload that holds one car.
+    /// Decodes a payload that contains one car.
     ///
     /// # Errors
     ///
-    /// If it is empty, truncated, too large, no UTF-8 where the make is, or goes on after
-    /// the car.
+    /// The payload is empty, truncated or too large, the make is not UTF-8, or bytes follow the car.
     #[inline]
     pub fn decode(payload: &'a [u8]) -> Result<Self, Error> {
         let (car, length) = bincode::serde::borrow_decode_from_slice(payload, bincode_config())
@@ -53,7 +51,7 @@ impl<'a> Car<'a> {
     }
 }
 
-/// Decodes a payload and writes its row: all of the plugin's work on a record.
+/// Decodes a payload and writes its row. This is all of the plugin's work on a record.
 ///
 /// # Errors
 ///
@@ -69,7 +67,7 @@ pub fn write_row(payload: &[u8], row: &mut Writer<'_>) -> Result<(), Error> {
     Ok(())
 }
 
-/// The plugin. Public for native tests and benches.
+/// The plugin. It is public for native tests and benches.
 pub struct CarDecode;
 
 impl Plugin for CarDecode {

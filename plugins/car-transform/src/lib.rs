@@ -4,14 +4,14 @@
 //! |---|---|
 //! | accepts | `application/json`: one object per record |
 //! | route `rows` | `application/json` |
-//! | columns | those of the stage before, reshaped the same way |
+//! | columns | those of the stage before, reshaped in the same way |
 //! | configuration | [`Config`] |
 //!
-//! With `first_word = { manufacturer = "make" }`, `{"id":7,"make":"Honda 7"}` becomes
-//! `{"id":7,"make":"Honda 7","manufacturer":"Honda"}`.
+//! With `first_word = { manufacturer = "make" }`, `{"id":7,"make":"Honda 7"}` becomes `{"id":7,"make":"Honda
+//! 7","manufacturer":"Honda"}`.
 //!
-//! Fields keep their order and values their text: numbers of any size and precision come
-//! out as they came in. Of a key that an object holds twice, the last value counts.
+//! Fields keep their order, and values keep their text: numbers of any size and precision are unchanged. If an
+//! object has a key twice, its last value is used.
 
 use std::borrow::Cow;
 use std::collections::BTreeMap;
@@ -26,17 +26,17 @@ use shardmill_sdk::{Column, Context, Descriptor, Emitter, Error, Plugin, Record,
 
 const ROUTE_ROWS: u32 = 0;
 
-/// What to do with the fields, in this order. A field that is written replaces one of the
-/// same name; others are appended. Without any key, objects pass unchanged.
+/// Operations on the fields, applied in this order. A written field replaces one with the same name; others are
+/// appended. Without any key, objects pass unchanged.
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
-    /// New field ← the first word of a text field, words being separated by white space.
-    /// Null where that field is absent or no text.
+    /// New field ← the first word of a text field; words are separated by white space. Null if that field is
+    /// missing or not a text.
     first_word: BTreeMap<String, String>,
-    /// Text fields to turn into upper case. Others are left alone.
+    /// Text fields to convert to upper case. Other values stay unchanged.
     uppercase: Vec<String>,
-    /// Fields to leave out.
+    /// Fields to remove.
     remove: Vec<String>,
     /// Old name → new name.
     rename: BTreeMap<String, String>,
@@ -44,7 +44,7 @@ pub struct Config {
     set: BTreeMap<String, Value>,
 }
 
-/// Reshapes objects as configured.
+/// Reshapes objects according to a configuration.
 pub struct Reshaper {
     config: Config,
     constants: Vec<(String, Box<RawValue>)>,
@@ -55,7 +55,7 @@ impl Reshaper {
     ///
     /// # Errors
     ///
-    /// If a constant cannot be written as JSON.
+    /// A constant cannot be written as JSON.
     pub fn new(config: Config) -> Result<Self, Error> {
         let constants = config
             .set
@@ -65,11 +65,11 @@ impl Reshaper {
         Ok(Self { config, constants })
     }
 
-    /// Reshapes one object: all of the plugin's work on a record.
+    /// Reshapes one object. This is all of the plugin's work on a record.
     ///
     /// # Errors
     ///
-    /// If the payload is no JSON object.
+    /// The payload is not a JSON object.
     pub fn write_row(&self, payload: &[u8], row: impl Write) -> Result<(), Error> {
         let text = std::str::from_utf8(payload)?;
         let mut object: Object<'_> = serde_json::from_str(text)
@@ -93,7 +93,7 @@ impl Reshaper {
         object.write(row)
     }
 
-    /// The columns that come out when these come in.
+    /// Returns the output columns for these input columns.
     fn columns(&self, upstream: &[Column]) -> Vec<Column> {
         if upstream.is_empty() {
             return Vec::new();
@@ -145,7 +145,7 @@ impl Plugin for Reshaper {
 
 shardmill_sdk::export!(Reshaper);
 
-/// An object whose values are kept as text, in their order.
+/// An object with its values as JSON text, in their order.
 struct Object<'a>(Vec<(Cow<'a, str>, Cow<'a, RawValue>)>);
 
 impl<'a> Object<'a> {
@@ -220,7 +220,7 @@ impl<'de: 'a, 'a> Deserialize<'de> for Object<'a> {
     }
 }
 
-/// A key, borrowed unless it holds escapes.
+/// A key, borrowed unless it contains escapes.
 #[derive(Deserialize)]
 struct Key<'a>(#[serde(borrow)] Cow<'a, str>);
 
@@ -230,7 +230,7 @@ fn first_word(value: Option<&RawValue>) -> Result<Cow<'static, RawValue>, Error>
     Ok(Cow::Owned(to_raw_value(&word)?))
 }
 
-/// The value, if it is a text.
+/// Returns the value if it is a text.
 fn text(value: &RawValue) -> Option<Cow<'_, str>> {
     serde_json::from_str::<Key<'_>>(value.get()).ok().map(|Key(text)| text)
 }

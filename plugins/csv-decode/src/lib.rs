@@ -3,7 +3,7 @@
 //! | | |
 //! |---|---|
 //! | accepts | `text/csv`: one line per record, with or without its line end |
-//! | route | `application/json`; named by `route`, `rows` by default |
+//! | route | `application/json`; its name is `route`, by default `rows` |
 //! | columns | as configured |
 //! | configuration | [`Config`] |
 //!
@@ -19,8 +19,8 @@
 //! ```
 //!
 //! turns `2013,EWR,2013-01-01T10:00:00Z` into
-//! `{"year":2013,"origin":"EWR","time_hour":"2013-01-01T10:00:00Z"}`. A line that does not
-//! fit its columns is rejected, with the column and the value in the reason.
+//! `{"year":2013,"origin":"EWR","time_hour":"2013-01-01T10:00:00Z"}`. A line that does not match its columns is
+//! rejected, with the column and the value in the reason.
 
 mod plain;
 mod value;
@@ -33,24 +33,24 @@ use plain::Plain;
 pub use value::ColumnType;
 
 const ROUTE_ROWS: u32 = 0;
-/// Some editors and spreadsheets put it in front of a file's first line.
+/// Some editors and spreadsheets write it before the first line of a file.
 const BYTE_ORDER_MARK: &[u8] = b"\xEF\xBB\xBF";
 
-/// How the lines are read.
+/// Configuration of the decoder.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// The columns, in the order of the line. At least one.
+    /// The columns, in the order of the line; at least one.
     columns: Vec<ColumnConfig>,
-    /// Fields that stand for null, as written. By default the empty field.
+    /// Field texts that stand for null. By default the empty field.
     #[serde(default = "empty_is_null")]
     null: Vec<String>,
-    /// A line that is filtered: the header, as written.
+    /// A line to filter: the header, exactly as written in the file.
     skip_header_line: Option<String>,
-    /// What separates fields: one ASCII character. By default a comma.
+    /// Separator of fields: one ASCII character. By default a comma.
     #[serde(default = "comma")]
     delimiter: char,
-    /// The name of the route.
+    /// Name of the route.
     #[serde(default = "rows")]
     route: String,
 }
@@ -65,7 +65,7 @@ struct ColumnConfig {
     nullable: bool,
 }
 
-/// Decodes lines as configured.
+/// Decodes lines according to a configuration.
 pub struct Decoder {
     columns: Vec<Column>,
     null: Vec<String>,
@@ -73,9 +73,9 @@ pub struct Decoder {
     delimiter: u8,
     plain: Option<Plain>,
     reader: Reader,
-    /// The fields of a line with quotes, unquoted, end to end.
+    /// The fields of a line with quotes, unquoted and joined.
     unquoted: Vec<u8>,
-    /// Where each field of the line in hand ends.
+    /// End of each field of the current line.
     ends: Vec<usize>,
 }
 
@@ -87,12 +87,12 @@ struct Column {
     row_key: String,
 }
 
-/// What became of a line.
+/// Result for a line.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Decoded {
-    /// Its row was written.
+    /// A row was written.
     Row,
-    /// It is the header.
+    /// The line is the header.
     Header,
 }
 
@@ -101,7 +101,7 @@ impl Decoder {
     ///
     /// # Errors
     ///
-    /// If there is no column, two have the same name, or the delimiter is not ASCII.
+    /// There is no column, two columns have the same name, or the delimiter is not ASCII.
     pub fn new(config: Config) -> Result<Self, Error> {
         let delimiter = u8::try_from(config.delimiter)
             .ok()
@@ -123,7 +123,7 @@ impl Decoder {
         if separator == '{' {
             return Err(Error::reject("config.columns: at least one column is due"));
         }
-        // One more than due, so that a longer line is told from one that fits.
+        // One more than needed, to distinguish a longer line from a matching one.
         let ends = vec![0; columns.len() + 1];
         let reader = ReaderBuilder::new().delimiter(delimiter).build();
         let header = config.skip_header_line;
@@ -132,11 +132,11 @@ impl Decoder {
         Ok(Self { columns, null, header, delimiter, plain, reader, unquoted, ends })
     }
 
-    /// Decodes one line and writes its row: all of the plugin's work on a record.
+    /// Decodes one line and writes its row. This is all of the plugin's work on a record.
     ///
     /// # Errors
     ///
-    /// If the line does not fit the columns. Part of a row may have been written.
+    /// The line does not match the columns. Part of a row may have been written.
     pub fn write_row(&mut self, line: &[u8], row: &mut Writer<'_>) -> Result<Decoded, Error> {
         let line = trim_line_end(line.strip_prefix(BYTE_ORDER_MARK).unwrap_or(line));
         if self.header.as_deref().is_some_and(|header| header.as_bytes() == line) {
@@ -158,7 +158,7 @@ impl Decoder {
         let fields = std::str::from_utf8(fields)?;
         let mut start = 0;
         for (column, end) in self.columns.iter().zip(&self.ends) {
-            // None where a character begins in one field and ends in the next.
+            // None if a character begins in one field and ends in the next.
             let field = fields.get(start..*end);
             start = *end + gap;
             if column.column_type == ColumnType::Skip {
@@ -176,8 +176,8 @@ impl Decoder {
         Ok(Decoded::Row)
     }
 
-    /// Finds the ends of a line's fields if it has no quotes and as many fields as columns, as
-    /// nearly all have: many bytes at a time.
+    /// Finds the ends of a line's fields, many bytes at a time, if the line has no quotes and as many fields as
+    /// columns. Nearly all lines are like this.
     fn split_plain(&mut self, line: &[u8]) -> bool {
         if line.is_empty() || memchr::memchr3(b'"', b'\r', b'\n', line).is_some() {
             return false;
@@ -195,8 +195,8 @@ impl Decoder {
         found == last
     }
 
-    /// Splits any line, byte by byte, into `unquoted` and `ends`; afterwards there are as many as
-    /// columns. Gives the length of all fields together.
+    /// Splits any line, byte by byte, into `unquoted` and `ends`. On success there are as many fields as
+    /// columns. Returns the length of all fields together.
     fn split(&mut self, line: &[u8]) -> Result<usize, Error> {
         if ends_within_quotes(line, self.delimiter) {
             return Err(Error::reject(
@@ -205,14 +205,14 @@ impl Decoder {
             ));
         }
         self.reader.reset();
-        // Unquoting only shortens.
+        // Unquoting only shortens a field.
         if self.unquoted.len() < line.len() {
             self.unquoted.resize(line.len(), 0);
         }
         let (mut result, read, written, mut found) =
             self.reader.read_record(line, &mut self.unquoted, &mut self.ends);
         if result == ReadRecordResult::InputEmpty {
-            // The line has no line end: an empty input stands for it.
+            // The line has no line end; an empty input marks the end.
             let (end, _, _, more) = self.reader.read_record(
                 &[],
                 &mut self.unquoted[written..],
@@ -271,8 +271,8 @@ impl Plugin for Decoder {
 
 shardmill_sdk::export!(Decoder);
 
-/// Whether a quoted field is still open at the end. The reader would take it as if it were closed, and
-/// make a row that was never in the file.
+/// Whether a quoted field is still open at the end. The reader would treat it as closed, and so make a row that
+/// was never in the file.
 fn ends_within_quotes(line: &[u8], delimiter: u8) -> bool {
     let (mut within, mut field_begins) = (false, true);
     let mut at = 0;
@@ -316,7 +316,7 @@ mod tests {
 
     use super::*;
 
-    /// The row, `-` if filtered, or the reason.
+    /// Returns the row, `-` if filtered, or the reason.
     fn decode(config: &str, line: &[u8]) -> String {
         match Harness::<Decoder>::new(config).unwrap().run_one(line) {
             Fate::Delivered(outputs) => String::from_utf8(outputs[0].payload.clone()).unwrap(),
@@ -471,7 +471,7 @@ mod tests {
         ];
         let mut random = shardmill_sdk::Rng::with_seed(2014);
         let (mut rows, mut total) = (0, 0);
-        // As in an instance, one for all lines: reading the configuration takes longer than a line does.
+        // One decoder for all lines, as in an instance: parsing the configuration takes longer than a line.
         let mut decoders = [true, false].map(|plain| {
             let mut decoder = Decoder::new(serde_json::from_str(config).unwrap()).unwrap();
             decoder.plain = decoder.plain.filter(|_| plain);

@@ -1,6 +1,7 @@
-//! Lines of plain fields, which nearly all are: no quotes, no escapes, as many fields as columns.
+//! Fast path for lines of plain fields, as nearly all are: no quotes, no escapes, as many fields as columns.
 //!
-//! Eight bytes at a time, each field once: its end is found by what it may consist of.
+//! It reads eight bytes at a time, and each field only once: the end of a field follows from the bytes that it
+//! may contain.
 
 use shardmill_sdk::Writer;
 
@@ -9,15 +10,15 @@ use crate::{Column, ColumnType, Decoder};
 const ONES: u64 = u64::MAX / 255;
 const HIGH_BITS: u64 = ONES << 7;
 
-/// What to look for in lines with a given delimiter.
+/// Bytes to look for in lines with a given delimiter.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Plain {
     delimiter: u8,
 }
 
 impl Plain {
-    /// None where fields cannot be told by what they consist of: a delimiter that numbers have, or a
-    /// null that is written as a number.
+    /// Returns `None` if the end of a field cannot be recognised by its bytes: if the delimiter may be part of
+    /// a number, or a null text looks like a number.
     pub(crate) fn new(delimiter: u8, null: &[String]) -> Option<Self> {
         let is_apart = |byte: u8| !byte.is_ascii_alphanumeric() && !matches!(byte, b'-' | b'\\');
         let is_number = |null: &String| {
@@ -26,15 +27,15 @@ impl Plain {
         (is_apart(delimiter) && !null.iter().any(is_number)).then_some(Self { delimiter })
     }
 
-    /// Where a field that needs no escape in JSON ends; None if it needs one, or has a quote.
+    /// Returns the end of a field that needs no escape in JSON. `None`: it needs one, or has a quote.
     #[inline]
     fn text_end(self, line: &[u8]) -> Option<usize> {
         let mut at = 0;
         while let Some(word) = line.get(at..).and_then(|rest| rest.first_chunk::<8>()) {
             let word = u64::from_le_bytes(*word);
             let equal = |byte: u8| below(word ^ (ONES * u64::from(byte)), 1);
-            // Bytes above ASCII too: whether they are UTF-8 is looked at elsewhere. What a borrow of a
-            // byte below makes of the next one comes after the first that is found.
+            // Bytes above ASCII stop the loop, too: UTF-8 is validated elsewhere. A borrow from a matching byte
+            // can only change the byte after it, which is after the first match.
             let stops = equal(self.delimiter) | equal(b'"') | equal(b'\\') | below(word, 0x20);
             let stops = (stops | word) & HIGH_BITS;
             if stops != 0 {
@@ -55,19 +56,20 @@ impl Plain {
     }
 }
 
-/// The high bit of each byte below a limit of at most 0x80, of those below it, and perhaps of bytes
-/// behind one.
+/// Sets the high bit of each byte that is below a limit of at most 0x80, and possibly of bytes that follow such
+/// a byte.
 #[inline]
 fn below(word: u64, limit: u8) -> u64 {
     word.wrapping_sub(ONES * u64::from(limit)) & !word & HIGH_BITS
 }
 
-/// How many digits there are from the beginning on.
+/// Counts the digits at the beginning.
 #[inline]
 fn digits(line: &[u8]) -> usize {
     let mut at = 0;
     while let Some(word) = line.get(at..).and_then(|rest| rest.first_chunk::<8>()) {
-        // A digit is 0x30 to 0x39: without 0x30 at most 9, and 6 more do not reach the next half byte.
+        // A digit is 0x30 to 0x39. Without 0x30 it is at most 9, and adding 6 does not reach the next half
+        // byte.
         let word = u64::from_le_bytes(*word) ^ (ONES * 0x30);
         let others = (word | ((word & (ONES * 0x7f)) + ONES * 0x76)) & HIGH_BITS;
         if others != 0 {
@@ -78,20 +80,20 @@ fn digits(line: &[u8]) -> usize {
     at + line.iter().skip(at).take_while(|byte| byte.is_ascii_digit()).count()
 }
 
-/// Where an integer as JSON writes it ends, of at most so many digits; None if there is none.
+/// Returns the end of an integer in JSON form with at most `digits_max` digits; `None` if there is none.
 #[inline]
 fn whole_end(line: &[u8], digits_max: usize) -> Option<usize> {
     let sign = usize::from(line.first() == Some(&b'-'));
     let digits = digits(line.get(sign..)?);
     let leads = *line.get(sign)?;
-    // A zero stands alone, and has no sign.
+    // In JSON, a number that begins with zero has no further digits; here it also has no sign.
     let is_plain = leads != b'0' || (digits == 1 && sign == 0);
     ((1..=digits_max).contains(&digits) && is_plain).then_some(sign + digits)
 }
 
 impl Decoder {
-    /// Writes the row of a line, if all its fields are plain and fit their columns. False: they may do so
-    /// in another way, and part of a row was written.
+    /// Writes the row of a line if all its fields are plain and match their columns. Returns false otherwise:
+    /// another parser may accept the line, and part of a row has been written.
     #[inline]
     pub(crate) fn write_plain(&self, plain: Plain, line: &[u8], row: &mut Writer<'_>) -> bool {
         let mut rest = line;
@@ -108,7 +110,7 @@ impl Decoder {
         true
     }
 
-    /// Writes a field; gives where it ends.
+    /// Writes a field and returns its end.
     #[inline]
     fn write_field(
         &self,

@@ -1,10 +1,10 @@
-//! The types of columns, and how a field becomes a JSON value of each.
+//! The types of columns, and the conversion of a field to a JSON value of each type.
 
 use chrono::NaiveDate;
 use serde::Deserialize;
 use shardmill_sdk::{Error, Writer};
 
-/// A column's type, by its PostgreSQL name.
+/// Type of a column, by its PostgreSQL name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum ColumnType {
@@ -25,16 +25,16 @@ pub enum ColumnType {
     Text,
     /// `2013-01-31`.
     Date,
-    /// `2013-01-31T10:00:00`, with `T` or a space, perhaps a fraction; no offset.
+    /// `2013-01-31T10:00:00`, with `T` or a space, optionally with a fraction; no offset.
     Timestamp,
-    /// As `timestamp`, with `Z` or an offset such as `+05:30`; without one it is UTC.
+    /// Like `timestamp`, with `Z` or an offset such as `+05:30`; without one it is UTC.
     Timestamptz,
-    /// Read, and left out of the row.
+    /// Parsed and left out of the row.
     Skip,
 }
 
 impl ColumnType {
-    /// The name as the database knows it; None for a column that is left out.
+    /// Returns the name in the database; `None` for a column that is left out.
     pub(crate) fn sql_name(self) -> Option<&'static str> {
         match self {
             Self::Smallint => Some("smallint"),
@@ -56,7 +56,7 @@ impl ColumnType {
     pub(crate) fn write(self, field: &str, row: &mut Writer<'_>) -> Result<(), Error> {
         let wrong = || self.wrong(field);
         match self {
-            // What is surely in range, and as it would be written, is copied.
+            // A value that is certainly in range and already in JSON form is copied.
             Self::Smallint if is_whole(field, 4) => write_parts(&[field], row),
             Self::Integer if is_whole(field, 9) => write_parts(&[field], row),
             Self::Bigint if is_whole(field, 18) => write_parts(&[field], row),
@@ -103,7 +103,7 @@ impl ColumnType {
     }
 }
 
-/// Whether a field is an integer as JSON writes it, of at most so many digits.
+/// Whether a field is an integer in JSON form with at most `digits_max` digits.
 #[inline]
 fn is_whole(field: &str, digits_max: usize) -> bool {
     let digits = field.strip_prefix('-').unwrap_or(field).as_bytes();
@@ -125,8 +125,8 @@ fn write_parts(parts: &[&str], row: &mut Writer<'_>) -> Result<(), Error> {
     Ok(())
 }
 
-/// The sign, the whole digits without leading zeros, and the digits of the fraction. JSON
-/// is stricter than people: `+5`, `007` and `.5` are no JSON numbers.
+/// Returns the sign, the whole digits without leading zeros, and the digits of the fraction. JSON is stricter
+/// than usual notation: `+5`, `007` and `.5` are not valid JSON numbers.
 fn decimal_parts(field: &str) -> Option<(&str, &str, &str)> {
     let unsigned = field.trim_start_matches(['+', '-']);
     let sign = &field[..field.len() - unsigned.len()];
@@ -155,7 +155,7 @@ fn boolean(field: &str) -> Option<bool> {
     (truth || falsehood).then_some(truth)
 }
 
-/// A valid point in time, in its parts.
+/// The parts of a valid timestamp.
 struct Timestamp<'a> {
     date: &'a str,
     time: &'a str,
@@ -164,8 +164,8 @@ struct Timestamp<'a> {
 }
 
 impl<'a> Timestamp<'a> {
-    /// Reads RFC 3339 with `T` or a space and at most nine digits of a fraction; the offset may be
-    /// left out. Fixed places rather than a general parser: it runs for each such field.
+    /// Parses RFC 3339 with `T` or a space and a fraction of at most nine digits; the offset is optional. It
+    /// uses fixed positions instead of a general parser, because it runs for every such field.
     fn parse(field: &'a str) -> Option<Self> {
         let (date, rest) = field.split_at_checked("2013-01-31".len())?;
         let rest = rest.strip_prefix(['T', ' '])?;

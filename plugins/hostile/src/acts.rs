@@ -1,10 +1,10 @@
-//! What the misdeeds do.
+//! Implementations of the faults.
 
 use std::hint::black_box;
 
 const PIECE_BYTES: usize = 1 << 20;
 
-/// Ends by a trap.
+/// Ends with a trap.
 #[expect(clippy::panic, reason = "a trap is what was ordered")]
 pub fn trap() -> ! {
     panic!("hostile: as configured")
@@ -18,20 +18,20 @@ pub fn spin() -> ! {
     }
 }
 
-/// Never ends, deeper and deeper.
+/// Never ends, and recurses deeper and deeper.
 #[expect(unconditional_recursion, reason = "a full stack is what was ordered")]
 pub fn recurse(depth: u64) -> u64 {
     black_box(recurse(black_box(depth + 1))) + depth
 }
 
-/// Allocates until the host refuses, and ends by a trap.
+/// Allocates until the host refuses, then ends with a trap.
 pub fn grow() -> ! {
     loop {
         black_box(Vec::<u8>::with_capacity(PIECE_BYTES)).leak();
     }
 }
 
-/// Never ends: every turn is one instruction that copies megabytes.
+/// Never ends: every iteration is one instruction that copies megabytes.
 pub fn copy() -> ! {
     let mut bytes = vec![1_u8; 6 * PIECE_BYTES];
     let end = bytes.len() - 1;
@@ -41,7 +41,7 @@ pub fn copy() -> ! {
     }
 }
 
-/// Allocates until the host refuses, and frees it all.
+/// Allocates until the host refuses, then frees everything.
 pub fn strain() {
     let mut pieces = Vec::new();
     loop {
@@ -53,17 +53,17 @@ pub fn strain() {
     }
 }
 
-/// Bytes that are no UTF-8, in the place of text.
+/// Returns a string with bytes that are not UTF-8.
 pub fn no_utf8() -> String {
-    // SAFETY: none. Nothing here reads the text: it goes to the host, whose check is under test.
+    // SAFETY: unsound on purpose. Nothing here reads the string: it goes to the host, whose check is tested.
     unsafe { String::from_utf8_unchecked(b"\xff\xfe".to_vec()) }
 }
 
-/// Overwrites the heap around a fresh allocation: the allocator's own notes among it.
+/// Overwrites the heap around a new allocation, including the allocator's metadata.
 pub fn corrupt() {
     const BYTES: usize = 4 << 10;
     let start = Box::leak(Box::new(0_u64)) as *mut u64 as *mut u8;
-    // SAFETY: none. It stays within linear memory, below the end that other allocations have
-    // reached; what lies there is destroyed, as was ordered.
+    // SAFETY: unsound on purpose. The write stays within linear memory, below the end that other allocations
+    // have reached; what is there is destroyed, as configured.
     unsafe { black_box(start).sub(16).write_bytes(0xA5, BYTES) };
 }

@@ -1,10 +1,10 @@
-//! `[stage.config]`: which marker in a payload brings which misdeed about.
+//! `[stage.config]`: the marker in a payload that triggers each fault.
 
 use serde::Deserialize;
 use shardmill_sdk::bindings::shardmill::plugin::types::{Descriptor, Route};
 
-/// The markers, one per misdeed, and what the plugin says about itself. An empty marker is
-/// in every payload. If several match a record, the first in this order counts.
+/// Markers, one per fault, and the plugin's descriptor. An empty marker matches every payload. If several match
+/// a record, the first in this order is used.
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Config {
@@ -12,7 +12,7 @@ pub struct Config {
     trap_on: Option<String>,
     /// Loops until the host's deadline.
     loop_on: Option<String>,
-    /// Copies megabytes of its memory, one stretch after the other, until the host's deadline.
+    /// Copies megabytes of its memory, again and again, until the host's deadline.
     copy_on: Option<String>,
     /// Recurses until the stack is full.
     recurse_on: Option<String>,
@@ -26,17 +26,17 @@ pub struct Config {
     share_payload_on: Option<String>,
     /// Emits `many` rows that share one key of a mebibyte.
     share_key_on: Option<String>,
-    /// Fails the batch, retryable. With `retry_calls`, for that many calls only.
+    /// Fails the batch as retryable. With `retry_calls`, only for that number of calls.
     retry_on: Option<String>,
-    /// Fails the batch for good without naming the culprit.
+    /// Fails the batch permanently without naming the culprit.
     fail_on: Option<String>,
-    /// Fails the batch for good and names the culprit.
+    /// Fails the batch permanently and names the culprit.
     blame_on: Option<String>,
     /// Fails the batch and blames an input that does not exist.
     bad_blame_on: Option<String>,
-    /// Fails the batch with a message that is no UTF-8.
+    /// Fails the batch with a message that is not UTF-8.
     bad_message_on: Option<String>,
-    /// Emits a payload whose span ends outside of the arena.
+    /// Emits a payload whose span ends outside the arena.
     bad_span_on: Option<String>,
     /// Emits a payload whose span starts near 2^32, so that its end overflows.
     overflow_span_on: Option<String>,
@@ -44,11 +44,11 @@ pub struct Config {
     bad_route_on: Option<String>,
     /// Emits for an input that does not exist.
     bad_input_on: Option<String>,
-    /// Emits a key that is no UTF-8.
+    /// Emits a key that is not UTF-8.
     bad_key_on: Option<String>,
-    /// Returns the batch's outputs in reverse (no misdeed in a batch of one).
+    /// Returns the batch's outputs in reverse order (valid for a batch of one).
     unordered_on: Option<String>,
-    /// Returns outputs whose last word is missing.
+    /// Returns outputs without their last word.
     cut_short_on: Option<String>,
     /// Emits and rejects the same record.
     both_on: Option<String>,
@@ -56,62 +56,62 @@ pub struct Config {
     double_reject_on: Option<String>,
     /// Rejects a record that does not exist.
     bad_reject_on: Option<String>,
-    /// Overwrites what its allocator keeps, and returns as if nothing were.
+    /// Overwrites the allocator's metadata, and returns normally.
     corrupt_on: Option<String>,
-    /// Rejects the record for a reason that is no UTF-8.
+    /// Rejects the record with a reason that is not UTF-8.
     bad_reason_on: Option<String>,
-    /// Rejects the record for a reason of a mebibyte.
+    /// Rejects the record with a reason of a mebibyte.
     long_reason_on: Option<String>,
-    /// Rejects the record, as is its right.
+    /// Rejects the record, which is allowed.
     reject_on: Option<String>,
-    /// Filters the record, as is its right.
+    /// Filters the record, which is allowed.
     filter_on: Option<String>,
-    /// Emits the record twice, as is its right.
+    /// Emits the record twice, which is allowed.
     twice_on: Option<String>,
-    /// Emits the payload and its end, which share their bytes, as is its right.
+    /// Emits the payload and its end, which share their bytes; this is allowed.
     overlap_on: Option<String>,
-    /// Allocates until the host refuses, frees it all and passes the record, as is its right.
+    /// Allocates until the host refuses, frees everything and passes the record, which is allowed.
     strain_on: Option<String>,
-    /// Leaks a mebibyte and passes the record, as is its right.
+    /// Leaks a mebibyte and passes the record, which is allowed.
     leak_on: Option<String>,
-    /// Emits what it was told about the record, as a JSON object.
+    /// Emits the record's metadata as a JSON object.
     report_on: Option<String>,
 
-    /// How many calls `retry_on` fails in an instance. Absent: all.
+    /// Number of calls of an instance that `retry_on` fails. Absent: all.
     pub(crate) retry_calls: Option<u32>,
-    /// The size of the arena of `flood_on`, in bytes. Absent: 64 MiB.
+    /// Size of the arena of `flood_on`, in bytes. Absent: 64 MiB.
     pub(crate) flood_bytes: Option<u32>,
-    /// The outputs of `many_on` and its sisters. Absent: 1,000,000.
+    /// Number of outputs of `many_on`, `share_payload_on` and `share_key_on`. Absent: 1,000,000.
     pub(crate) many: Option<u32>,
     /// Refuses the configuration with this message.
     pub(crate) refuse: Option<String>,
-    /// A misdeed in `configure`.
+    /// A fault in `configure`.
     pub(crate) configure: Option<InConfigure>,
-    /// What it accepts. Absent: anything.
+    /// Accepted media types. Absent: any.
     accepts: Vec<String>,
     /// The format of the routes. Absent: `application/octet-stream`.
     format: Option<String>,
-    /// The columns that it needs, as its descriptor says so. Absent: none.
+    /// Needed columns, in the form of the descriptor. Absent: none.
     needs: Option<serde_json::Value>,
-    /// The names of the routes. Records go to the first. Absent: `out`.
+    /// Names of the routes. Records go to the first. Absent: `out`.
     routes: Option<Vec<String>>,
 }
 
-/// What goes wrong in `configure`.
+/// Faults in `configure`.
 #[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub(crate) enum InConfigure {
-    /// It traps.
+    /// Traps.
     Trap,
-    /// It never ends.
+    /// Never ends.
     Loop,
-    /// The plugin's name is no UTF-8.
+    /// Returns a plugin name that is not UTF-8.
     BadName,
-    /// It declares a million routes.
+    /// Declares a million routes.
     ManyRoutes,
 }
 
-/// What is done about one record.
+/// Fault for one record.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Fault {
     Trap,
@@ -151,7 +151,7 @@ pub(crate) enum Fault {
 }
 
 impl Config {
-    /// The first misdeed whose marker is in the payload.
+    /// Returns the first fault whose marker is in the payload.
     pub(crate) fn fault(&self, payload: &[u8]) -> Option<Fault> {
         let markers = [
             (&self.trap_on, Fault::Trap),
@@ -195,7 +195,7 @@ impl Config {
         markers.iter().find(|(marker, _)| found(marker)).map(|(_, fault)| *fault)
     }
 
-    /// What the plugin says of itself.
+    /// Returns the plugin's descriptor.
     pub(crate) fn descriptor(&self) -> Descriptor {
         let format = self.format.as_deref().unwrap_or("application/octet-stream");
         let names = self.routes.clone().unwrap_or_else(|| vec!["out".into()]);

@@ -1,11 +1,10 @@
-//! Misbehaves on demand: what the host's tests throw at the wall.
+//! A plugin that misbehaves on demand, for the host's tests of the sandbox.
 //!
-//! Records pass through untouched on the route `out`, except those whose payload contains
-//! a marker of the configuration: `[stage.config]` with `trap_on = "bad"` traps on a
-//! record that contains `bad`. [`Config`] lists the misdeeds.
+//! Records pass unchanged to the route `out`, except those whose payload contains a marker of the
+//! configuration: `[stage.config]` with `trap_on = "bad"` traps on a record that contains `bad`. [`Config`]
+//! lists the faults.
 //!
-//! It implements the raw interface, because the SDK's outbox prevents most of what it
-//! does.
+//! It implements the raw interface, because the SDK's outbox prevents most of these faults.
 
 mod acts;
 mod config;

@@ -1,8 +1,9 @@
-//! Asks the host for everything: what the host's tests of the capabilities run.
+//! A plugin that uses the capabilities `log`, `metrics`, `clock` and `random`, for the host's tests of
+//! capabilities.
 //!
-//! Records pass through untouched on the route `out`, except those whose payload is
-//! a wish, such as `log-flood`. It asks for no lookups and no requests: a component imports what
-//! it might use, and a stage must grant all of that.
+//! Records pass unchanged to the route `out`, except those whose payload is a command, such as `log-flood`. The
+//! plugin uses neither lookups nor requests: a component imports everything that it might use, and a stage must
+//! grant all of it.
 
 use shardmill_sdk::log::{self, Level};
 use shardmill_sdk::metrics::{Counter, Gauge, Histogram};
@@ -10,11 +11,11 @@ use shardmill_sdk::{
     Context, Descriptor, Emitter, Error, NoConfig, Plugin, Record, Route, clock, random,
 };
 
-/// Lines of `log-flood`.
+/// Number of lines of `log-flood`.
 const FLOOD_LINES: u32 = 1_000_000;
-/// The bytes of the one line of `log-huge`.
+/// Bytes of the single line of `log-huge`.
 const HUGE_LINE_BYTES: usize = 100 << 20;
-/// The metrics that `many-metrics` wants: more than any plugin may have.
+/// Number of metrics that the plugin registers in `configure`: more than a plugin may have.
 const METRICS: u32 = 100;
 
 /// The plugin.
@@ -23,7 +24,7 @@ pub struct Probe {
     longest: Gauge,
     sizes: Histogram,
     longest_bytes: f64,
-    /// What the host said to metrics that it should refuse.
+    /// Answers of the host to metrics that it should refuse.
     refusals: Vec<String>,
 }
 
@@ -96,7 +97,7 @@ impl Plugin for Probe {
 
 shardmill_sdk::export!(Probe);
 
-/// Asks for metrics that no plugin may have; gives the host's answers.
+/// Registers metrics that no plugin may have, and returns the host's answers.
 fn refusals() -> Vec<String> {
     let wrong = ["", "Upper", "1st", "with-dash", "with space", &"x".repeat(65)];
     let many: Vec<String> = (0..METRICS).map(|number| format!("probe_{number}")).collect();
@@ -106,14 +107,14 @@ fn refusals() -> Vec<String> {
     refused.chain(kind).map(|error| format!("{error:?}")).collect()
 }
 
-/// Gives a metric a value whose number the host never gave.
+/// Sets a metric by a number that the host never returned.
 fn unknown_metric() {
     #[cfg(target_arch = "wasm32")]
     shardmill_sdk::bindings::shardmill::plugin::metrics::observe(4_000_000_000, 1.0);
 }
 
-/// Bytes that are no UTF-8, in the place of text.
+/// Returns a string with bytes that are not UTF-8.
 fn no_utf8() -> String {
-    // SAFETY: none. Nothing here reads the text: it goes to the host, whose check is under test.
+    // SAFETY: unsound on purpose. Nothing here reads the string: it goes to the host, whose check is tested.
     unsafe { String::from_utf8_unchecked(b"\xff\xfe".to_vec()) }
 }

@@ -1,4 +1,4 @@
-//! A rule as written, and the condition that it turns out to be.
+//! A rule as written, and the condition that it is converted to.
 
 use std::cmp::Ordering;
 
@@ -12,31 +12,31 @@ use crate::fields::{FieldTree, Fields, Found};
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Rule {
-    /// The field, by its path: `origin`, or `flight.origin` within an object.
+    /// Path of the field: `origin`, or `flight.origin` inside an object.
     field: String,
-    /// The route that matching records take.
+    /// Route of matching records.
     pub(crate) route: String,
-    /// The field is this text, number or boolean.
+    /// The field equals this text, number or boolean.
     equals: Option<Value>,
-    /// The field is one of these.
+    /// The field equals one of these.
     #[serde(rename = "in")]
     one_of: Option<Vec<Value>>,
-    /// The field is a text that begins so.
+    /// The field is a text that begins with this.
     prefix: Option<String>,
-    /// The field is there and not null; or, if false, is absent or null.
+    /// If true, the field is present and not null; if false, it is absent or null.
     exists: Option<bool>,
     /// The field is a number above this.
     greater_than: Option<Number>,
-    /// The field is a number not below this.
+    /// The field is a number that is not below this.
     at_least: Option<Number>,
     /// The field is a number below this.
     less_than: Option<Number>,
-    /// The field is a number not above this.
+    /// The field is a number that is not above this.
     at_most: Option<Number>,
 }
 
-/// A number that compares exactly with others up to 64 bits; beyond, and with fractions,
-/// as a double does.
+/// A number. Comparison is exact for integers of up to 64 bits; larger numbers and fractions are compared as
+/// doubles.
 #[derive(Debug, Clone, Copy, Deserialize)]
 #[serde(try_from = "serde_json::Number")]
 pub(crate) enum Number {
@@ -44,7 +44,7 @@ pub(crate) enum Number {
     Double(f64),
 }
 
-/// Holds or does not hold for an object.
+/// A condition on an object.
 pub(crate) struct Condition {
     field: usize,
     test: Test,
@@ -123,7 +123,7 @@ impl Scalar {
 }
 
 impl Number {
-    /// None if one of them is not a number at all.
+    /// Compares two numbers. `None` if one of them is NaN.
     fn compare(self, other: Self) -> Option<Ordering> {
         match (self, other) {
             (Self::Integer(a), Self::Integer(b)) => Some(a.cmp(&b)),

@@ -1,4 +1,4 @@
-//! Reads the fields that the rules ask for out of an object, and skips the rest.
+//! Reads the fields that the rules use from an object, and skips the rest.
 
 use std::borrow::Cow;
 use std::fmt;
@@ -8,7 +8,7 @@ use shardmill_sdk::Error;
 
 use crate::condition::Number;
 
-/// The fields asked for, as a tree of their paths.
+/// The fields that the rules use, as a tree of their paths.
 #[derive(Default)]
 pub(crate) struct FieldTree {
     root: Node,
@@ -17,13 +17,13 @@ pub(crate) struct FieldTree {
 
 #[derive(Default)]
 struct Node {
-    /// Where the value goes in [`Fields`], if a rule asks for it.
+    /// Index of the value in [`Fields`], if a rule uses it.
     slot: Option<usize>,
     children: Vec<(String, Node)>,
 }
 
 impl FieldTree {
-    /// Asks for a field, and says where [`Fields`] will hold it.
+    /// Adds a field, and returns its index in [`Fields`].
     pub(crate) fn add(&mut self, path: &str) -> Result<usize, Error> {
         let mut node = &mut self.root;
         for name in path.split('.') {
@@ -45,13 +45,13 @@ impl FieldTree {
     }
 }
 
-/// What an object holds of the fields asked for.
+/// Values of the used fields in an object.
 pub(crate) struct Fields<'a>(Vec<Found<'a>>);
 
-/// What was found at a path.
+/// Value at a path.
 #[derive(Clone)]
 pub(crate) enum Found<'a> {
-    /// Absent, or null.
+    /// Absent or null.
     Nothing,
     Bool(bool),
     Number(Number),
@@ -74,7 +74,7 @@ impl<'a> Fields<'a> {
     }
 }
 
-/// Reads one value of the object, and what is below it.
+/// Reads one value of the object, and the values below it.
 struct Reader<'t, 'f, 'a> {
     node: &'t Node,
     fields: &'f mut Fields<'a>,
@@ -158,7 +158,7 @@ impl<'de> Visitor<'de> for Reader<'_, '_, 'de> {
     }
 }
 
-/// Reads a key and finds its node, if a rule asks for it or for something below it.
+/// Reads a key and finds its node, if a rule uses it or something below it.
 struct KeyOf<'t>(&'t Node);
 
 impl<'de, 't> DeserializeSeed<'de> for KeyOf<'t> {

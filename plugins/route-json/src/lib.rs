@@ -1,10 +1,10 @@
-//! Routes JSON objects by rules over their fields. The first rule that matches decides.
+//! Routes JSON objects by rules over their fields. The first matching rule decides.
 //!
 //! | | |
 //! |---|---|
 //! | accepts | `application/json`: one object per record |
-//! | routes | those that the rules and the default name, in that order |
-//! | format, columns | as they come in: payloads pass through untouched |
+//! | routes | those named in the rules and the default, in that order |
+//! | format, columns | as in the input: payloads pass unchanged |
 //! | configuration | [`Config`] |
 //!
 //! ```toml
@@ -28,24 +28,23 @@ use fields::{FieldTree, Fields};
 
 pub use condition::Rule;
 
-/// The word that makes the default drop a record.
+/// Value of `default` that filters a record.
 const DEFAULT_FILTER: &str = "filter";
-/// The word that makes the default dead-letter a record.
+/// Value of `default` that rejects a record, so that it becomes a dead letter.
 const DEFAULT_REJECT: &str = "reject";
 
-/// The rules.
+/// Configuration of the rules.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Config {
-    /// Tried in this order.
+    /// The rules, tried in this order.
     rules: Vec<Rule>,
-    /// Where records go that no rule matches: a route's name, or `filter` to drop them, or
-    /// `reject` to dead-letter them. It has no default of its own, because to lose what
-    /// nobody thought of should be a decision.
+    /// Destination of records that no rule matches: the name of a route, `filter` to drop them, or `reject` to
+    /// make them dead letters. It is required, because dropping unexpected records should be a decision.
     default: String,
 }
 
-/// Decides routes by rules.
+/// Chooses routes by rules.
 pub struct Router {
     fields: FieldTree,
     rules: Vec<(Condition, u32)>,
@@ -53,12 +52,12 @@ pub struct Router {
     routes: Vec<String>,
 }
 
-/// Where a record goes.
+/// Destination of a record.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Verdict {
     /// To the route with this index.
     Route(u32),
-    /// Nowhere, on purpose.
+    /// Nowhere: dropped on purpose.
     Filter,
     /// To the dead letters.
     Reject,
@@ -69,7 +68,7 @@ impl Router {
     ///
     /// # Errors
     ///
-    /// If a rule is wrong, or no route is named.
+    /// A rule is invalid, or no route is named.
     pub fn new(config: Config) -> Result<Self, Error> {
         let mut fields = FieldTree::default();
         let mut routes = Vec::new();
@@ -90,11 +89,11 @@ impl Router {
         Ok(Self { fields, rules, default, routes })
     }
 
-    /// Decides about one object: all of the plugin's work on a record.
+    /// Chooses the destination of one object. This is all of the plugin's work on a record.
     ///
     /// # Errors
     ///
-    /// If the payload is no JSON object.
+    /// The payload is not a JSON object.
     pub fn route(&self, payload: &[u8]) -> Result<Verdict, Error> {
         let text = std::str::from_utf8(payload)?;
         let fields = Fields::read(&self.fields, text)
@@ -130,7 +129,7 @@ impl Plugin for Router {
 
 shardmill_sdk::export!(Router);
 
-/// The index of the route `name`, which is added if it is new.
+/// Returns the index of the route `name`, which is added if it is new.
 fn route_index(routes: &mut Vec<String>, name: &str) -> Result<u32, Error> {
     if [DEFAULT_FILTER, DEFAULT_REJECT, ""].contains(&name) {
         return Err(Error::reject(format_args!("route: `{name}` cannot be a route's name")));
@@ -148,7 +147,7 @@ mod tests {
 
     use super::*;
 
-    /// The route taken, `-` if filtered, or the reason.
+    /// Returns the chosen route, `-` if filtered, or the reason.
     fn route(config: &str, payload: &str) -> String {
         match Harness::<Router>::new(config).unwrap().run_one(payload.as_bytes()) {
             Fate::Delivered(outputs) => {

@@ -1,4 +1,4 @@
-//! The way in: a batch and its records, borrowed from the arena.
+//! Input side: a batch and its records, borrowed from the arena.
 
 use std::time::{Duration, SystemTime};
 
@@ -6,7 +6,7 @@ use crate::Rng;
 use crate::bindings::shardmill::plugin::types as raw;
 use crate::words::{Input, InputWords, Span};
 
-/// The records of one call, in the order of their shard.
+/// Records of one call, in the order of their shard.
 #[derive(Clone, Copy)]
 pub struct Batch<'a> {
     arena: &'a [u8],
@@ -15,31 +15,33 @@ pub struct Batch<'a> {
 }
 
 impl<'a> Batch<'a> {
+    /// Makes a batch from the arguments of the host.
+    ///
     /// # Panics
     ///
-    /// If the inputs end within a record: the host broke the contract.
+    /// The inputs end within a record: the host has violated the contract.
     pub(crate) fn new(raw: &'a raw::Batch, shard_hash: u64) -> Self {
         let (inputs, rest) = raw.inputs.as_chunks();
         assert!(rest.is_empty(), "the host passed a part of a record");
         Self { arena: &raw.arena, inputs, shard_hash }
     }
 
-    /// The number of records; at least 1 when the host calls.
+    /// Returns the number of records; at least 1 in calls by the host.
     pub fn len(&self) -> usize {
         self.inputs.len()
     }
 
-    /// Whether the batch holds no record.
+    /// Whether the batch has no records.
     pub fn is_empty(&self) -> bool {
         self.inputs.is_empty()
     }
 
-    /// The records, first to last.
+    /// Returns an iterator over the records, first to last.
     pub fn records(&self) -> Records<'a> {
         Records { batch: *self, next: 0 }
     }
 
-    /// The record at `index`, counted from 0.
+    /// Returns the record at `index`, counted from 0.
     #[inline]
     pub fn get(&self, index: usize) -> Option<Record<'a>> {
         let words = self.inputs.get(index)?;
@@ -48,7 +50,7 @@ impl<'a> Batch<'a> {
     }
 }
 
-/// Iterates over the records of a [`Batch`].
+/// Iterator over the records of a [`Batch`].
 pub struct Records<'a> {
     batch: Batch<'a>,
     next: usize,
@@ -82,57 +84,57 @@ pub struct Record<'a> {
 }
 
 impl<'a> Record<'a> {
-    /// The payload. Any bytes, possibly none.
+    /// Returns the payload: any bytes, possibly none.
     #[inline]
     pub fn payload(&self) -> &'a [u8] {
         self.bytes(self.input().payload)
     }
 
-    /// The partition key.
+    /// Returns the partition key.
     pub fn key(&self) -> &'a str {
         self.text(self.input().key)
     }
 
-    /// The sequence number in the shard: up to 129 decimal digits, so it fits no integer.
+    /// Returns the sequence number in the shard: up to 129 decimal digits, so it does not fit an integer.
     pub fn sequence(&self) -> &'a str {
         self.text(self.input().sequence)
     }
 
-    /// The position within an aggregated record, from 0; 0 if not aggregated.
+    /// Returns the index within an aggregated record, from 0; 0 if not aggregated.
     pub fn sub_sequence(&self) -> u32 {
         self.input().sub_sequence
     }
 
-    /// The route that led here, as an index into [`Context::upstream`](crate::Context).
+    /// Returns the route that the record came from, as an index into [`Context::upstream`](crate::Context).
     pub fn upstream_route(&self) -> usize {
         self.input().route as usize
     }
 
-    /// When the stream took the record, in milliseconds since the Unix epoch.
+    /// Returns the time at which the stream accepted the record, in milliseconds since the Unix epoch.
     pub fn arrived_ms(&self) -> u64 {
         self.input().arrived_ms
     }
 
-    /// The time to use for "now": when the stream took the record. A replay sees the
+    /// Returns the time to use as "now": the time at which the stream accepted the record. A replay sees the
     /// same time.
     pub fn now(&self) -> SystemTime {
         SystemTime::UNIX_EPOCH + Duration::from_millis(self.input().arrived_ms)
     }
 
-    /// Random numbers for this record, seeded from its shard, sequence and sub-sequence:
-    /// each call starts the same series, and so does a replay. Not for secrets.
+    /// Returns a generator of random numbers for this record, seeded from its shard, sequence number and
+    /// sub-sequence number. Every call starts the same series, and so does a replay. Not for secrets.
     pub fn rng(&self) -> Rng {
         let sequence = fnv1a(self.shard_hash, self.bytes(self.input().sequence));
         Rng::with_seed(fnv1a(sequence, &self.input().sub_sequence.to_le_bytes()))
     }
 
-    /// The position in its batch, from 0. It may differ in a replay, so nothing that
-    /// leaves the plugin should depend on it.
+    /// Returns the index of the record in its batch, from 0. It may differ in a replay, so no output should
+    /// depend on it.
     pub fn index(&self) -> u32 {
         self.index
     }
 
-    /// The words, named. What is not used of it costs nothing.
+    /// Returns the record's words with names. Unused parts cost nothing.
     #[inline]
     fn input(&self) -> Input {
         Input::from_words(self.words)
@@ -143,7 +145,7 @@ impl<'a> Record<'a> {
         &self.arena[span.start as usize..][..span.length as usize]
     }
 
-    /// The host guarantees UTF-8 here.
+    /// Returns a text. The host guarantees UTF-8 here.
     #[expect(clippy::panic, reason = "the host broke the contract: a trap says so")]
     fn text(&self, span: Span) -> &'a str {
         match std::str::from_utf8(self.bytes(span)) {
@@ -153,14 +155,14 @@ impl<'a> Record<'a> {
     }
 }
 
-/// The hash that seeds [`Record::rng`] for a shard.
+/// Returns the hash of a shard that seeds [`Record::rng`].
 pub(crate) fn shard_hash(shard_id: &str) -> u64 {
     const FNV1A_OFFSET_BASIS: u64 = 0xcbf2_9ce4_8422_2325;
     fnv1a(FNV1A_OFFSET_BASIS, shard_id.as_bytes())
 }
 
-/// Continues an FNV-1a hash. Fixed by its definition, unlike the standard library's
-/// hasher, so a plugin compiled by another Rust draws the same numbers.
+/// Continues an FNV-1a hash. Its definition is fixed, unlike that of the standard library's hasher, so a plugin
+/// compiled by another version of Rust gets the same numbers.
 fn fnv1a(hash: u64, bytes: &[u8]) -> u64 {
     const FNV1A_PRIME: u64 = 0x0000_0100_0000_01b3;
     bytes.iter().fold(hash, |hash, byte| (hash ^ u64::from(*byte)).wrapping_mul(FNV1A_PRIME))

@@ -1,12 +1,12 @@
 //! The types and the export glue that wit-bindgen 0.61.1 generates from `wit/0.1.0` of SHA-256
-//! 31b851f29475716cd5f89a0ff1b3a05cfc0e2fe76f399162b694b8c7e5808357.
+//! fe0d0526495012673161965e89e65ec199c3f205667325a09b9928c63d9537e2.
 //! Do not edit: `cargo xtask bindings` writes it.
 #![allow(clippy::all, clippy::restriction, reason = "generated")]
 
 #[allow(dead_code, clippy::all)]
 pub mod shardmill {
     pub mod plugin {
-        /// What a plugin may ask of the host, beyond its records. Each interface is a capability: a
+        /// Functions of the host that a plugin may call. Each interface is a capability: a
         /// plugin that imports one is refused at load unless its stage grants it by name, under
         /// `[stage.grant]`. A capability that is not used costs nothing, and is not imported.
         ///
@@ -19,7 +19,7 @@ pub mod shardmill {
             #[doc(hidden)]
             static __FORCE_SECTION_REF: fn() =
                 super::super::super::__link_custom_section_describing_imports;
-            /// How important a line is.
+            /// The severity of a line.
             #[repr(u8)]
             #[derive(Clone, Copy, Eq, Ord, PartialEq, PartialOrd)]
             pub enum Level {
@@ -79,7 +79,7 @@ pub mod shardmill {
                 }
             }
         }
-        /// `metrics`: series of the plugin's own beside the host's, with the stage as a label.
+        /// `metrics`: time series of the plugin, beside those of the host, with the stage as a label.
         #[allow(dead_code, async_fn_in_trait, unused_imports, clippy::all)]
         pub mod metrics {
             #[used]
@@ -87,7 +87,7 @@ pub mod shardmill {
             static __FORCE_SECTION_REF: fn() =
                 super::super::super::__link_custom_section_describing_imports;
             use super::super::super::_rt;
-            /// What a metric does with the values that it is given.
+            /// How a metric combines the values that it is given.
             #[repr(u8)]
             #[derive(Clone, Copy, Eq, Ord, PartialEq, PartialOrd)]
             pub enum Kind {
@@ -254,12 +254,12 @@ pub mod shardmill {
                         .finish()
                 }
             }
-            /// Why nothing was found out.
+            /// A lookup that was not answered.
             #[derive(Clone)]
             pub struct Failure {
-                /// True: the same question may be answered later. Give it on as the failure of the batch.
+                /// True: the same lookup may succeed later. Return it as the failure of the batch.
                 pub retryable: bool,
-                /// Why, for a human.
+                /// The reason, for people.
                 pub message: _rt::String,
             }
             impl ::core::fmt::Debug for Failure {
@@ -424,8 +424,8 @@ pub mod shardmill {
                 }
             }
         }
-        /// `random`: numbers that nobody can predict. Without it, a plugin can derive numbers from each
-        /// record, which a replay gives again.
+        /// `random`: unpredictable numbers. Without it, a plugin can derive numbers from each record, which
+        /// a replay repeats.
         #[allow(dead_code, async_fn_in_trait, unused_imports, clippy::all)]
         pub mod random {
             #[used]
@@ -461,7 +461,7 @@ pub mod shardmill {
             static __FORCE_SECTION_REF: fn() =
                 super::super::super::__link_custom_section_describing_imports;
             use super::super::super::_rt;
-            /// What is asked.
+            /// A request.
             #[derive(Clone)]
             pub struct Request {
                 /// Such as `GET`.
@@ -483,7 +483,7 @@ pub mod shardmill {
                         .finish()
                 }
             }
-            /// What was answered, whatever its status. Redirects are not followed.
+            /// A response, whatever its status. Redirects are not followed.
             #[derive(Clone)]
             pub struct Response {
                 /// Such as 200.
@@ -502,12 +502,12 @@ pub mod shardmill {
                         .finish()
                 }
             }
-            /// Why there is no answer.
+            /// A request without a response.
             #[derive(Clone)]
             pub struct Failure {
-                /// True: the same request may be answered later. False: it is not allowed, or wrong.
+                /// True: the same request may succeed later. False: it is not allowed, or invalid.
                 pub retryable: bool,
-                /// Why, for a human.
+                /// The reason, for people.
                 pub message: _rt::String,
             }
             impl ::core::fmt::Debug for Failure {
@@ -525,7 +525,7 @@ pub mod shardmill {
             }
             impl ::core::error::Error for Failure {}
             #[allow(unused_unsafe, clippy::all)]
-            /// Sends a request and waits for the answer, at most for the stage's `host_time`. The wait does
+            /// Sends a request and waits for the response, at most for the stage's `host_time`. The wait does
             /// not count towards the time of the call.
             #[allow(async_fn_in_trait)]
             pub fn send(request: &Request) -> ::core::result::Result<Response, Failure> {
@@ -708,7 +708,7 @@ pub mod shardmill {
                 }
             }
         }
-        /// The shapes that cross the wall.
+        /// The types of arguments and results.
         #[allow(dead_code, async_fn_in_trait, unused_imports, clippy::all)]
         pub mod types {
             #[used]
@@ -716,7 +716,7 @@ pub mod shardmill {
             static __FORCE_SECTION_REF: fn() =
                 super::super::super::__link_custom_section_describing_imports;
             use super::super::super::_rt;
-            /// What one call of `process` is given: at least one record, in the order of the
+            /// The argument of one call of `process`: at least one record, in the order of the
             /// shard.
             #[derive(Clone)]
             pub struct Batch {
@@ -743,8 +743,8 @@ pub mod shardmill {
                         .finish()
                 }
             }
-            /// What became of a batch. An input with neither an output nor a reject is
-            /// filtered: dropped on purpose, and counted.
+            /// The result of a batch. An input with neither an output nor a reject is filtered:
+            /// dropped on purpose.
             #[derive(Clone)]
             pub struct Outcome {
                 /// The bytes that the spans of `outputs` and `rejects` point into. Its size is
@@ -768,7 +768,7 @@ pub mod shardmill {
                 /// | word | what it holds |
                 /// |---|---|
                 /// | 0 | `input`: the record, an index as in `outputs`. Must be in range, must not appear in `outputs`, and must not be rejected twice. Rejects must be ordered by it |
-                /// | 1, 2 | `reason`: the span of why, for a human: UTF-8. It should name what was found and what was due, and fits after "rejected: " |
+                /// | 1, 2 | `reason`: the span of the reason, for people: UTF-8. It should say what was expected and what was found, and fit after "rejected: " |
                 pub rejects: _rt::Vec<u32>,
             }
             impl ::core::fmt::Debug for Outcome {
@@ -786,10 +786,10 @@ pub mod shardmill {
                 /// True: the same batch may succeed later, so the host backs off and retries
                 /// before it blames a record. False: it never will.
                 pub retryable: bool,
-                /// The culprit, an index as in `outcome.outputs`, where the plugin knows it;
-                /// must be in range. It saves the host the search.
+                /// The record that caused the failure, an index as in `outcome.outputs`, if the
+                /// plugin knows it; must be in range. It saves the host the search.
                 pub input: ::core::option::Option<u32>,
-                /// Why, for a human.
+                /// The reason, for people.
                 pub message: _rt::String,
             }
             impl ::core::fmt::Debug for Failure {
@@ -826,7 +826,7 @@ pub mod shardmill {
                         .finish()
                 }
             }
-            /// A named way out of a stage. The pipeline's configuration binds it to sinks or
+            /// A named output of a stage. The pipeline's configuration binds it to sinks or
             /// to the next stage; that binding is the grant.
             #[derive(Clone)]
             pub struct Route {
@@ -857,7 +857,7 @@ pub mod shardmill {
                 pub shard_id: _rt::String,
                 /// The TOML table `[stage.config]` as a JSON object; `{}` where it is absent.
                 pub config: _rt::String,
-                /// The routes that lead here; an input's `route` indexes it. Never empty: for the
+                /// The routes that lead here; an input's `route` indexes them. Never empty: for the
                 /// first stage it is one route that stands for the source.
                 pub upstream: _rt::Vec<Route>,
                 /// Names and values added after this version. Unknown names are ignored.
@@ -874,7 +874,7 @@ pub mod shardmill {
                         .finish()
                 }
             }
-            /// What a plugin is and what it takes and gives.
+            /// A plugin's name and version, what it accepts and what it emits.
             #[derive(Clone)]
             pub struct Descriptor {
                 /// The plugin's name, for error texts and metrics. Not empty.
@@ -883,10 +883,10 @@ pub mod shardmill {
                 pub version: _rt::String,
                 /// The media types it can process. Empty: any.
                 pub accepts: _rt::Vec<_rt::String>,
-                /// The ways out; an output's `route` indexes it. Not empty, names unique.
+                /// The routes; an output's `route` indexes them. Not empty, names unique.
                 pub routes: _rt::Vec<Route>,
                 /// Names and values added after this version. Unknown names are ignored. Known is
-                /// `needs-columns`: the columns that the rows must have that come in, as a JSON array of
+                /// `needs-columns`: the columns that incoming rows must have, as a JSON array of
                 /// objects with `name`, `data_type` and `nullable`, checked like `routes`' columns.
                 pub extra: _rt::Vec<(_rt::String, _rt::String)>,
             }
@@ -1604,7 +1604,7 @@ pub mod exports {
                 }
                 pub trait Guest {
                     /// Prepares the instance. Called once, before the first `process`. The same
-                    /// context must yield the same descriptor. An error is for a human: it refuses
+                    /// context must yield the same descriptor. An error is for people: it refuses
                     /// the configuration, at load and at swap, before a record flows.
                     #[allow(async_fn_in_trait)]
                     fn configure(

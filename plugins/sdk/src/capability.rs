@@ -1,14 +1,14 @@
-//! What a plugin may ask of the host, if its stage grants it: see `wit/0.1.0/capabilities.wit`.
+//! Functions of the host that a plugin may use if its stage grants them: see `wit/0.1.0/capabilities.wit`.
 //!
-//! A capability that is not used is not imported. In a native build (tests, benches) there is
-//! no host: lines go to standard error, metrics nowhere, the clock is the system's, and
-//! [`lookup`] and [`http`] answer with a failure.
+//! A capability that is not used is not imported. In a native build (tests, benches) there is no host: log
+//! lines go to standard error, metrics are ignored, the clock is the system's, and [`lookup`] and [`http`]
+//! return a failure.
 
 /// Lines in the host's log.
 pub mod log {
     pub use crate::bindings::shardmill::plugin::log::Level;
 
-    /// Writes one line; see [`info!`](crate::info) and its sisters.
+    /// Writes one line; see also [`info!`](crate::info), [`warn!`](crate::warn) and [`error!`](crate::error).
     pub fn write(level: Level, message: &str) {
         #[cfg(target_arch = "wasm32")]
         crate::bindings::shardmill::plugin::log::write(level, message);
@@ -41,65 +41,65 @@ macro_rules! info {
     };
 }
 
-/// Series of the plugin's own beside the host's.
+/// Time series of the plugin, beside those of the host.
 pub mod metrics {
     use crate::Error;
     #[cfg(target_arch = "wasm32")]
     use crate::bindings::shardmill::plugin::metrics as host;
     use crate::bindings::shardmill::plugin::metrics::Kind;
 
-    /// Adds up.
+    /// A metric that adds up its values.
     #[derive(Clone, Copy, Debug)]
     pub struct Counter(u32);
 
-    /// Keeps the last value.
+    /// A metric that keeps its last value.
     #[derive(Clone, Copy, Debug)]
     pub struct Gauge(u32);
 
-    /// Counts how values are distributed.
+    /// A metric that counts the distribution of its values.
     #[derive(Clone, Copy, Debug)]
     pub struct Histogram(u32);
 
     impl Counter {
-        /// Announces a counter, in `configure`: `[a-z][a-z0-9_]*`.
+        /// Registers a counter in `configure`. The name must match `[a-z][a-z0-9_]*`.
         ///
         /// # Errors
-        /// The host's, if the name is not one or there are too many.
+        /// The host refuses the name, or there are too many metrics.
         pub fn register(name: &str, help: &str) -> Result<Self, Error> {
             register(Kind::Counter, name, help).map(Self)
         }
 
-        /// Adds; below 0 is ignored.
+        /// Adds a value. Negative values are ignored.
         pub fn add(self, value: f64) {
             observe(self.0, value);
         }
     }
 
     impl Gauge {
-        /// Announces a gauge, in `configure`: `[a-z][a-z0-9_]*`.
+        /// Registers a gauge in `configure`. The name must match `[a-z][a-z0-9_]*`.
         ///
         /// # Errors
-        /// The host's, if the name is not one or there are too many.
+        /// The host refuses the name, or there are too many metrics.
         pub fn register(name: &str, help: &str) -> Result<Self, Error> {
             register(Kind::Gauge, name, help).map(Self)
         }
 
-        /// Sets.
+        /// Sets the value.
         pub fn set(self, value: f64) {
             observe(self.0, value);
         }
     }
 
     impl Histogram {
-        /// Announces a histogram, in `configure`: `[a-z][a-z0-9_]*`.
+        /// Registers a histogram in `configure`. The name must match `[a-z][a-z0-9_]*`.
         ///
         /// # Errors
-        /// The host's, if the name is not one or there are too many.
+        /// The host refuses the name, or there are too many metrics.
         pub fn register(name: &str, help: &str) -> Result<Self, Error> {
             register(Kind::Histogram, name, help).map(Self)
         }
 
-        /// Takes a value in.
+        /// Records a value.
         pub fn observe(self, value: f64) {
             observe(self.0, value);
         }
@@ -127,10 +127,10 @@ pub mod metrics {
 pub mod lookup {
     use crate::Error;
 
-    /// Asks the table `name` for the rows of `keys`, all at once. A row is a JSON object.
+    /// Gets the rows of `keys` in the table `name`, all at once. A row is a JSON object.
     ///
     /// # Errors
-    /// The host's; a retryable one has the batch tried again.
+    /// The host's failure. After a retryable one, the batch is tried again.
     pub fn get(name: &str, keys: &[&str]) -> Result<Vec<Option<String>>, Error> {
         #[cfg(target_arch = "wasm32")]
         return ask(name, keys);
@@ -165,10 +165,10 @@ pub mod lookup {
     }
 }
 
-/// The time of day.
+/// The wall clock.
 pub mod clock {
-    /// Milliseconds since the Unix epoch. Not what [`Record::now`](crate::Record::now) says,
-    /// which a replay gives again.
+    /// Returns the milliseconds since the Unix epoch. Unlike [`Record::now`](crate::Record::now), a replay gets
+    /// another time.
     pub fn now_ms() -> u64 {
         #[cfg(target_arch = "wasm32")]
         return crate::bindings::shardmill::plugin::clock::now_ms();
@@ -179,10 +179,9 @@ pub mod clock {
     }
 }
 
-/// Numbers that nobody can predict.
+/// Unpredictable random numbers.
 pub mod random {
-    /// 64 random bits. Not what [`Record::rng`](crate::Record::rng) gives, and gives again at a
-    /// replay.
+    /// Returns 64 random bits. Unlike [`Record::rng`](crate::Record::rng), a replay gets other numbers.
     pub fn next_u64() -> u64 {
         #[cfg(target_arch = "wasm32")]
         return crate::bindings::shardmill::plugin::random::next_u64();
@@ -200,10 +199,11 @@ pub mod http {
 
     use crate::Error;
 
-    /// Sends a request and waits for the answer, whatever its status.
+    /// Sends a request and waits for the response, whatever its status.
     ///
     /// # Errors
-    /// The host's: not allowed, no answer in time. A retryable one has the batch tried again.
+    /// The host's failure: the request is not allowed, or there was no response in time. After a retryable one,
+    /// the batch is tried again.
     pub fn send(request: &Request) -> Result<Response, Error> {
         #[cfg(target_arch = "wasm32")]
         return crate::bindings::shardmill::plugin::http::send(request).map_err(|failure| {

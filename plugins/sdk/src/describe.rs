@@ -1,10 +1,10 @@
-//! What a plugin says about itself: its descriptor, routes and columns.
+//! Description of a plugin: its descriptor, routes and columns.
 
 use crate::bindings::shardmill::plugin::types::{Column, Context, Descriptor, Route};
 
 impl Descriptor {
-    /// Describes a plugin that accepts anything and has no route yet. It needs at least
-    /// one. `version` is usually `env!("CARGO_PKG_VERSION")`.
+    /// Describes a plugin that accepts any media type and has no route yet. It needs at least one route.
+    /// `version` is usually `env!("CARGO_PKG_VERSION")`.
     pub fn new(name: &str, version: &str) -> Self {
         Self {
             name: name.into(),
@@ -15,15 +15,15 @@ impl Descriptor {
         }
     }
 
-    /// Adds a media type that the plugin can process. Without any, it takes all.
+    /// Adds a media type that the plugin accepts. Without any, it accepts all.
     #[must_use]
     pub fn accepts(mut self, media_type: &str) -> Self {
         self.accepts.push(media_type.into());
         self
     }
 
-    /// Says which columns the rows must have that come in: proven against what the stage before
-    /// declares, before a record flows. Columns that are nullable may be absent.
+    /// Declares the columns that incoming rows must have. They are checked against what the
+    /// stage before declares, before a record flows. Nullable columns may be absent.
     #[must_use]
     pub fn needs(mut self, columns: impl IntoIterator<Item = Column>) -> Self {
         let columns = columns.into_iter().map(|column| {
@@ -38,7 +38,7 @@ impl Descriptor {
         self
     }
 
-    /// Adds a way out. The first one added has index 0 for [`Emitter`](crate::Emitter).
+    /// Adds a route. The first one added has index 0 in [`Emitter`](crate::Emitter).
     #[must_use]
     pub fn route(mut self, route: Route) -> Self {
         self.routes.push(route);
@@ -47,7 +47,7 @@ impl Descriptor {
 }
 
 impl Route {
-    /// A way out whose payloads have the media type `format`.
+    /// Makes a route whose payloads have the media type `format`.
     pub fn new(name: &str, format: &str) -> Self {
         Self { name: name.into(), format: format.into(), columns: Vec::new() }
     }
@@ -78,9 +78,8 @@ impl Route {
 }
 
 impl Context {
-    /// The columns that every record has which comes in: those that all upstream routes
-    /// declare alike, else none. A plugin that passes rows on declares them again, so that
-    /// tables further down can be checked.
+    /// Returns the columns that every incoming record has: those that all upstream routes declare alike,
+    /// otherwise none. A plugin that passes rows on declares them again, so that later tables can be checked.
     pub fn upstream_columns(&self) -> &[Column] {
         let Some((first, others)) = self.upstream.split_first() else { return &[] };
         let alike = |route: &Route| {

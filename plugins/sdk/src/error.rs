@@ -1,32 +1,32 @@
-//! What a plugin returns when a record or a batch cannot be processed.
+//! Error of a plugin that cannot process a record or a batch.
 
 use std::fmt::{self, Display, Write};
 
-/// Why a record was not processed.
+/// Reason why a record was not processed.
 ///
-/// Any standard error turns into a rejection by `?`, its causes joined by `: `. This type
-/// is therefore itself no [`std::error::Error`].
+/// `?` converts any standard error to a rejection, with its causes joined by `: `. Therefore this type itself
+/// does not implement [`std::error::Error`].
 #[derive(Debug)]
 pub struct Error {
     pub(crate) retryable: bool,
-    /// The culprit's index in its batch, where known.
+    /// The index of the culprit in its batch, if known.
     pub(crate) input: Option<u32>,
     pub(crate) message: String,
 }
 
 impl Error {
     /// The record can never be processed: it is dead-lettered with this reason, which
-    /// should say what was found and what was due.
+    /// should say what was expected and what was found.
     pub fn reject(reason: impl Display) -> Self {
         Self { retryable: false, input: None, message: reason.to_string() }
     }
 
-    /// The record could be processed later: the host pauses, then repeats the batch.
+    /// The record may be processed later: the host pauses, then repeats the batch.
     pub fn retry(reason: impl Display) -> Self {
         Self { retryable: true, input: None, message: reason.to_string() }
     }
 
-    /// Says first what was being done: `context: reason`.
+    /// Prepends what was being done: `context: reason`.
     #[must_use]
     pub fn context(mut self, context: impl Display) -> Self {
         self.message = format!("{context}: {}", self.message);

@@ -1,5 +1,5 @@
-//! Between the generated bindings and a plugin; used by [`export!`](crate::export) and the
-//! test harness, not by plugins.
+//! Connection between the generated bindings and a plugin. Used by [`export!`](crate::export) and the test
+//! harness, not by plugins.
 
 use std::cell::RefCell;
 
@@ -9,11 +9,11 @@ use crate::batch::shard_hash;
 use crate::bindings::shardmill::plugin::types::{self as raw, Failure, Outcome};
 use crate::{Batch, BatchPlugin, Context, Descriptor, Outbox};
 
-/// A configured plugin and what it keeps between calls.
+/// A configured plugin and its state between calls.
 pub struct Instance<P> {
     plugin: P,
     shard_hash: u64,
-    /// The size of the last outcome's arena: the next one is likely alike.
+    /// Size of the last outcome's arena; the next one probably has a similar size.
     arena_bytes_last: usize,
 }
 
@@ -45,23 +45,23 @@ impl<P: BatchPlugin> Instance<P> {
     }
 }
 
-/// The instance of a component: a component has one, made by `configure`.
+/// The instance of a component. A component has one; `configure` makes it.
 pub struct Cell<P>(RefCell<Option<Instance<P>>>);
 
 impl<P: BatchPlugin> Cell<P> {
-    /// Not configured yet.
+    /// Makes a cell without an instance.
     pub const fn new() -> Self {
         Self(RefCell::new(None))
     }
 
-    /// The component's `configure`.
+    /// Implements the component's `configure`.
     pub fn configure(&self, context: &Context) -> Result<Descriptor, String> {
         let (instance, descriptor) = Instance::configure(context)?;
         *self.0.borrow_mut() = Some(instance);
         Ok(descriptor)
     }
 
-    /// The component's `process`.
+    /// Implements the component's `process`.
     #[expect(clippy::expect_used, reason = "the host broke the contract: a trap says so")]
     pub fn process(&self, batch: &raw::Batch) -> Result<Outcome, Failure> {
         let mut instance = self.0.borrow_mut();
@@ -75,8 +75,8 @@ impl<P: BatchPlugin> Default for Cell<P> {
     }
 }
 
-/// Names the offending key, as in `config.rules[1].route: missing field`. Positions in
-/// the JSON text would mislead: the user wrote TOML.
+/// Parses the configuration. Errors name the invalid key, as in `config.rules[1].route: missing field`.
+/// Positions in the JSON text would be misleading, because the user wrote TOML.
 fn parse_config<C: for<'de> Deserialize<'de>>(json: &str) -> Result<C, String> {
     let mut deserializer = serde_json::Deserializer::from_str(json);
     serde_path_to_error::deserialize(&mut deserializer).map_err(|error| {
@@ -87,8 +87,8 @@ fn parse_config<C: for<'de> Deserialize<'de>>(json: &str) -> Result<C, String> {
     })
 }
 
-/// Exports a [`Plugin`](crate::Plugin) or [`BatchPlugin`](crate::BatchPlugin) as the
-/// component that this crate is compiled to. Once per crate. Does nothing in a native build.
+/// Exports a [`Plugin`](crate::Plugin) or [`BatchPlugin`](crate::BatchPlugin) as the component that this crate
+/// is compiled to. Use it once per crate. It does nothing in a native build.
 #[macro_export]
 macro_rules! export {
     ($plugin:ty) => {

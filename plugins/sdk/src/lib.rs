@@ -39,7 +39,7 @@
 //! | the plugin | the record is |
 //! |---|---|
 //! | emits or passes it | delivered on the routes named |
-//! | emits nothing and returns `Ok` | filtered: dropped on purpose, and counted |
+//! | emits nothing and returns `Ok` | filtered: dropped on purpose |
 //! | returns an [`Error`], by `?` or [`Error::reject`] | dead-lettered, with the reason |
 //! | returns [`Error::retry`] | tried again with its whole batch, after a pause |
 //! | panics, runs out of time or memory | dead-lettered alone, with a backtrace |

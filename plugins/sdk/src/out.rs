@@ -1,4 +1,4 @@
-//! The way out: outputs and rejects, appended to one arena.
+//! Output side: outputs and rejects, appended to one arena.
 
 use std::io;
 
@@ -8,17 +8,17 @@ use crate::bindings::shardmill::plugin::types::Outcome;
 use crate::words::{Output, OutputWords, Reject, RejectWords, Span};
 use crate::{Error, Record};
 
-/// Collects what becomes of a batch.
+/// Collects the outputs and rejects of a batch.
 pub struct Outbox {
     arena: Vec<u8>,
     outputs: Vec<OutputWords>,
     rejects: Vec<RejectWords>,
-    /// The first input that may still be written for; keeps the outcome ordered.
+    /// Lowest input that may still be written; it keeps the outcome ordered.
     next_input: u32,
 }
 
 impl Outbox {
-    /// Reserves room for one output per input and for `arena_bytes` of payload.
+    /// Reserves space for one output per input and for `arena_bytes` of payload.
     pub(crate) fn with_capacity(inputs: usize, arena_bytes: usize) -> Self {
         Self {
             arena: Vec::with_capacity(arena_bytes),
@@ -28,12 +28,12 @@ impl Outbox {
         }
     }
 
-    /// Writes for one record. Records are taken in the order of the batch, each at most
-    /// once; those left out are filtered.
+    /// Starts the outputs of one record. Records must be taken in the order of the batch, each at most once;
+    /// those left out are filtered.
     ///
     /// # Panics
     ///
-    /// If this record or a later one was taken before.
+    /// This record or a later one was taken before.
     #[inline]
     pub fn at(&mut self, record: &Record<'_>) -> Emitter<'_> {
         let input = record.index();
@@ -52,7 +52,7 @@ impl Outbox {
         }
     }
 
-    /// The stretch of the arena from `start` to its end.
+    /// Returns the span from `start` to the end of the arena.
     #[inline]
     fn span_from(&self, start: usize) -> Span {
         Span { start: arena_offset(start), length: arena_offset(self.arena.len() - start) }
@@ -66,14 +66,14 @@ impl Outbox {
     }
 }
 
-/// Appends a few bytes in place: what the compiler makes of a copy of any length is
-/// `memory.copy`, which calls the host, and JSON is written in small pieces.
+/// Appends a few bytes in place. The compiler turns a copy of variable length into `memory.copy`, which calls
+/// the host, and JSON is written in small pieces.
 #[inline(always)]
 fn append(arena: &mut Vec<u8>, bytes: &[u8]) {
     if cfg!(not(target_arch = "wasm32")) {
         return arena.extend_from_slice(bytes);
     }
-    // No `match`: it would be a jump by a table, which is seldom foreseen.
+    // Not a `match`: it would become a jump table, which branch predictors handle badly.
     let length = bytes.len();
     if length > 32 {
         arena.extend_from_slice(bytes);
@@ -90,8 +90,7 @@ fn append(arena: &mut Vec<u8>, bytes: &[u8]) {
     }
 }
 
-/// Appends `N` to `2 * N` bytes as their first and their last `N`, whose copies have a length that
-/// the compiler knows.
+/// Appends `N` to `2 * N` bytes as their first and their last `N`: two copies whose length the compiler knows.
 #[inline]
 fn append_ends<const N: usize>(arena: &mut Vec<u8>, bytes: &[u8]) {
     let (Some(first), Some(last)) = (bytes.first_chunk::<N>(), bytes.last_chunk::<N>()) else {
@@ -99,9 +98,9 @@ fn append_ends<const N: usize>(arena: &mut Vec<u8>, bytes: &[u8]) {
     };
     arena.reserve(bytes.len());
     let start = arena.len();
-    // SAFETY: `bytes.len()` bytes from `start` on are reserved and are written here: the first `N`,
-    // and the last `N`, which begin within them, or where they end, as long as there are at most
-    // `2 * N`. The next length covers no others then.
+    // SAFETY: `bytes.len()` bytes from `start` are reserved. All of them are written here: the first `N`, and
+    // the last `N`, which begin within the first `N` or directly after them, because there are at most `2 * N`
+    // bytes. The new length covers no other bytes.
     debug_assert!(bytes.len() <= 2 * N);
     unsafe {
         let end = arena.as_mut_ptr().add(start);
@@ -111,9 +110,8 @@ fn append_ends<const N: usize>(arena: &mut Vec<u8>, bytes: &[u8]) {
     }
 }
 
-/// Writes the outputs of one record. `route` is always an index into
-/// [`Descriptor::routes`](crate::Descriptor), counted from 0; another one counts as a
-/// trap.
+/// Writer of the outputs of one record. `route` is always an index into
+/// [`Descriptor::routes`](crate::Descriptor), counted from 0; an invalid one counts as a trap.
 pub struct Emitter<'a> {
     outbox: &'a mut Outbox,
     input: u32,
@@ -122,14 +120,14 @@ pub struct Emitter<'a> {
 }
 
 impl Emitter<'_> {
-    /// Emits `payload` under the record's own key.
+    /// Emits `payload` with the record's own partition key.
     #[inline]
     pub fn emit(&mut self, route: u32, payload: impl AsRef<[u8]>) {
         let payload = self.outbox.append(payload.as_ref());
         self.push(route, None, Some(payload));
     }
 
-    /// Emits `payload` under another partition key.
+    /// Emits `payload` with another partition key.
     pub fn emit_with_key(&mut self, route: u32, key: &str, payload: impl AsRef<[u8]>) {
         let key = self.outbox.append(key.as_bytes());
         let payload = self.outbox.append(payload.as_ref());
@@ -140,7 +138,7 @@ impl Emitter<'_> {
     ///
     /// # Errors
     ///
-    /// What `write` returns.
+    /// The error of `write`.
     #[inline]
     pub fn emit_with<E>(
         &mut self,
@@ -150,12 +148,11 @@ impl Emitter<'_> {
         self.emit_if(route, |payload| write(payload).map(|()| true))
     }
 
-    /// Emits a payload that `write` writes in place, unless it says `false` or fails: then
-    /// nothing is emitted.
+    /// Emits a payload that `write` writes in place. If it returns `false` or fails, nothing is emitted.
     ///
     /// # Errors
     ///
-    /// What `write` returns.
+    /// The error of `write`.
     #[inline]
     pub fn emit_if<E>(
         &mut self,
@@ -177,26 +174,26 @@ impl Emitter<'_> {
     ///
     /// # Errors
     ///
-    /// If `value` cannot be represented, such as a map with keys that are no strings.
+    /// If `value` cannot be represented, such as a map with keys that are not strings.
     #[inline]
     pub fn emit_json(&mut self, route: u32, value: &impl Serialize) -> Result<(), Error> {
         self.emit_with(route, |payload| Ok(serde_json::to_writer(payload, value)?))
     }
 
-    /// Passes the record on as it came in, without a copy.
+    /// Passes the record on unchanged, without a copy.
     #[inline]
     pub fn pass(&mut self, route: u32) {
         self.push(route, None, None);
     }
 
-    /// Passes the payload on without a copy, under another partition key.
+    /// Passes the payload on without a copy, with another partition key.
     pub fn pass_with_key(&mut self, route: u32, key: &str) {
         let key = self.outbox.append(key.as_bytes());
         self.push(route, Some(key), None);
     }
 
-    /// Dead-letters the record with this reason, and takes back what was emitted for it.
-    /// [`Plugin::record`](crate::Plugin::record) does so with the error it returns.
+    /// Rejects the record with this reason, and removes what was emitted for it.
+    /// [`Plugin::record`](crate::Plugin::record) does this with the error that it returns.
     pub fn reject(self, reason: &str) {
         self.outbox.outputs.truncate(self.outputs_start);
         self.outbox.arena.truncate(self.arena_start);
@@ -217,18 +214,18 @@ pub struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    /// Writes at the end of `arena`; an [`Emitter`] makes its own.
+    /// Makes a writer at the end of `arena`. An [`Emitter`] makes its own.
     pub fn new(arena: &'a mut Vec<u8>) -> Self {
         Self { arena }
     }
 
-    /// Where the arena ends now: for [`Writer::take_back`].
+    /// Returns the current end of the arena, for [`Writer::take_back`].
     #[inline]
     pub fn written(&self) -> usize {
         self.arena.len()
     }
 
-    /// Takes back what was written since [`Writer::written`] gave `end`.
+    /// Removes what was written since [`Writer::written`] returned `end`.
     pub fn take_back(&mut self, end: usize) {
         self.arena.truncate(end);
     }
@@ -239,13 +236,13 @@ impl<'a> Writer<'a> {
         append(self.arena, bytes.as_ref());
     }
 
-    /// Appends `text` as a JSON string, quotes included. Far faster than a serializer where
-    /// nothing needs an escape: a sandboxed loop pays for every turn, and this one takes up to
-    /// 64 bytes a turn.
+    /// Appends `text` as a JSON string, including quotes. If nothing needs an escape, it is much faster than a
+    /// serializer: loop iterations are expensive in the sandbox, and this one processes up to 64 bytes per
+    /// iteration.
     #[inline]
     pub fn append_json_string(&mut self, text: &str) {
         if needs_escape(text.as_bytes()) {
-            // Text is representable and writing never fails.
+            // A text can always be represented, and writing never fails.
             let _ = serde_json::to_writer(&mut *self, text);
         } else {
             self.arena.push(b'"');
@@ -260,7 +257,7 @@ impl<'a> Writer<'a> {
 fn needs_escape(bytes: &[u8]) -> bool {
     let (quads, rest) = bytes.as_chunks::<64>();
     let (blocks, _) = rest.as_chunks::<16>();
-    // The last 16 bytes once more rather than each byte of the rest by itself.
+    // Checks the last 16 bytes again, instead of each byte of the rest by itself.
     let last = bytes.last_chunk::<16>();
     quads.iter().any(|quad| {
         let (blocks, _) = quad.as_chunks::<16>();
@@ -281,8 +278,8 @@ fn needs_escape_in(block: &[u8; 16]) -> bool {
     v128_any_true(v128_or(control, v128_or(quotation_mark, reverse_solidus)))
 }
 
-/// Eight bytes at once: the high bit of each byte that needs an escape, and perhaps of bytes
-/// above one.
+/// Checks eight bytes at once: sets the high bit of each byte that needs an escape, and possibly of the bytes
+/// above it.
 #[cfg(not(target_feature = "simd128"))]
 #[inline]
 fn needs_escape_in(block: &[u8; 16]) -> bool {
@@ -324,8 +321,8 @@ impl io::Write for Writer<'_> {
     }
 }
 
-/// Spans are 32 bits wide, as a plugin's memory is: the conversion is free in
-/// WebAssembly, and a native test that exceeds it should hear of it.
+/// Converts an offset. Spans have 32 bits, like the addresses of a plugin's memory: the conversion is free in
+/// WebAssembly, and a native test that exceeds it fails.
 #[inline]
 #[expect(clippy::expect_used, reason = "cannot fail in WebAssembly")]
 fn arena_offset(bytes: usize) -> u32 {
@@ -338,7 +335,7 @@ mod tests {
 
     #[test]
     fn a_json_string_is_what_a_serializer_writes() {
-        // Every byte of ASCII, and some beyond, at every place of a block, a word and the rest.
+        // Every ASCII character, and some others, at every place of a block, a word and the rest.
         let odd = (0..0x80).map(char::from).chain("\u{7ff}\u{1F697}\u{ffff}".chars());
         for odd in odd {
             for before in 0..40 {

@@ -5,34 +5,32 @@ use serde::de::DeserializeOwned;
 
 use crate::{Batch, Context, Descriptor, Emitter, Error, Outbox, Record};
 
-/// A plugin that looks at one record at a time, as most do.
+/// A plugin that processes one record at a time, as most do.
 pub trait Plugin: Sized + 'static {
-    /// The TOML table `[stage.config]`. Give it `#[serde(deny_unknown_fields)]`, so that
-    /// a misspelt key is refused. [`NoConfig`] if there is nothing to configure.
+    /// Type of the TOML table `[stage.config]`. Give it `#[serde(deny_unknown_fields)]`, so that a misspelt key
+    /// is refused. Use [`NoConfig`] if there is nothing to configure.
     type Config: DeserializeOwned;
 
-    /// Makes an instance. Called once, before the first record; the same configuration
-    /// must yield the same descriptor.
+    /// Makes an instance. It is called once, before the first record. The same configuration must give the same
+    /// descriptor.
     ///
     /// # Errors
     ///
-    /// What is wrong with the configuration. The pipeline is then refused.
+    /// The configuration is invalid. The pipeline is then refused.
     fn configure(config: Self::Config, context: &Context) -> Result<(Self, Descriptor), Error>;
 
     /// Processes one record: emits any number of outputs, or none to filter it.
     ///
     /// # Errors
     ///
-    /// Rejects the record, or asks for a later retry. What was emitted for the record is
-    /// taken back.
+    /// Rejects the record, or requests a retry. What was emitted for the record is removed.
     fn record(&mut self, record: &Record<'_>, out: &mut Emitter<'_>) -> Result<(), Error>;
 }
 
-/// A plugin that looks at a whole batch, to share work among its records. Every
-/// [`Plugin`] is one.
+/// A plugin that processes a whole batch, to share work among its records. Every [`Plugin`] is one.
 ///
-/// Batches are cut by size and time, so they differ in a replay: what becomes of a record
-/// must not depend on its neighbours.
+/// Batches are cut by size and time, so they differ in a replay: the result of a record must not depend on its
+/// neighbours.
 ///
 /// ```
 /// use shardmill_sdk::{Batch, BatchPlugin, Context, Descriptor, Error, NoConfig, Outbox, Route};
@@ -67,15 +65,15 @@ pub trait BatchPlugin: Sized + 'static {
     ///
     /// # Errors
     ///
-    /// What is wrong with the configuration.
+    /// The configuration is invalid.
     fn configure(config: Self::Config, context: &Context) -> Result<(Self, Descriptor), Error>;
 
-    /// Processes one batch. Records that `out` is not told of are filtered.
+    /// Processes one batch. Records that `out` gets nothing for are filtered.
     ///
     /// # Errors
     ///
-    /// Fails the whole batch: the host then searches the guilty record. To blame one
-    /// record, use [`Emitter::reject`].
+    /// Fails the whole batch: the host then searches for the record that causes it. To
+    /// reject one record, use [`Emitter::reject`].
     fn batch(&mut self, batch: &Batch<'_>, out: &mut Outbox) -> Result<(), Error>;
 }
 
@@ -101,7 +99,7 @@ impl<P: Plugin> BatchPlugin for P {
     }
 }
 
-/// The configuration of a plugin that has none: any key in `[stage.config]` is refused.
+/// Configuration of a plugin that has none: any key in `[stage.config]` is refused.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct NoConfig {}

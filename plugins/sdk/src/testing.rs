@@ -5,31 +5,31 @@ use crate::glue::Instance;
 use crate::words::{Input, Output, Reject, Span};
 use crate::{BatchPlugin, Context, Descriptor, Route};
 
-/// When the first record of a run arrived, in milliseconds since the Unix epoch.
+/// Arrival time of the first record of a run, in milliseconds since the Unix epoch.
 pub const ARRIVED_MS: u64 = 1_400_000_000_000;
 
-/// A configured plugin, ready to be fed.
+/// A configured plugin for tests.
 ///
-/// Record `n` of a run has the key `key-n`, the sequence number `n`, sub-sequence 0, and
-/// arrived `n` ms after [`ARRIVED_MS`].
+/// Record `n` of a run has the key `key-n`, the sequence number `n` and the sub-sequence number 0, and arrived
+/// `n` ms after [`ARRIVED_MS`].
 pub struct Harness<P> {
     instance: Instance<P>,
     descriptor: Descriptor,
 }
 
-/// What became of one record.
+/// Result for one record.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Fate {
-    /// One or more outputs, in the order emitted.
+    /// One or more outputs, in the order in which they were emitted.
     Delivered(Vec<Emitted>),
     /// Neither an output nor a reject.
     Filtered,
-    /// Dead-lettered, with the reason.
+    /// Rejected, with the reason.
     Rejected(String),
 }
 
 impl Fate {
-    /// A single output on `route`, under the record's own key.
+    /// Makes the fate of a single output on `route` with the record's own key.
     pub fn delivered(route: &str, payload: &[u8]) -> Self {
         Self::Delivered(vec![Emitted { route: route.into(), key: None, payload: payload.into() }])
     }
@@ -38,17 +38,16 @@ impl Fate {
 /// One output.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Emitted {
-    /// The route's name.
+    /// Name of the route.
     pub route: String,
-    /// The new partition key, where the plugin gave one.
+    /// New partition key, if the plugin gave one.
     pub key: Option<String>,
     /// The payload; that of the input if the plugin passed it on.
     pub payload: Vec<u8>,
 }
 
 impl<P: BatchPlugin> Harness<P> {
-    /// Configures the plugin with `config`, a JSON object, behind a source of unknown
-    /// format.
+    /// Configures the plugin with `config`, a JSON object, after a source of unknown format.
     ///
     /// # Errors
     ///
@@ -57,7 +56,7 @@ impl<P: BatchPlugin> Harness<P> {
         Self::after(Route::new("source", "application/octet-stream"), config)
     }
 
-    /// Configures the plugin with `config`, a JSON object, behind another stage's route.
+    /// Configures the plugin with `config`, a JSON object, after another stage's route.
     ///
     /// # Errors
     ///
@@ -74,12 +73,12 @@ impl<P: BatchPlugin> Harness<P> {
         Ok(Self { instance, descriptor })
     }
 
-    /// What the plugin said about itself.
+    /// Returns the plugin's descriptor.
     pub fn descriptor(&self) -> &Descriptor {
         &self.descriptor
     }
 
-    /// Runs one batch and says what became of each record.
+    /// Runs one batch and returns the fate of each record.
     ///
     /// # Errors
     ///
@@ -87,7 +86,7 @@ impl<P: BatchPlugin> Harness<P> {
     ///
     /// # Panics
     ///
-    /// If the plugin emits on a route that it did not declare.
+    /// The plugin emits on a route that it did not declare.
     pub fn run(&mut self, payloads: &[&[u8]]) -> Result<Vec<Fate>, String> {
         let batch = batch_of(payloads);
         let outcome = self.instance.process(&batch).map_err(|failure| failure.message)?;
@@ -119,7 +118,7 @@ impl<P: BatchPlugin> Harness<P> {
     ///
     /// # Panics
     ///
-    /// If the plugin fails the batch.
+    /// The plugin fails the batch.
     #[expect(clippy::panic, reason = "this is test support: the test should fail")]
     pub fn run_one(&mut self, payload: &[u8]) -> Fate {
         match self.run(&[payload]).as_deref() {
@@ -130,7 +129,7 @@ impl<P: BatchPlugin> Harness<P> {
     }
 }
 
-/// Packs payloads as the host does.
+/// Packs payloads in the same way as the host.
 #[expect(clippy::expect_used, reason = "this is test support: the test should fail")]
 fn batch_of(payloads: &[&[u8]]) -> raw::Batch {
     let mut arena = Vec::new();

@@ -1,4 +1,4 @@
-//! Stamps its version into each row: for tests of changes while records flow.
+//! A plugin that stamps its version into each row, for tests of changes while records flow.
 //!
 //! | | |
 //! |---|---|
@@ -7,23 +7,22 @@
 //! | columns | `id` and `n` (bigint), `key` and `version` (text) |
 //! | configuration | any table; it is not read |
 //!
-//! What it does is said by a mark in its own bytes, which a test writes over: so any number of versions
-//! are made of one component without a compiler. The mark is `VERSION FAULT [NUMBER]`, padded with
-//! spaces; the misdeeds are in [`Fault`].
+//! A mark in the component's own bytes controls its behaviour. Tests overwrite the mark, so they can make any
+//! number of versions from one component without a compiler. The mark is `VERSION FAULT [NUMBER]`, padded with
+//! spaces; [`Fault`] lists the faults.
 
 use serde_json::Value;
 use shardmill_sdk::{Context, Descriptor, Emitter, Error, Plugin, Record, Route};
 
-/// What a test finds and writes over, from behind the first bar on.
+/// The mark. A test finds it and overwrites the text after the first bar.
 static MARK: [u8; 80] =
     *b"shardmill-stamp|v1 none                                                         ";
-/// Where the mark's text begins.
+/// Start of the text in the mark.
 const MARK_TEXT: usize = "shardmill-stamp|".len();
-/// Bytes that [`Fault::Leak`] keeps of each record's time.
+/// Bytes that [`Fault::Leak`] leaks for each record.
 const LEAK_BYTES: usize = 256 << 10;
 
-/// What a version does beside its work, to each record whose `id` is a multiple of the number, or when it
-/// is configured.
+/// Fault of a version, for each record whose `id` is a multiple of the number, or in `configure`.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Fault {
     /// `none`: nothing.
@@ -32,23 +31,23 @@ enum Fault {
     Trap,
     /// `loop N`: it loops until the host's deadline.
     Loop,
-    /// `leak N`: it keeps a quarter of a mebibyte.
+    /// `leak N`: it leaks a quarter of a mebibyte.
     Leak,
     /// `reject N`: it rejects the record.
     Reject,
-    /// `other N`: it gives another `n`.
+    /// `other N`: it returns another `n`.
     Other,
-    /// `slow N`: it takes some 100 µs.
+    /// `slow N`: it takes about 100 µs.
     Slow,
     /// `configure-trap`: it traps in `configure`.
     ConfigureTrap,
-    /// `shard-trap`: it traps in `configure` where it is told a shard.
+    /// `shard-trap`: it traps in `configure` if the context names a shard.
     ShardTrap,
     /// `columns`: it declares a column that no table has.
     Columns,
 }
 
-/// A version.
+/// The plugin, in one version.
 pub struct Stamp {
     version: String,
     fault: Fault,
@@ -56,10 +55,10 @@ pub struct Stamp {
     kept: Vec<Vec<u8>>,
 }
 
-/// The mark, as it is in this component's bytes.
+/// Returns the mark in this component's bytes.
 fn mark() -> String {
-    // SAFETY: a plain read of a static; volatile, so that the compiler does not take the text that it
-    // knows for the text that will be there.
+    // SAFETY: a plain read of a static. It is volatile, so that the compiler does not use the text that it
+    // knows at compile time.
     let mark = unsafe { std::ptr::read_volatile(&raw const MARK) };
     String::from_utf8_lossy(&mark[MARK_TEXT..]).trim().to_owned()
 }
