@@ -1,5 +1,5 @@
-//! `source.assume_role` through the real binary: STS is asked as the file says, and Kinesis by the
-//! role that STS gave.
+//! `source.assume_role` through the real binary: STS is called as the file says, and Kinesis is called with the
+//! role's credentials that STS returned.
 
 use std::path::Path;
 use std::process::Output;
@@ -12,7 +12,7 @@ use hyper::StatusCode;
 const ROLE: &str = "arn:aws:iam::123456789012:role/reader";
 const ASSUMED_KEY: &str = "ASIAROLEOFTHETEST000";
 
-/// What STS answers.
+/// Response of STS.
 ///
 /// Source: AWS STS API reference, AssumeRole.
 const ASSUMED: &str = r#"<AssumeRoleResponse xmlns="https://sts.amazonaws.com/doc/2011-06-15/">

@@ -1,11 +1,11 @@
-//! ARCHITECTURE.md and README.md are true: every path that they name exists, and every crate of the host is
-//! named. And where files of the project are read by the compiler.
+//! Checks that ARCHITECTURE.md and README.md are true: every path that they name exists, and they name every crate of
+//! the host. Also checks which modules may include files of the project at compile time.
 
 use std::path::{Path, PathBuf};
 
 use crate::support::{host_sources, root};
 
-/// Texts in backquotes that look like paths of the repository.
+/// Returns the texts in backquotes that look like paths of the repository.
 fn paths(text: &str) -> Vec<&str> {
     let quoted = text.split('`').skip(1).step_by(2);
     quoted
@@ -18,7 +18,7 @@ fn paths(text: &str) -> Vec<&str> {
         .collect()
 }
 
-/// All Rust files below a folder, in one text.
+/// Appends all Rust files below a folder to `found`.
 fn sources(folder: &Path, found: &mut String) {
     for entry in std::fs::read_dir(folder).expect("a folder") {
         let path = entry.expect("an entry").path();
@@ -30,7 +30,7 @@ fn sources(folder: &Path, found: &mut String) {
     }
 }
 
-/// The last column of the invariants names a test each.
+/// The last column of the table of invariants names one test per row.
 #[test]
 fn every_test_named_exists() {
     let host = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -44,7 +44,7 @@ fn every_test_named_exists() {
     sources(host, &mut found);
     for name in named {
         let is_there = found.contains(&format!("fn {name}("));
-        assert!(is_there, "ARCHITECTURE.md names the test {name}, which is not there");
+        assert!(is_there, "ARCHITECTURE.md names the missing test {name}");
     }
 }
 
@@ -55,12 +55,12 @@ fn every_path_named_exists() {
         let paths = paths(&text);
         assert!(paths.len() > 3, "{document} names {} paths", paths.len());
         for path in paths {
-            assert!(root().join(path).exists(), "{document} names {path}, which is not there");
+            assert!(root().join(path).exists(), "{document} names the missing path {path}");
         }
     }
 }
 
-/// The folders of the crates under `host/`, from the root; the binary's package is `host` itself.
+/// Returns the folders of the crates under `host/`, relative to the root. The binary's package is `host` itself.
 fn crates() -> Vec<PathBuf> {
     let sources = host_sources().into_iter().map(|(path, _)| path);
     let libraries = sources.filter(|path| path.ends_with("src/lib.rs"));
@@ -68,7 +68,7 @@ fn crates() -> Vec<PathBuf> {
     crates.filter(|folder| root().join(folder).join("Cargo.toml").exists()).collect()
 }
 
-/// A crate is named by its folder, or by a path in it.
+/// A crate counts as named if its folder is named, or a path in that folder.
 #[test]
 fn every_crate_of_the_host_is_named() {
     let map = std::fs::read_to_string(root().join("ARCHITECTURE.md")).expect("the map");
@@ -77,18 +77,18 @@ fn every_crate_of_the_host_is_named() {
     for folder in crates {
         let folder = folder.display();
         let names = [format!("`{folder}`"), format!("`{folder}/")];
-        assert!(names.iter().any(|name| map.contains(name)), "ARCHITECTURE.md: no {folder}");
+        assert!(names.iter().any(|name| map.contains(name)), "ARCHITECTURE.md lacks {folder}");
     }
 }
 
-/// What the compiler reads of other folders is named in one place per crate, so that whoever moves a file
-/// finds all that must follow.
+/// Each crate includes files of other folders in one module only. So whoever moves a file finds every place that must
+/// follow.
 #[test]
 fn only_modules_of_assets_include_files() {
     let macros = ["include_str", "include_bytes"].map(|name| format!("{name}!"));
     let (mut assets, mut others) = (Vec::new(), Vec::new());
     for (path, text) in host_sources() {
-        // What a comment says of them is not read by the compiler.
+        // The compiler does not read paths in comments.
         let mut lines = text.lines().filter(|line| !line.trim_start().starts_with("//"));
         if lines.any(|line| macros.iter().any(|name| line.contains(name.as_str()))) {
             match path.file_name() == Some("assets.rs".as_ref()) {

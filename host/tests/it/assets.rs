@@ -1,13 +1,13 @@
-//! Files of the project that the tests read when they are compiled.
+//! Files of the project that the tests include at compile time.
 
-/// Aggregates that another implementation encoded (`aggregates/make.py`), with the records in them.
+/// Aggregates that another implementation encoded (`aggregates/make.py`), together with the records in them.
 pub const AGGREGATES: &str = include_str!("aggregates/aggregates.json");
 
-/// The book's query that joins dead letters with their records.
+/// Query of the book that joins dead letters with their records.
 pub const DEAD_LETTERS_SQL: &str = include_str!("../../../docs/sql/dead-letters.sql");
 
-/// The text of a plugin by hand that calls the host, with marks to fill in.
+/// Text of a handwritten plugin that calls the host, with placeholders.
 pub const ASKING_WAT: &str = include_str!("walls/guests/asking.wat");
 
-/// The text of a plugin by hand that misbehaves, with marks to fill in.
+/// Text of a handwritten plugin that misbehaves, with placeholders.
 pub const SKELETON_WAT: &str = include_str!("hostile/skeleton.wat");

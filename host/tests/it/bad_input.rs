@@ -12,7 +12,7 @@ use shardmill_kinesis::client;
 use shardmill_kinesis::producer::Producer;
 use shardmill_kinesis::put_call::NewRecord;
 
-/// A folder with a pipeline in it.
+/// Folder that holds a pipeline.
 struct Place {
     folder: tempfile::TempDir,
 }
@@ -26,7 +26,7 @@ impl Place {
         self.folder.path().join(name)
     }
 
-    /// Writes a pipeline of one stage into a SQLite table.
+    /// Writes a pipeline with one stage and a SQLite table.
     fn pipeline(&self, plugin: &str, stage_config: &str, extra: &str) -> String {
         let mart = format!(
             "type = \"sqlite\"\npath = \"{}\"\ntable = \"rows\"\ncreate = true",
@@ -45,7 +45,7 @@ impl Place {
         self.pipeline("car-decode", "[stage.routes]\ncars = [\"mart\"]", "")
     }
 
-    /// JSON rows, as they are put.
+    /// Writes a pipeline that passes JSON rows on unchanged.
     fn rows(&self, extra: &str) -> String {
         let config =
             "[stage.config]\ndefault = \"all\"\nrules = []\n[stage.routes]\nall = [\"mart\"]";
@@ -56,7 +56,7 @@ impl Place {
         rusqlite::Connection::open(self.path("mart.db")).expect("the data mart")
     }
 
-    /// The reasons of the visible dead letters, in order.
+    /// Returns the reasons of the visible dead letters, in order.
     fn dead_letters(&self) -> Vec<String> {
         let state = rusqlite::Connection::open(self.path("state/bad/state.db")).expect("the state");
         let sql = "SELECT reason FROM dead_letter WHERE held = 0 ORDER BY sequence";
@@ -66,7 +66,7 @@ impl Place {
     }
 }
 
-/// Serves the stream `test` with one shard and these records, for the pipelines of a place.
+/// Serves the stream `test` with one shard and these records, for the pipelines of a `Place`.
 fn serve(place: &Place, records: &[Vec<u8>]) -> (tokio::runtime::Runtime, EmbeddedStream) {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let served = runtime.block_on(async {
@@ -94,7 +94,7 @@ async fn put(client: &aws_sdk_kinesis::Client, records: &[Vec<u8>]) {
     producer.flush().await.expect("put");
 }
 
-/// Runs a command that must fail with this exit code; gives what it says.
+/// Runs a command that must fail with this exit code; returns what it prints.
 fn fails(arguments: &[&str], code: i32) -> String {
     let output = run(arguments);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -149,7 +149,7 @@ fn bad_cars_are_dead_letters_and_good_ones_rows() {
 #[test]
 fn bad_rows_are_dead_letters_alone() {
     let place = Place::new();
-    place.mart().execute_batch("CREATE TABLE rows (id INTEGER NOT NULL, name TEXT)").expect("made");
+    place.mart().execute_batch("CREATE TABLE rows (id INTEGER NOT NULL, name TEXT)").expect("sql");
     let records = [
         r#"{"id":1,"name":"a"}"#,
         r#"{"name":"missing"}"#,
@@ -169,7 +169,7 @@ fn bad_rows_are_dead_letters_alone() {
     let rows: i64 =
         place.mart().query_row("SELECT sum(id) FROM rows", [], |row| row.get(0)).expect("rows");
     assert_eq!(rows, 5);
-    // Again: nothing is written twice, nothing more is dead.
+    // A second run: nothing is written twice, and there are no further dead letters.
     run_to_end(&place.rows(""));
     assert_eq!(place.dead_letters().len(), 5);
 }
@@ -177,7 +177,7 @@ fn bad_rows_are_dead_letters_alone() {
 #[test]
 fn a_dropped_column_blocks_the_lane_and_fills_no_dead_letters() {
     let place = Place::new();
-    place.mart().execute_batch("CREATE TABLE rows (id INTEGER NOT NULL, name TEXT)").expect("made");
+    place.mart().execute_batch("CREATE TABLE rows (id INTEGER NOT NULL, name TEXT)").expect("sql");
     let (runtime, served) = serve(&place, &[br#"{"id":1,"name":"a"}"#.to_vec()]);
     let port = free_port();
     let pipeline = place.rows(&crate::support::admin(port));
@@ -225,10 +225,10 @@ fn what_is_no_plugin_is_refused_by_name() {
         bytes
     };
     let cases: [(&str, Vec<u8>, &str); 5] = [
-        ("text.wasm", b"hello".to_vec(), "is no WebAssembly"),
+        ("text.wasm", b"hello".to_vec(), "is not WebAssembly"),
         ("empty.wasm", vec![], "the file is empty"),
         ("core.wasm", b"\0asm\x01\0\0\0".to_vec(), "is a core WebAssembly module, not a component"),
-        ("world.wasm", b"\0asm\x0d\0\x01\0".to_vec(), "it exports nothing"),
+        ("world.wasm", b"\0asm\x0d\0\x01\0".to_vec(), "it has no exports"),
         ("version.wasm", replaced(b"@0.1.0", b"@0.9.0"), "shardmill:plugin/stage@0.9.0"),
     ];
     for (name, bytes, expected) in cases {
@@ -248,11 +248,11 @@ fn routes_are_checked_against_the_plugin() {
     let place = Place::new();
     let unknown = place.pipeline("car-decode", "[stage.routes]\ncarz = [\"mart\"]", "");
     let said = fails(&["check", &unknown], 2);
-    assert!(said.contains("declares no route `carz`") && said.contains("`cars`"), "{said}");
+    assert!(said.contains("unknown route `carz`") && said.contains("`cars`"), "{said}");
     let config = "[stage.config]\ndefault = \"other\"\nrules = [{ field = \"a\", equals = 1, route = \"one\" }]\n[stage.routes]\none = [\"mart\"]";
     let unbound = place.pipeline("route-json", config, "");
     let said = fails(&["check", &unbound], 2);
-    assert!(said.contains("route `other`") && said.contains("bound to no sink"), "{said}");
+    assert!(said.contains("route `other`") && said.contains("not bound to a sink"), "{said}");
 }
 
 #[test]
@@ -268,11 +268,11 @@ fn columns_are_checked_between_two_stages() {
         );
         place.pipeline("csv-decode", &second, "")
     };
-    place.mart().execute_batch("CREATE TABLE rows (id INTEGER, make TEXT)").expect("made");
+    place.mart().execute_batch("CREATE TABLE rows (id INTEGER, make TEXT)").expect("created");
     for (needs, expected) in [
-        (r#"{ name = "id", data_type = "smallint" }"#, "`id` as smallint, which is integer there"),
-        (r#"{ name = "make", data_type = "text" }"#, "`make` not null, which may be null there"),
-        (r#"{ name = "year", data_type = "integer" }"#, "`year`, which is not there"),
+        (r#"{ name = "id", data_type = "smallint" }"#, "`id` as smallint, found integer"),
+        (r#"{ name = "make", data_type = "text" }"#, "`make` not null, found it nullable"),
+        (r#"{ name = "year", data_type = "integer" }"#, "`year`, found none"),
     ] {
         let said = fails(&["check", "--offline", &pipeline(needs)], 2);
         let said = said.split_whitespace().collect::<Vec<_>>().join(" ");
@@ -308,7 +308,7 @@ fn a_second_run_of_the_same_pipeline_is_refused() {
     let lock = place.path("state/bad/lock");
     wait_for("the lock", || std::fs::read_to_string(&lock).is_ok_and(|text| text.trim() == pid));
     let said = fails(&["run", &pipeline], 1);
-    assert!(said.contains(&format!("running already, as process {pid}")), "{said}");
+    assert!(said.contains(&format!("already running, as process {pid}")), "{said}");
     wait_for("the state", || place.path("state/bad/state.db").exists());
     std::thread::sleep(std::time::Duration::from_millis(500));
     assert_eq!(process.terminate(), Some(0));
@@ -332,7 +332,7 @@ fn a_state_folder_without_room_is_named() {
     let place = Place::new();
     let _served = serve(&place, &[]);
     let pipeline = place.cars();
-    // Files may grow to 8 KiB only: every write past that fails, as on a full disk.
+    // Files may not grow beyond 8 KiB: every write past that fails, as on a full disk.
     let script = format!(
         "trap '' XFSZ; ulimit -f 8; exec '{}' run '{pipeline}' --until-caught-up",
         env!("CARGO_BIN_EXE_shardmill")
@@ -342,7 +342,7 @@ fn a_state_folder_without_room_is_named() {
     assert_eq!(output.status.code(), Some(1), "{said}");
     assert!(said.contains("state") && said.contains("free the disk"), "{said}");
     assert!(!said.contains("panicked"), "{said}");
-    // With room again, it runs.
+    // With enough room, the same pipeline runs.
     run_to_end(&pipeline);
 }
 

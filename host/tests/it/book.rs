@@ -1,5 +1,5 @@
-//! The plugin book tells the truth: its sessions at the terminal are repeated, its pipelines are read,
-//! and its code is that of plugins which `languages.rs` builds and runs.
+//! Checks that the plugin book is true: its terminal sessions are replayed, its pipelines are parsed, and its code
+//! belongs to plugins that `languages.rs` builds and runs.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,8 @@ use crate::support::{output, root, with_tools};
 use shardmill_cli::registry::SINK_TYPES;
 use snapbox::Assert;
 
-/// Repeats a session: `$` begins a command, what follows is due. `[..]` is any text, `...` any lines.
+/// Replays a terminal session: `$` begins a command, and the lines after it are the expected output. `[..]` matches
+/// any text, `...` matches any lines.
 macro_rules! sessions {
     ($($test:ident: $session:literal;)+) => {
         const SESSIONS: &[&str] = &[$($session),+];
@@ -46,8 +47,8 @@ fn repeat(session: &str) {
     }
 }
 
-/// The commands of a session, and what is due after each. Lines that begin with `# ANCHOR` are for the
-/// book alone.
+/// Returns the commands of a session, each with its expected output. Lines that begin with `# ANCHOR` are only for
+/// the book and are skipped.
 fn steps(session: &str) -> Vec<(String, String)> {
     let mut steps: Vec<(String, String)> = Vec::new();
     for line in session.lines().filter(|line| !line.starts_with("# ANCHOR")) {
@@ -81,16 +82,16 @@ fn every_pipeline_is_sound() {
     assert!(read >= 5, "{read} pipelines");
 }
 
-/// What a snippet may be: part of something that is tested, as the folder says how.
+/// Folders from which the book may include snippets: each is tested, as the comment on its line says.
 const TESTED: [&str; 8] = [
-    "docs/sessions/",            // repeated above
-    "docs/pipelines/",           // read above
-    "docs/sql/",                 // asked by `walls/dead_letters/copies.rs`
+    "docs/sessions/",            // replayed above
+    "docs/pipelines/",           // parsed above
+    "docs/sql/",                 // run by `walls/dead_letters/copies.rs`
     "examples/plugin-",          // built, tested and run by `languages.rs`
     "host/tests/asking",         // built and run by `languages.rs`
-    "host/workbench/templates/", // each is a newcomer's path in `languages.rs`
-    "wit/",                      // what every plugin here is built from
-    "pipeline.toml",             // read by `config.rs`
+    "host/workbench/templates/", // each is built by `languages.rs`, as a newcomer would
+    "wit/",                      // every plugin of these tests is built from it
+    "pipeline.toml",             // parsed by `config.rs`
 ];
 
 #[test]
@@ -102,18 +103,18 @@ fn every_snippet_is_part_of_something_tested() {
         for fenced in fences.step_by(2) {
             let (language, body) = fenced.split_once('\n').expect("a line");
             if language == "text" {
-                continue; // A drawing.
+                continue; // A diagram, not a snippet.
             }
             for line in body.lines().filter(|line| !line.trim().is_empty()) {
                 let included = line.trim().strip_prefix("{{#include ../../");
                 let included = included.and_then(|rest| rest.strip_suffix("}}"));
-                // What lies in `docs` is named from there.
+                // Paths in `docs` are relative to that folder.
                 let in_docs = line.trim().strip_prefix("{{#include ../");
                 let in_docs = in_docs.and_then(|rest| rest.strip_suffix("}}"));
                 let target = match (included, in_docs) {
                     (Some(target), _) => target.to_owned(),
                     (None, Some(target)) => format!("docs/{target}"),
-                    (None, None) => panic!("{chapter}: {line:?} is not taken from what is tested"),
+                    (None, None) => panic!("{chapter}: {line:?} is not from a tested folder"),
                 };
                 let is_tested = TESTED.iter().any(|tested| target.starts_with(tested));
                 assert!(is_tested, "{chapter}: {target} is not tested");
@@ -125,7 +126,7 @@ fn every_snippet_is_part_of_something_tested() {
     assert!(snippets > 30, "{snippets} snippets");
 }
 
-/// An included file is there, with the anchor named.
+/// Asserts that an included file exists and has the named anchor.
 fn assert_included(chapter: &str, target: &str) {
     let (file, anchor) = target.split_once(':').unwrap_or((target, ""));
     let text = std::fs::read_to_string(root().join(file));
@@ -148,7 +149,7 @@ fn every_link_leads_somewhere_and_every_chapter_is_listed() {
     }
 }
 
-/// `SHARDMILL_UPDATE_GOLDEN=1` writes the page.
+/// Set `SHARDMILL_UPDATE_GOLDEN=1` to write the page.
 #[test]
 fn the_page_of_metrics_is_what_the_code_says() {
     let page = docs().join("src/metrics.md");
@@ -160,7 +161,7 @@ fn the_page_of_metrics_is_what_the_code_says() {
     assert!(found == reference, "docs/src/metrics.md differs from the code:\n{reference}");
 }
 
-/// The book's chapters: their names and texts.
+/// Returns the names and texts of the book's chapters.
 fn chapters() -> Vec<(String, String)> {
     let files = std::fs::read_dir(docs().join("src")).expect("chapters").flatten();
     let files = files.filter(|file| file.path().extension().is_some_and(|name| name == "md"));
@@ -174,7 +175,7 @@ fn docs() -> PathBuf {
     root().join("docs")
 }
 
-/// `SHARDMILL_UPDATE_GOLDEN=1` writes the page.
+/// Set `SHARDMILL_UPDATE_GOLDEN=1` to write the page.
 #[test]
 fn the_reference_of_sinks_is_what_the_types_say() {
     let page = docs().join("src/sink-types.md");

@@ -1,11 +1,11 @@
-//! `shardmill completions SHELL`: a script that the shell takes, with every command in it.
+//! `shardmill completions SHELL`: the script is valid in the shell and contains every command.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
 
 use crate::support::{output, run, run_ok, shardmill};
 
-/// The shells, each with how it looks at a script without running it; `{}`: the script's path.
+/// The shells, each with the command that checks a script without running it; `{}` is the script's path.
 const SHELLS: [(&str, &[&str]); 5] = [
     ("bash", &["bash", "-n", "{}"]),
     ("elvish", &["elvish", "-compileonly", "{}"]),
@@ -22,11 +22,11 @@ const SHELLS: [(&str, &[&str]); 5] = [
     ("zsh", &["zsh", "-n", "{}"]),
 ];
 
-/// The names of a command's subcommands, as its help lists them.
+/// Returns the names of a command's subcommands, as its help lists them.
 fn subcommands(of: &[&str]) -> Vec<String> {
     let help = run_ok(&[of, &["--help"]].concat());
     let Some((_, list)) = help.split_once("Commands:\n") else { return Vec::new() };
-    // Descriptions that are wrapped are indented further.
+    // Wrapped descriptions are indented further than the names.
     let names = list.lines().take_while(|line| !line.is_empty()).filter_map(|line| {
         let line = line.strip_prefix("  ")?;
         (!line.starts_with(' ')).then(|| line.split(' ').next().unwrap_or_default().to_owned())
@@ -34,13 +34,13 @@ fn subcommands(of: &[&str]) -> Vec<String> {
     names.filter(|name| name != "help").collect()
 }
 
-/// Whether a text has a word, between characters that no name has; as an option too.
+/// Whether a text contains a word (or option) that is not part of a longer name.
 fn has_word(text: &str, word: &str) -> bool {
     let is_part = |c: char| c.is_ascii_alphanumeric() || c == '-' || c == '_';
     text.split(|c| !is_part(c)).any(|found| found.trim_start_matches('-') == word)
 }
 
-/// The long options of a command, as its help lists them.
+/// Returns the long options of a command, as its help lists them.
 fn long_options(of: &[&str]) -> Vec<String> {
     let help = run_ok(&[of, &["--help"]].concat());
     let options = help.lines().filter_map(|line| line.trim_start().split("--").nth(1));
@@ -49,7 +49,7 @@ fn long_options(of: &[&str]) -> Vec<String> {
     names.filter(|name| !name.is_empty()).map(str::to_owned).collect()
 }
 
-/// The shells that the binary says it knows.
+/// Returns the shells that the binary lists as possible values.
 fn known_shells() -> Vec<String> {
     let refused = run(&["completions", "ksh"]);
     assert_eq!(refused.status.code(), Some(2));
@@ -62,11 +62,11 @@ fn known_shells() -> Vec<String> {
 
 #[test]
 fn each_shell_has_a_script_with_every_command() {
-    assert_eq!(known_shells(), SHELLS.map(|(shell, _)| shell), "all shells are looked at here");
+    assert_eq!(known_shells(), SHELLS.map(|(shell, _)| shell), "each known shell is in SHELLS");
     let folder = tempfile::tempdir().expect("a folder");
     let commands = subcommands(&[]);
     assert!(commands.len() > 10 && commands.contains(&"completions".to_owned()), "{commands:?}");
-    assert!(!commands.contains(&"compile-component".to_owned()), "it is the binary's own");
+    assert!(!commands.contains(&"compile-component".to_owned()), "an internal command is listed");
     let mut words = commands.clone();
     for command in &commands {
         words.extend(subcommands(&[command]));
@@ -87,12 +87,13 @@ fn each_shell_has_a_script_with_every_command() {
             false => left_out.push(shell),
         }
     }
-    // Bash runs on every machine of ours; the others are looked at where they are installed.
+    // Bash is installed on every machine that runs these tests. The other shells are checked where they are
+    // installed.
     assert!(validated.contains(&"bash"), "{validated:?}");
     println!("scripts that their shell took: {validated:?}; not installed: {left_out:?}");
 }
 
-/// Whether the shell is installed; it must take the script then.
+/// Whether the shell is installed. If it is, it must accept the script.
 fn is_taken(validate: &[&str], script: &Path) -> bool {
     let [shell, arguments @ ..] = validate else { panic!("a command") };
     if Command::new(shell).arg("--version").stdin(Stdio::null()).output().is_err() {
@@ -105,7 +106,7 @@ fn is_taken(validate: &[&str], script: &Path) -> bool {
     true
 }
 
-/// Bash takes it, and offers what begins with the letters that were typed.
+/// Bash accepts the script, and offers the commands that begin with the typed letters.
 #[test]
 fn bash_completes_a_command() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -131,7 +132,7 @@ fn bash_completes_a_command() {
     }
 }
 
-/// A reader that has gone wants nothing more: that is no failure, and no panic.
+/// A reader that closes the pipe early is not an error: the command prints no message and does not panic.
 #[test]
 fn a_closed_pipe_ends_every_script_without_a_word() {
     for (shell, _) in SHELLS {

@@ -1,8 +1,8 @@
-//! Configurations: the one at the root loads, and each bad one in `config_errors/` is refused with
-//! exactly the text beside it.
+//! Configurations: the one at the root of the repository loads, and each invalid one in `config_errors/` is refused
+//! with exactly the text in the file beside it.
 //!
-//! `SHARDMILL_UPDATE_GOLDEN=1 cargo test -p shardmill --test it config::` writes the expected texts;
-//! read the difference before you commit it.
+//! `SHARDMILL_UPDATE_GOLDEN=1 cargo test -p shardmill --test it config::` writes the expected texts; read the
+//! difference before you commit it.
 
 use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
@@ -20,7 +20,7 @@ use shardmill_sink_sqlite::SqliteTarget;
 
 use crate::support::root;
 
-/// The environment of every test here.
+/// Environment variables of every test in this file.
 fn lookup(name: &str) -> Option<String> {
     match name {
         "SET" => Some("value".into()),
@@ -88,12 +88,12 @@ fn the_pipeline_at_the_root_loads() {
     assert_eq!(*layout, Compression::Gzip.into());
 }
 
-/// The defaults that the root's comments promise, taken from the comments themselves.
+/// Checks the defaults that comments of the root's `pipeline.toml` name, by parsing the commented-out lines.
 #[test]
 fn what_the_root_shows_as_default_is_the_default() {
     let text = std::fs::read_to_string(root().join("pipeline.toml")).expect("the root pipeline");
-    let plain = parse(&text).expect("a sound configuration");
-    // Every commented-out key or table that is no example is switched on.
+    let plain = parse(&text).expect("a valid configuration");
+    // Uncomments every key and table that is not an example.
     let (cars, _) = text.split_once("# A PostgreSQL table").expect("the example of a table");
     let (_, admin) = text.split_once("# Health and metrics").expect("the admin table");
     let switched: Vec<&str> = cars
@@ -132,7 +132,7 @@ fn what_the_root_shows_as_default_is_the_default() {
     assert_eq!((listens(&plain), listens(&full)), (None, "127.0.0.1:9901".parse().ok()));
     assert_eq!(full.reload, plain.reload);
     assert_eq!(full.timing, plain.timing);
-    // Written out, an intake is what its address alone makes it.
+    // An intake with all keys written out equals an intake with the address alone.
     let alone = parse(&format!("{text}\n[intake]\nlisten = \"127.0.0.1:8080\"\n"));
     let alone = alone.unwrap_or_else(|error| panic!("{}", error.render(false)));
     assert_eq!((plain.intake.is_none(), &full.intake), (true, &alone.intake));
@@ -141,28 +141,28 @@ fn what_the_root_shows_as_default_is_the_default() {
     assert!(full.admin == alone.admin, "[admin]: expected the defaults");
 }
 
-/// The root promises to show every key. A key counts as shown where its name is a word of the file.
+/// The book's page of the configuration has a row for every key, which begins with the key in backquotes.
 #[test]
-fn every_key_is_shown_at_the_root() {
+fn every_key_is_on_the_page_of_configuration() {
     let read = |path: &str| std::fs::read_to_string(root().join(path)).expect("a file");
-    let root = read("pipeline.toml");
-    let is_part = |c: char| c.is_ascii_alphanumeric() || c == '_';
-    let words: BTreeSet<&str> = root.split(|c| !is_part(c)).collect();
+    let page = read("docs/src/configuration.md");
+    let rows = page.lines().filter_map(|line| line.strip_prefix("| `")?.split_once("` |"));
+    let shown: BTreeSet<&str> = rows.map(|(key, _)| key).collect();
     let raw = read("host/config/src/raw.rs");
     let fields = raw.lines().filter_map(|line| line.strip_prefix("    pub")?.split_once(':'));
     let fields = fields.filter_map(|(field, _)| field.split_whitespace().last());
     let of_sinks = SINK_TYPES.iter().flat_map(|own| own.keys()).map(|key| key.name);
     let keys: Vec<&str> = fields.filter(|key| !key.starts_with('_')).chain(of_sinks).collect();
     assert!(keys.len() > 100, "{} keys", keys.len());
-    let missing: Vec<&&str> = keys.iter().filter(|key| !words.contains(**key)).collect();
-    assert!(missing.is_empty(), "expected all keys in pipeline.toml, missing: {missing:?}");
+    let missing: Vec<&&str> = keys.iter().filter(|key| !shown.contains(**key)).collect();
+    assert!(missing.is_empty(), "expected all keys in configuration.md, missing: {missing:?}");
 }
 
 fn kinesis(config: &PipelineConfig) -> &KinesisConfig {
-    config.source.kinesis().unwrap_or_else(|| panic!("{:?} is no stream", config.source))
+    config.source.kinesis().unwrap_or_else(|| panic!("{:?} is not a stream", config.source))
 }
 
-/// The settings of a sink, which is of this type.
+/// Returns the settings of a sink, which must be of this type.
 fn settings<T: SinkSettings>(config: &PipelineConfig, sink: usize) -> &T {
     let sink = &config.sinks[sink];
     sink.settings.of_type().unwrap_or_else(|| panic!("{sink:?}"))
@@ -243,11 +243,11 @@ fn every_value_arrives() {
     assert_eq!(&config.file.text[one.routes["early"].key_span.clone()], "early");
     assert_eq!(&config.file.text[one.routes["early"].sinks[0].span.clone()], "\"pg\"");
     assert_eq!(config.admin.map(|admin| admin.listen), "127.0.0.1:9901".parse().ok());
-    // The default roll of objects gives way to a small buffer.
+    // A small buffer overrides the default commit size of objects.
     assert_eq!(config.sinks[1].commit_policy.bytes_max, 8 << 20);
 }
 
-/// Each prefix of a file is a mistake that an editor can save.
+/// An editor can save any prefix of a file. Each prefix either parses or gives a readable error.
 #[test]
 fn a_file_cut_anywhere_is_a_readable_error_or_sound() {
     for (end, _) in FULL.char_indices() {
@@ -260,7 +260,7 @@ fn a_file_cut_anywhere_is_a_readable_error_or_sound() {
 
 #[test]
 fn a_secret_reaches_its_sink_and_no_fingerprint() {
-    let config = parse(FULL).expect("a sound configuration");
+    let config = parse(FULL).expect("a valid configuration");
     let PostgresTarget { url, .. } = settings(&config, 0);
     assert_eq!(url, "postgres://u:hunter2@h/db");
     let ObjectsTarget { options, url, .. } = settings(&config, 1);
@@ -274,7 +274,7 @@ fn a_secret_reaches_its_sink_and_no_fingerprint() {
 
 #[test]
 fn a_later_finding_points_into_the_file() {
-    let config = parse(FULL).expect("a sound configuration");
+    let config = parse(FULL).expect("a valid configuration");
     let stage = &config.stages[0];
     let error = config.file.problem(stage.plugin.span.clone(), "there is no such file", "build it");
     assert_eq!(error.to_string(), "conf/pipeline.toml:18:10: there is no such file");

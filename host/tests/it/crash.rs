@@ -1,7 +1,7 @@
-//! `kill -9` at random moments: each record exactly once in SQLite, in PostgreSQL, and over all
-//! objects, while half of the restarts come with a changed route.
+//! `kill -9` at random moments: each record is there exactly once in SQLite, in PostgreSQL, and across all objects.
+//! Half of the restarts also change a route.
 //!
-//! The moments come from `SHARDMILL_SEED` (printed), so a failure can be run again.
+//! The moments are drawn from `SHARDMILL_SEED` (printed), so a failure can be reproduced.
 
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
@@ -14,11 +14,11 @@ use crate::support::flights::{from_csv, in_objects, in_postgres, in_sqlite, same
 use crate::support::pipeline::PipelineToml;
 use crate::support::{Process, postgres_url, run_ok, serve_stream, shardmill, some_flights_csv};
 
-/// How often the run is killed.
+/// Number of times that the run is killed.
 const KILLS: usize = 10;
 
-/// A pipeline of the flights into three kinds of sinks with different rhythms, so that at any
-/// moment each has what the others have not. `laguardia` is the route of that airport.
+/// Writes a pipeline of the flights into three kinds of sinks. Their commit policies differ, so at any moment each
+/// sink has rows that the others do not have yet. `laguardia` is the route of that airport.
 fn pipeline(folder: &Path, schema: &str, laguardia: &str) -> String {
     let example =
         std::fs::read_to_string(crate::support::root().join("examples/flights/pipeline.toml"));
@@ -67,7 +67,7 @@ laguardia = ["laguardia", "pg_laguardia", "logs"]
     file.text()
 }
 
-/// A run whose log is read as it comes.
+/// Run of the binary whose log is read while it is written.
 struct Run {
     process: Process,
     replayed: Arc<AtomicU64>,
@@ -83,7 +83,7 @@ fn start(config: &Path) -> Run {
     let sum = replayed.clone();
     std::thread::spawn(move || {
         for line in BufReader::new(log).lines().map_while(Result::ok) {
-            if line.contains("replayed what only some sinks had") {
+            if line.contains("replayed records that only some sinks had") {
                 let records = line.split("records=").nth(1).expect("a count");
                 let digits: String = records.chars().take_while(char::is_ascii_digit).collect();
                 sum.fetch_add(digits.parse().expect("a count"), Ordering::Relaxed);
@@ -95,7 +95,7 @@ fn start(config: &Path) -> Run {
     Run { process: Process(child), replayed }
 }
 
-/// Whether the fastest sink has committed; it may not have made its table yet.
+/// Whether the fastest sink has committed. Its table may not exist yet.
 fn has_rows(database: &Path) -> bool {
     let count = rusqlite::Connection::open(database).and_then(|database| {
         database.query_row("SELECT count(*) FROM newark", [], |row| row.get::<_, u64>(0))
@@ -126,23 +126,23 @@ fn a_killed_run_loses_nothing_and_doubles_nothing() {
     run_ok(&["stream", "put", "--pipeline", &pipeline, "--skip", "1", &csv]);
 
     for kill in 0..KILLS {
-        // The configuration changes at every second start.
+        // Every second start uses another configuration.
         let config = &configs[(kill / 2) % 2];
         let mut run = start(config);
         let must_kill = |run: &Run| match kill {
-            // One sink has committed what others have not: the next start has something to replay.
+            // One sink has committed rows that others have not: the next start must replay them.
             0 => has_rows(&folder.path().join("flights.db")),
             _ => run.replayed.load(Ordering::Relaxed) > 0,
         };
         let begun = Instant::now();
         while !must_kill(&run) {
             assert!(begun.elapsed() < Duration::from_secs(60), "kill {kill}: nothing was replayed");
-            assert!(run.process.0.try_wait().expect("a state").is_none(), "kill {kill}: it ended");
+            assert!(run.process.0.try_wait().expect("a state").is_none(), "kill {kill}: run ended");
             std::thread::sleep(Duration::from_millis(5));
         }
         let more = Duration::from_millis(random.u64(50..250));
         std::thread::sleep(more);
-        assert!(run.process.0.try_wait().expect("a state").is_none(), "kill {kill}: it ended");
+        assert!(run.process.0.try_wait().expect("a state").is_none(), "kill {kill}: run ended");
         let replayed = run.replayed.load(Ordering::Relaxed);
         drop(run);
         println!("kill {kill}: after {more:?} more, {replayed} records had been replayed");

@@ -1,5 +1,5 @@
-//! A state database with values that cannot be read: a disk, a copy that was cut or a hand has changed them.
-//! Whoever needs such a value says what it is, where it is and the way out; nobody takes a default for it.
+//! A state database with values that cannot be read, after a disk error, a truncated copy or an edit by hand. Every
+//! command that needs such a value names the value, its place and the way out. No command uses a default instead.
 
 use std::collections::BTreeSet;
 use std::io::Write as _;
@@ -11,9 +11,9 @@ use rusqlite::Connection;
 use crate::support::pipeline::PipelineToml;
 use crate::support::{output, run_ok, shardmill};
 
-/// How long a command may take: one that tries again what cannot be mended would never end.
+/// Time limit of a command. A command that retried an error that cannot pass would never end.
 const COMMAND_SECONDS: &str = "60";
-/// Rows of the first runs, and of the run that meets the damage. Each tenth is no JSON.
+/// Rows of the first runs, and of the run that meets the damage. Every tenth row is not JSON.
 const ROWS: u64 = 60;
 const MORE: u64 = 10;
 
@@ -48,7 +48,7 @@ impl Asks {
     }
 }
 
-/// A pipeline that has run, with a copy of all that it keeps.
+/// Pipeline that has run, with a copy of everything that it stores.
 struct Kept {
     folder: tempfile::TempDir,
     file: String,
@@ -63,7 +63,7 @@ impl Kept {
             mart.execute(&create, ()).expect("created");
         }
         drop(mart);
-        // One sink goes for good, and one comes back: there are removals and a hole.
+        // One sink is removed for good, and one is put back: the state has removals and a hole.
         for (rows, sinks) in
             [(0..20, &["a", "back", "gone"][..]), (20..40, &["a"]), (40..ROWS, &["a", "back"])]
         {
@@ -73,7 +73,7 @@ impl Kept {
         }
         let state = kept.state();
         for row in [
-            // What a change, a lost commit, another state and a redrive that was broken off leave.
+            // Rows as left by a change, a lost commit, another state folder and an interrupted redrive.
             "INSERT INTO change (at_ms, kind, stage, before, after, outcome, reason)
              SELECT 1700000000000, 'swap', 'route', id, id, 'promoted', '' FROM generation LIMIT 1",
             "INSERT INTO given_up SELECT 'a', stream, shard, substr('0000000000', 1, 10), 0, '', 0 FROM shard",
@@ -84,7 +84,7 @@ impl Kept {
         drop(state);
         for database in kept.databases() {
             let all = Connection::open(&database).expect("a database");
-            // All of it goes into one file, which is copied.
+            // Moves everything from the write-ahead log into the one file that is copied.
             all.query_row("PRAGMA wal_checkpoint(TRUNCATE)", (), |_| Ok(())).expect("written");
             drop(all);
             std::fs::copy(&database, database.with_extension("kept")).expect("copied");
@@ -135,7 +135,7 @@ impl Kept {
         sinks.iter().fold(file, |file, name| file.sqlite(name, name)).write()
     }
 
-    /// Puts everything back as it was.
+    /// Restores all files from the copies.
     fn restore(&self) {
         for database in self.databases() {
             for end in ["db-wal", "db-shm"] {
@@ -145,7 +145,7 @@ impl Kept {
         }
     }
 
-    /// Runs a command to its end, which must come. Gives its exit code and what it said.
+    /// Runs a command, which must end by itself. Returns its exit code and output.
     fn ask(&self, asks: Asks) -> (Option<i32>, String) {
         let own = shardmill(&[]);
         let mut command = Command::new("timeout");
@@ -156,18 +156,18 @@ impl Kept {
         (done.status.code(), said.concat())
     }
 
-    /// Asserts that a sink has each row of the file once.
+    /// Asserts that a sink has each row of the file exactly once.
     fn assert_exact(&self, what: &str) {
-        let mart = Connection::open(self.path("mart.db")).expect("the mart");
+        let mart = Connection::open(self.path("mart.db")).expect("the data mart");
         let mut query = mart.prepare("SELECT id FROM a ORDER BY id").expect("sql");
         let ids = query.query_map((), |row| row.get(0)).expect("rows");
         let ids: Vec<u64> = ids.map(|id| id.expect("an id")).collect();
         let expected: Vec<u64> = (0..ROWS + MORE).filter(|id| id % 10 != 0).collect();
-        assert_eq!(ids, expected, "{what}: lost or doubled");
+        assert_eq!(ids, expected, "{what}: lost or duplicated rows");
     }
 }
 
-/// Sets a column of all rows of a table, whatever its constraints say: damage asks for none.
+/// Sets a column in all rows of a table and ignores the table's constraints: real damage does not respect them.
 fn damage(state: &Path, table: &str, column: &str, value: &str) {
     let own = Connection::open(state).expect("the state");
     own.execute_batch("PRAGMA foreign_keys = OFF; PRAGMA writable_schema = ON").expect("set");
@@ -180,12 +180,12 @@ fn damage(state: &Path, table: &str, column: &str, value: &str) {
     assert!(changed.expect("damaged") > 0, "{table} has no row");
 }
 
-/// A damage, the commands that cannot do without the value, and what each of them says.
+/// Table, column and damaged value; the commands that need the value; and the texts that each of them must print.
 type Case = (&'static str, &'static str, &'static str, &'static [Asks], &'static [&'static str]);
 
-/// Bytes that are no text.
+/// Bytes that are not valid text.
 const BYTES: &str = "x'ff00'";
-/// A text that is nothing else.
+/// Text that cannot be parsed as anything else.
 const TEXT: &str = "'damaged'";
 
 const CASES: &[Case] = &[
@@ -220,18 +220,30 @@ const CASES: &[Case] = &[
     ("hole", "to_sub", "-7", &[Run, Check], &["-7", "out of range"]),
     ("hole", "why", BYTES, &[Run, Check], &["column why"]),
     ("hole", "recorded_ms", TEXT, &[Run, Check], &["column recorded_ms"]),
-    ("running", "declared", TEXT, &[Run, Check], &["the record of what runs", "--files-count"]),
-    ("running", "running", "'{\"stages\":7}'", &[Run, Check], &["the record of what runs", "7"]),
+    (
+        "running",
+        "declared",
+        TEXT,
+        &[Run, Check],
+        &["record of the running revision", "--files-count"],
+    ),
+    (
+        "running",
+        "running",
+        "'{\"stages\":7}'",
+        &[Run, Check],
+        &["record of the running revision", "7"],
+    ),
     (
         "running",
         "running",
         "json_set(running, '$.stages[0].digest', 'abc')",
         &[Run, Check],
-        &["the record of what runs", "\"abc\"", "64 hexadecimal digits"],
+        &["record of the running revision", "\"abc\"", "64 hexadecimal digits"],
     ),
     ("running", "running", BYTES, &[Run, Check], &["column running"]),
-    ("change", "kind", TEXT, &[History], &["\"damaged\" is unknown"]),
-    ("change", "outcome", TEXT, &[History], &["\"damaged\" is unknown"]),
+    ("change", "kind", TEXT, &[History], &["unknown word \"damaged\""]),
+    ("change", "outcome", TEXT, &[History], &["unknown word \"damaged\""]),
     ("change", "at_ms", TEXT, &[History], &["column at_ms"]),
     ("change", "reason", BYTES, &[History], &["column reason"]),
     ("letter_log_stream", "created_ms", TEXT, &[Run, Check], &["created_ms"]),
@@ -255,7 +267,7 @@ const CASES: &[Case] = &[
     ("seen_state", "number", TEXT, &[Run, Check], &["column number"]),
 ];
 
-/// Tables without a value that a person can damage so that it cannot be read, each with its reason.
+/// Tables that have no value that could be damaged so that it cannot be read, each with the reason.
 const WITHOUT: &[(&str, &str)] = &[
     ("component", "bytes are compared with their digest where a change is undone: see damaged.rs"),
     ("doubtful_letters", "one number, of a state that was replaced"),
@@ -282,7 +294,7 @@ fn a_value_that_cannot_be_read_is_named_with_its_place_and_the_way_out() {
     let mut missing = String::new();
     for (table, column, value, refused, parts) in CASES {
         let what = format!("{table}.{column} = {value}");
-        // Whoever does not need the value does what it does without it.
+        // Commands that do not need the value work as usual.
         let others = [Run, Check].into_iter().filter(|asks| !refused.contains(asks));
         for asks in refused.iter().copied().chain(others) {
             kept.restore();
@@ -299,7 +311,7 @@ fn a_value_that_cannot_be_read_is_named_with_its_place_and_the_way_out() {
                 continue;
             }
             let place = "state/kept/state.db: failed to ";
-            let way_out = ["put the state folder back", "--files-count", "move the file away"];
+            let way_out = ["restore the state folder", "--files-count", "move the file away"];
             let is_reported = code == Some(1)
                 && said.contains(place)
                 && way_out.iter().any(|way_out| said.contains(way_out))
@@ -327,7 +339,7 @@ fn every_table_of_the_state_is_damaged_or_has_a_reason() {
     assert_eq!(damaged.chain(without).collect::<BTreeSet<_>>(), tables);
 }
 
-/// What copies dead letters has a state of its own, in the same file format.
+/// The copying of dead letters has a state of its own, in the same file format.
 #[test]
 fn a_damaged_state_of_the_copies_stops_the_run_too() {
     let kept = Kept::new();
@@ -346,7 +358,7 @@ fn a_damaged_state_of_the_copies_stops_the_run_too() {
     }
 }
 
-/// A file that is cut or overwritten is no database any more.
+/// A file that was truncated or overwritten is not a database any more.
 #[test]
 fn a_file_that_is_no_database_is_refused() {
     let kept = Kept::new();

@@ -1,4 +1,4 @@
-//! Copies of dead letters in sinks, by the real binary: each letter is in each of them once.
+//! Copies of dead letters in sinks, through the real binary: each dead letter is in each of these sinks exactly once.
 
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
@@ -9,7 +9,7 @@ use crate::support::pipeline::PipelineToml;
 use crate::support::{kill_until_it_ends, output, postgres, shardmill, sqlite};
 use serde_json::Value;
 
-/// A pipeline over `rows.ndjson`, whose letters go to the sinks of `dead_letters`.
+/// Writes a pipeline over `rows.ndjson` whose dead letters go to the sinks of `dead_letters`.
 fn pipeline(folder: &Path, dead_letters: &str) -> String {
     let mart = folder.join("mart.db");
     let file = PipelineToml::new(folder, "cars")
@@ -32,7 +32,7 @@ fn pipeline(folder: &Path, dead_letters: &str) -> String {
     file
 }
 
-/// The numbers of the letters, as `dlq list` has them.
+/// Returns the numbers of the dead letters, as `dlq list` shows them.
 fn listed(folder: &Path) -> BTreeSet<i64> {
     let mut list = shardmill(&["dlq", "list", "--json", "--limit", "100000"]);
     let list = output(list.current_dir(folder));
@@ -50,7 +50,7 @@ fn run(folder: &Path) {
     assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
 }
 
-/// The lines of all objects below a folder.
+/// Returns the lines of all objects below a folder.
 fn lines(folder: &Path) -> Vec<String> {
     let mut lines = Vec::new();
     for entry in std::fs::read_dir(folder).expect("a folder") {
@@ -102,7 +102,7 @@ create = true
     let said = String::from_utf8_lossy(&checked.stdout).into_owned();
     assert!(said.contains("sink lake: ready"), "{said}");
     run(folder);
-    // Again, with more: what is copied is not copied again.
+    // A second run with more rows: dead letters that were copied are not copied again.
     let rows = [&rows[..], b"no JSON\n{\"id\":4}\n"].concat();
     std::fs::write(folder.join("rows.ndjson"), rows).expect("written");
     run(folder);
@@ -157,7 +157,7 @@ linger = "10 ms"
     );
     let mut rows = String::new();
     for id in 0..ROWS {
-        // A third is not taken by the route, a third by the table.
+        // The route refuses a third of the rows, and the table another third.
         match id % 3 {
             0 => writeln!(rows, "{{\"id\":{id}}}"),
             1 => writeln!(rows, "{id} is no object"),
@@ -202,8 +202,11 @@ fn fault_13_check_foresees_what_a_start_says_of_a_sink_of_dead_letters_that_was_
         assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
         String::from_utf8_lossy(&checked.stdout).into_owned()
     };
-    assert!(!check().contains("warning: sink table is behind"), "{}", check());
+    assert!(!check().contains("warning: sink table has an earlier position"), "{}", check());
     std::fs::copy(folder.join("backup.db"), &copies).expect("restored");
     let said = check();
-    assert!(said.contains("warning") && said.contains("sink table is behind"), "{said}");
+    assert!(
+        said.contains("warning") && said.contains("sink table has an earlier position"),
+        "{said}"
+    );
 }

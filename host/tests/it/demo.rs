@@ -1,4 +1,4 @@
-//! `shardmill demo`, as a newcomer runs it: twice.
+//! `shardmill demo`, run twice as a newcomer does.
 
 use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader};
@@ -41,7 +41,7 @@ fn the_demo_empties_no_folder_that_it_did_not_make() {
     assert!(folder.path().join("mine.txt").exists());
 }
 
-/// As `shardmill demo | head` does.
+/// Simulates `shardmill demo | head`.
 #[test]
 fn a_demo_that_nobody_reads_any_more_ends() {
     let folder = tempfile::tempdir().expect("a folder");

@@ -1,5 +1,5 @@
-//! `shardmill dlq` by the real binary: what could not be processed is listed, shown, taken elsewhere
-//! and deleted, and nothing else is.
+//! `shardmill dlq` through the real binary: records that could not be processed are listed, shown, exported and
+//! deleted, and no other records are.
 
 use std::path::Path;
 use std::process::Output;
@@ -8,8 +8,8 @@ use crate::support::pipeline::PipelineToml;
 use crate::support::{kill_until_it_ends, output, shardmill};
 use serde_json::Value;
 
-/// A pipeline that has run: two records are fine, one is no JSON, one is no text, one traps, and one
-/// is not taken by the table.
+/// Pipeline that has run: two records are fine, one is not JSON, one is not text, one traps, and one is refused by
+/// the table.
 struct Ran {
     folder: tempfile::TempDir,
 }
@@ -46,7 +46,7 @@ impl Ran {
         crate::support::sqlite(&self.folder.path().join("mart.db"))
     }
 
-    /// The ids in the table, ascending.
+    /// Returns the ids in the table, ascending.
     fn ids(&self) -> Vec<i64> {
         let mart = self.mart();
         let mut query = mart.prepare("SELECT id FROM cars ORDER BY id").expect("a table");
@@ -54,7 +54,7 @@ impl Ran {
         ids.collect::<Result<_, _>>().expect("numbers")
     }
 
-    /// Changes the pipeline's file.
+    /// Edits the pipeline's file.
     fn replace(&self, old: &str, new: &str) {
         let path = self.folder.path().join("pipeline.toml");
         let text = std::fs::read_to_string(&path).expect("read");
@@ -69,7 +69,7 @@ impl Ran {
         String::from_utf8_lossy(&done.stdout).into_owned()
     }
 
-    /// The letters that these options mean, as JSON.
+    /// Returns the dead letters that these options select, as JSON.
     fn listed(&self, options: &[&str]) -> Vec<Value> {
         json_lines(&self.dlq(&[&["list", "--json"], options].concat()))
     }
@@ -108,7 +108,7 @@ fn a_dead_letter_is_shown_with_all_that_is_known() {
     }
     let missing = ran.shardmill(&["dlq", "show", "999"]);
     assert_eq!(missing.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&missing.stderr).contains("no dead letter 999"));
+    assert!(String::from_utf8_lossy(&missing.stderr).contains("unknown dead letter 999"));
 }
 
 #[test]
@@ -134,7 +134,7 @@ fn only_what_is_named_is_deleted() {
     let ran = Ran::new();
     let refused = ran.shardmill(&["dlq", "purge"]);
     assert_eq!(refused.status.code(), Some(1));
-    assert!(String::from_utf8_lossy(&refused.stderr).contains("say --all"));
+    assert!(String::from_utf8_lossy(&refused.stderr).contains("use --all"));
     assert_eq!(ran.listed(&[]).len(), 4);
     assert!(ran.dlq(&["purge", "--stage", "route"]).contains("2 dead letters deleted"));
     let left = ran.listed(&[]);
@@ -178,11 +178,11 @@ fn a_redrive_begins_where_a_record_failed() {
     let before = dead_letters();
     assert_eq!(before.len(), 4);
 
-    // Nothing was mended: each fails again where it did, and keeps its number.
+    // Nothing was fixed: each record fails again at the same place, and its dead letter keeps its number.
     assert_eq!(redriven(&["--all"]), (Some(4), Some(4)));
     assert_eq!(dead_letters(), before);
 
-    // The plugin is mended: one record goes on, and then the table does not take it.
+    // The plugin is fixed: one record passes the stage and is then refused by the table.
     ran.replace("trap_on = \"trap\"", "trap_on = \"nothing\"");
     assert_eq!(redriven(&["--stage", "check"]), (Some(1), Some(1)));
     let at_sink = ran.listed(&["--sink", "mart"]);
@@ -195,19 +195,19 @@ fn a_redrive_begins_where_a_record_failed() {
         |dead_letter: &&Value| dead_letter["original"]["text"] == "{\"id\":2,\"name\":\"trap\"}";
     let moved = shown.iter().find(is_moved).expect("it is at the sink now");
     let shard = moved["shard"].as_str().expect("a shard");
-    assert!(shard.starts_with("file-"), "it has the place of its record: {moved}");
+    assert!(shard.starts_with("file-"), "expected the shard of its record: {moved}");
 
-    // The table is mended as well: one row is taken, the other is wrong for ever.
+    // The table is fixed as well: it accepts one row and will never accept the other.
     ran.mart().execute_batch("ALTER TABLE cars ADD COLUMN name text").expect("altered");
     assert_eq!(redriven(&["--sink", "mart"]), (Some(2), Some(1)));
     assert_eq!(ran.ids(), [1, 2, 3]);
     assert_eq!(dead_letters().len(), 3);
 
-    // What is not in the pipeline any more takes nothing, and nothing is begun.
+    // A redrive into a stage that was removed from the pipeline is refused before anything runs.
     ran.replace("name = \"route\"", "name = \"verify\"");
     let refused = ran.shardmill(&["dlq", "redrive", "--all"]);
     let said = String::from_utf8_lossy(&refused.stderr).into_owned();
-    assert!(!refused.status.success() && said.contains("stage:route is not in"), "{said}");
+    assert!(!refused.status.success() && said.contains("stage:route is no longer in"), "{said}");
     assert_eq!(redriven(&["--sink", "mart"]), (Some(1), Some(1)));
     let refused = ran.shardmill(&["dlq", "redrive"]);
     assert!(String::from_utf8_lossy(&refused.stderr).contains("--all"));

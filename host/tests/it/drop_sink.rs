@@ -1,4 +1,4 @@
-//! `run --drop-sink`: a sink that is gone from the configuration while it lags is given up, by its name.
+//! `run --drop-sink NAME`: gives up a sink that was removed from the configuration while it lagged.
 
 use std::process::{Output, Stdio};
 
@@ -6,7 +6,7 @@ use crate::support::pipeline::PipelineToml;
 use crate::support::world::{STREAM, World};
 use crate::support::{Process, run, run_ok, shardmill, wait_for};
 
-/// The pipeline of the world's stream into a table for each of these sinks. `b` commits after an hour.
+/// Writes a pipeline of the world's stream into one table per sink. Sink `b` commits only after an hour.
 fn pipeline(world: &World, sinks: &[&str]) -> String {
     let file = PipelineToml::new(world.folder.path(), "reading")
         .stream(STREAM, "embedded", "poll_interval = \"20 ms\"")
@@ -25,7 +25,7 @@ fn pipeline(world: &World, sinks: &[&str]) -> String {
     file.write()
 }
 
-/// The ids in a sink's table, sorted.
+/// Returns the ids in a sink's table, sorted.
 fn ids(world: &World, table: &str) -> Vec<u64> {
     let mart = world.mart();
     let mut query = mart.prepare(&format!("SELECT id FROM {table} ORDER BY id")).expect("sql");
@@ -47,7 +47,7 @@ fn assert_refused(arguments: &[&str], parts: &[&str]) {
     }
 }
 
-/// What the state says of sinks and shards: a refused start changes none of it.
+/// Returns what the state says of sinks and shards: a refused start changes none of it.
 fn noted(world: &World) -> Vec<String> {
     let state = world.state();
     let tables = [
@@ -87,11 +87,11 @@ fn a_lagging_sink_that_is_gone_is_dropped_by_its_name_alone() {
     drop(running);
     assert!(ids(&world, "b").is_empty(), "it commits after an hour");
 
-    // Nobody said that `b` may be given up, or a name that gives up nothing was said: nothing is changed.
+    // Without `--drop-sink b`, or with a name that gives up nothing, the start is refused and changes nothing.
     let file = pipeline(&world, &["a", "c"]);
     let before = noted(&world);
     let start = ["run", &file, "--until-caught-up"];
-    assert_refused(&start, &["sink b is gone", "behind the other sinks", "`--drop-sink b`"]);
+    assert_refused(&start, &["sink b is missing", "lags the other sinks", "`--drop-sink b`"]);
     for (name, parts) in [
         ("bb", &["--drop-sink bb", "unknown sink", "gone from the configuration: `b`"][..]),
         ("B", &["--drop-sink B", "unknown sink", "gone from the configuration: `b`"]),
@@ -105,7 +105,7 @@ fn a_lagging_sink_that_is_gone_is_dropped_by_its_name_alone() {
     }
     assert_eq!(noted(&world), before);
 
-    // The others go on from where they were.
+    // The other sinks go on from their positions.
     world.put(40..60, 10);
     let dropping = [&start[..], &["--drop-sink", "b"]].concat();
     let said = run_ok(&dropping);
@@ -113,9 +113,9 @@ fn a_lagging_sink_that_is_gone_is_dropped_by_its_name_alone() {
     for name in ["a", "c"] {
         assert_eq!(ids(&world, name), range(0..60), "{name}");
     }
-    assert!(ids(&world, "b").is_empty(), "it is not written to any more");
+    assert!(ids(&world, "b").is_empty(), "a dropped sink gets no rows");
 
-    // A service may have the option in its command: it says that it does nothing, and starts.
+    // A service may always pass the option: the run says that it has no effect, and starts.
     world.put(60..80, 10);
     let said = run_ok(&dropping);
     assert!(said.contains("sink b was dropped before") && said.contains("no effect"), "{said}");
@@ -130,7 +130,7 @@ fn a_lagging_sink_that_is_gone_is_dropped_by_its_name_alone() {
         &["unknown sink", "gone from the configuration: none"],
     );
 
-    // One that comes back is configured, and lacks what it was not given.
+    // A sink that comes back is configured again. It lacks the records that it was not given.
     let all = pipeline(&world, &["a", "b", "c"]);
     let again = ["run", &all, "--until-caught-up"];
     assert_refused(&[&again[..], &["--drop-sink", "b"]].concat(), &["still configured"]);
@@ -159,7 +159,7 @@ fn a_pipeline_that_never_ran_has_no_sink_to_drop() {
     run_ok(&["run", &file]);
 }
 
-/// The sinks that copy dead letters have names and positions of their own.
+/// Sinks that copy dead letters have names and positions of their own.
 #[test]
 fn a_sink_of_dead_letters_is_dropped_by_the_same_option() {
     let folder = tempfile::tempdir().expect("a folder");

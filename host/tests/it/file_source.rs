@@ -1,4 +1,4 @@
-//! The lines of a file, through the real binary.
+//! The file source, which reads the lines of a file, through the real binary.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -7,7 +7,7 @@ use std::process::{Output, Stdio};
 use crate::support::pipeline::PipelineToml;
 use crate::support::{Process, run, shardmill, wait_for};
 
-/// A folder with a file, a pipeline that reads it, and the table that its rows go to.
+/// Folder with a file, a pipeline that reads it, and the table that gets the rows.
 struct Place {
     folder: tempfile::TempDir,
 }
@@ -45,7 +45,7 @@ impl Place {
         ids.map(|id| id.expect("an id")).collect()
     }
 
-    /// The payloads of the dead letters.
+    /// Returns the payloads of the dead letters.
     fn dead_letters(&self) -> Vec<Vec<u8>> {
         let state = self.folder.path().join("state/file/state.db");
         let state = rusqlite::Connection::open(state).expect("the state");
@@ -75,7 +75,7 @@ impl Place {
         crate::support::run(&["run", &pipeline])
     }
 
-    /// The run ends by itself, and well.
+    /// Runs the pipeline, which must end by itself and succeed.
     fn run_ok(&self, extra: &str) {
         let output = self.run(extra);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -134,11 +134,11 @@ fn a_file_that_was_cut_is_refused() {
     let output = place.run("");
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{error}");
-    assert!(error.contains("rows.ndjson: cannot go on at byte 990"), "{error}");
-    assert!(error.contains("cut or written over"), "{error}");
+    assert!(error.contains("rows.ndjson: cannot resume at byte 990"), "{error}");
+    assert!(error.contains("cut or overwritten"), "{error}");
 }
 
-/// The same inode, the same length, line ends at the same places: only the content tells.
+/// Inode, length and positions of line breaks are the same: only the content differs.
 #[test]
 fn a_file_that_was_written_over_is_refused() {
     let place = Place::new(&rows(100..200));
@@ -147,7 +147,7 @@ fn a_file_that_was_written_over_is_refused() {
     let output = place.run("");
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{error}");
-    assert!(error.contains("cut or written over"), "{error}");
+    assert!(error.contains("cut or overwritten"), "{error}");
     assert!(place.ids().into_iter().eq(100..200));
 }
 
@@ -160,14 +160,15 @@ fn a_last_line_that_gets_its_end_later_is_read_once() {
     place.append(b"\r\n{\"id\":3}\n");
     place.run_ok("");
     assert_eq!(place.ids(), [1, 2, 3]);
-    // A line that goes on after it was read cannot be taken back.
+    // The last line was read before it was complete, and cannot be taken back.
     place.append(b"{\"id\":4}");
     place.run_ok("");
     place.append(b"5}\n");
     assert_eq!(place.run("").status.code(), Some(1));
 }
 
-/// Its first half was delivered. The old file cannot be put back, and another path would give all lines once more.
+/// The first half of the line was delivered. The old file cannot be restored, and reading from another path would
+/// deliver all lines again.
 #[test]
 fn fault_31_a_line_that_was_read_too_early_is_ended_where_it_was_read() {
     let first = b"{\"id\":1}\n{\"id\":2}";
@@ -181,13 +182,13 @@ fn fault_31_a_line_that_was_read_too_early_is_ended_where_it_was_read() {
         assert_eq!(output.status.code(), Some(1), "{command}: {said}");
         let bytes = first.len();
         for part in [
-            format!("rows.ndjson: cannot go on at byte {bytes}"),
+            format!("rows.ndjson: cannot resume at byte {bytes}"),
             format!("keep its first {bytes} bytes, then a line break, then the lines after"),
         ] {
             assert!(said.contains(&part), "{command}: {part:?} is missing in {said}");
         }
     }
-    // As it says, in the same file.
+    // Follows the advice in the message, with the same file.
     place.write(&[&first[..], b"\n{\"id\":3}\n"].concat());
     let checked = crate::support::run(&["check", &pipeline]);
     assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
@@ -217,7 +218,7 @@ fn what_is_no_file_is_refused() {
     let output = crate::support::run(&["run", &pipeline]);
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{error}");
-    assert!(error.contains("no regular file"), "{error}");
+    assert!(error.contains("not a regular file"), "{error}");
 }
 
 #[test]
@@ -298,8 +299,8 @@ fn fault_31_check_refuses_a_file_that_cannot_be_read() {
     std::fs::write(&there, "{\"id\":1}\n").expect("written");
     for (path, cause) in [
         (folder.path().join("missing"), "No such file"),
-        (folder.path().to_owned(), "no regular file"),
-        (pipe, "no regular file"),
+        (folder.path().to_owned(), "not a regular file"),
+        (pipe, "not a regular file"),
         (there, ""),
     ] {
         let pipeline = PipelineToml::new(folder.path(), "checked")

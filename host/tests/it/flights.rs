@@ -1,4 +1,4 @@
-//! `examples/flights` as it stands: 336,776 real flights, typed, in three tables.
+//! `examples/flights` exactly as in the repository: 336,776 real flights, with types, in three tables.
 
 use std::collections::BTreeMap;
 use std::process::Stdio;
@@ -7,10 +7,10 @@ use std::time::Duration;
 use crate::support::flights::{COLUMNS, TABLES, from_csv, in_objects, in_sqlite, same_multiset};
 use crate::support::{Process, flights_csv, root, run_ok, serve_stream, shardmill};
 
-/// What the run may hold in memory at its peak, without the stream, in KiB.
+/// Limit of the run's peak memory, without the stream, in KiB.
 const PEAK_KIB_MAX: u64 = 300 * 1024;
 
-/// The count of rows and the sum of each number column of the CSV, per airport.
+/// Returns the number of rows and the sum of each numeric column of the CSV, by airport.
 fn sums_of_csv() -> BTreeMap<String, (i64, Vec<i64>)> {
     let mut airports: BTreeMap<String, (i64, Vec<i64>)> = BTreeMap::new();
     for line in from_csv(&flights_csv()) {
@@ -25,7 +25,7 @@ fn sums_of_csv() -> BTreeMap<String, (i64, Vec<i64>)> {
     airports
 }
 
-/// The same, of a table.
+/// Returns the same figures of a table.
 fn sums_of_table(database: &rusqlite::Connection, table: &str) -> (i64, Vec<i64>) {
     let column = |sql: String| database.query_row(&sql, [], |row| row.get::<_, i64>(0));
     let rows = column(format!("SELECT count(*) FROM {table}")).expect(table);
@@ -36,7 +36,7 @@ fn sums_of_table(database: &rusqlite::Connection, table: &str) -> (i64, Vec<i64>
     (rows, sums.to_vec())
 }
 
-/// The peak of a process's resident memory so far, in KiB.
+/// Returns the peak of a process's resident memory so far, in KiB.
 fn peak_kib(pid: u32) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
     let line = status.lines().find(|line| line.starts_with("VmHWM:"))?;
@@ -61,7 +61,7 @@ fn every_flight_is_in_its_airports_table_with_its_types() {
     ] {
         assert!(with_places(arguments).status().expect("it starts").success(), "{arguments:?}");
     }
-    // Twice: the second run finds everything done.
+    // The second run finds that everything is done.
     for _ in 0..2 {
         let mut run = with_places(&["run", &pipeline, "--until-caught-up"]);
         let mut run = Process(run.stdout(Stdio::null()).spawn().expect("it starts"));

@@ -1,5 +1,5 @@
-//! A sink that is out of reach and is given up, by the real binary: the shard goes on, and each row is
-//! in the table or among the dead letters, never in both, whatever became of the last commit.
+//! A sink that is unreachable and is given up, through the real binary. The shard goes on, and each row is in the
+//! table or among the dead letters, never in both, whatever the outcome of the last commit was.
 
 use std::fmt::Write as _;
 use std::ops::Range;
@@ -12,10 +12,10 @@ use crate::support::{
     Process, postgres, postgres_url, run_ok, serve_stream, shardmill, sqlite, wait_for,
 };
 
-/// Rows that are put at once.
+/// Number of rows that are put at once.
 const PIECE: u64 = 40;
 
-/// Writes the pipeline's file; gives its path.
+/// Writes the pipeline's file; returns its path.
 fn pipeline(folder: &Path, url: &str, table: &str) -> String {
     let mart = format!(
         "type = \"postgres\"\nurl = \"{url}\"\ntable = \"{table}\"\n[sink.commit]\nrows = 10\n\
@@ -37,7 +37,7 @@ fn ids(table: &str) -> Vec<u64> {
     ids.iter().map(|id| id.parse().expect("an id")).collect()
 }
 
-/// Loses the sink at a word of the client, puts rows, has the sink again, puts more.
+/// Cuts the connection at a word of the client, puts rows, restores the connection, and puts more rows.
 async fn lose_and_find(test: &str, cut: Cut) {
     let folder = tempfile::tempdir().expect("a folder");
     let table = format!("given_up_{test}_{}", std::process::id());
@@ -82,7 +82,7 @@ async fn lose_and_find(test: &str, cut: Cut) {
             state.query_row(count, [held], |row| row.get(0)).expect("a count")
         };
         wait_for("all to be given up", || kept(2) == PIECE);
-        assert_eq!(kept(0), 0, "nobody knows yet what the sink has");
+        assert_eq!(kept(0), 0, "a dead letter is visible before the outcome is known");
 
         proxy.accept();
         put(2 * PIECE..3 * PIECE);
@@ -102,7 +102,7 @@ async fn lose_and_find(test: &str, cut: Cut) {
         }
         found.sort_unstable();
         assert_eq!(found, (0..3 * PIECE).collect::<Vec<_>>(), "{in_table} are in the table");
-        // Where the commit had landed, its rows are no letters.
+        // If the commit had taken effect, its rows are not dead letters.
         let landed = matches!(cut, Cut::AfterAndRefuse("COMMIT\0"));
         assert_eq!(in_table > 2 * PIECE, landed, "{in_table}");
         assert!(in_copy(3 * PIECE), "the other sink has all");
@@ -110,7 +110,7 @@ async fn lose_and_find(test: &str, cut: Cut) {
     postgres_in_thread(&format!("DROP TABLE {table}"));
 }
 
-/// Runs statements from a thread that has no runtime.
+/// Runs statements in a thread that has no runtime.
 fn postgres_in_thread(sql: &str) {
     std::thread::scope(|scope| scope.spawn(|| postgres(sql)).join().expect("no panic"));
 }

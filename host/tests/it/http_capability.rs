@@ -1,4 +1,4 @@
-//! The capability `http` against a real server: what is sent, what comes back, what is refused.
+//! The capability `http` against a real server: the request sent, the response returned, and what is refused.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -16,7 +16,7 @@ use tokio::runtime::Handle;
 
 const SECRET: &str = "Bearer hunter2";
 
-/// A server that tells what it was asked; its port.
+/// Starts a server that echoes each request; returns its port.
 async fn server() -> u16 {
     let echo = |asked: Asked| async move {
         let (head, body) = asked.into_parts();
@@ -40,7 +40,7 @@ async fn server() -> u16 {
     port
 }
 
-/// As many bytes as asked for: with their number ahead, or in chunks.
+/// Answers with as many bytes as requested: with a Content-Length, or in chunks.
 async fn bytes(
     axum::extract::Path(count): axum::extract::Path<usize>,
     headers: HeaderMap,
@@ -161,7 +161,7 @@ async fn who_does_not_answer_may_answer_later() {
     let nobody = send(&grant, asked(&format!("http://127.0.0.1:{gone_port}/"))).await;
     let nobody = nobody.expect_err("nobody listens");
     assert!(nobody.retryable && nobody.message.starts_with("127.0.0.1: "), "{nobody:?}");
-    // This server speaks no TLS.
+    // This server does not support TLS.
     let tls = send(&grant, asked(&format!("https://127.0.0.1:{port}/echo"))).await;
     assert!(tls.expect_err("no TLS").retryable);
 }
@@ -171,7 +171,7 @@ async fn what_is_not_granted_is_not_sent() {
     let public = HttpHostConfig { private: false, ..host("api.example.com", None) };
     let grant = grant(&[host("127.0.0.1", Some(1)), public]);
     for (url, expected) in [
-        ("nonsense", "the URL cannot be read"),
+        ("nonsense", "invalid URL"),
         ("ftp://api.example.com/", "`ftp://` is not granted"),
         ("file:///etc/passwd", "`file://` is not granted"),
         ("https://example.com/", "example.com:443 is not granted"),
@@ -182,8 +182,8 @@ async fn what_is_not_granted_is_not_sent() {
         ("https://u:p@api.example.com/", "a user or a password"),
         ("https://evil.example/?api.example.com", "evil.example:443 is not granted"),
         ("https://evil.example\\@api.example.com/", "evil.example:443 is not granted"),
-        ("http://api.example.com/", "by https:// only"),
-        ("http://API.EXAMPLE.COM/", "by https:// only"),
+        ("http://api.example.com/", "for https:// only"),
+        ("http://API.EXAMPLE.COM/", "for https:// only"),
         ("http://127.0.0.1:2/", "127.0.0.1:2 is not granted"),
         ("http://127.0.0.1/", "127.0.0.1:80 is not granted"),
     ] {
@@ -195,14 +195,14 @@ async fn what_is_not_granted_is_not_sent() {
         refused(&grant, request, "is not granted for api.example.com: GET, POST are").await;
     }
     for (name, value, expected) in [
-        ("Host", "evil.example", "`host` is the host's to set"),
+        ("Host", "evil.example", "`host` cannot be set by a plugin"),
         ("connection", "close", "`connection` is the host's"),
         ("Transfer-Encoding", "chunked", "`transfer-encoding` is the host's"),
         ("content-length", "1", "`content-length` is the host's"),
         ("Proxy-Authorization", "x", "`proxy-authorization` is the host's"),
         ("AUTHORIZATION", "mine", "`authorization` is set by the grant"),
-        ("a b", "x", "\"a b\" is no name of a header"),
-        ("x", "a\r\nhost: evil.example", "not one line of text"),
+        ("a b", "x", "not a valid header name: \"a b\""),
+        ("x", "a\r\nhost: evil.example", "expected one line of text"),
     ] {
         let request = HttpRequest { headers: vec![(name.into(), value.into())], ..asked(url) };
         refused(&grant, request, expected).await;
@@ -211,7 +211,7 @@ async fn what_is_not_granted_is_not_sent() {
     refused(&grant, many, "more than 100 headers").await;
 }
 
-/// A grant of a name is no grant of the addresses of this machine.
+/// A grant for a name does not extend to the addresses of this machine.
 #[tokio::test(flavor = "multi_thread")]
 async fn an_address_that_is_not_public_is_refused() {
     let port = server().await;

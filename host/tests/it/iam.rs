@@ -1,4 +1,4 @@
-//! docs/iam.md is true: its policies allow the Kinesis operations that the code calls, and no other.
+//! Checks that docs/iam.md is true: its policies allow exactly the Kinesis operations that the code calls.
 
 use std::collections::BTreeSet;
 
@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::support::{host_sources, root};
 
-/// The operations of the API, by the names that policies give them.
+/// Operations of the API, by their names in policies.
 ///
 /// Source: API reference, "Actions".
 const OPERATIONS: &str = "AddTagsToStream CreateStream DecreaseStreamRetentionPeriod \
@@ -21,7 +21,7 @@ const OPERATIONS: &str = "AddTagsToStream CreateStream DecreaseStreamRetentionPe
 /// Actions of other services that the page may allow.
 const OTHER_ACTIONS: [&str; 3] = ["kms:Decrypt", "kms:GenerateDataKey", "sts:AssumeRole"];
 
-/// The JSON blocks of the page.
+/// Returns the JSON blocks of the page.
 fn policies() -> Vec<Value> {
     let page = std::fs::read_to_string(root().join("docs/iam.md")).expect("the page");
     let blocks = page.split("```json\n").skip(1);
@@ -29,7 +29,7 @@ fn policies() -> Vec<Value> {
     text.map(|text| serde_json::from_str(text).expect(text)).collect()
 }
 
-/// All actions that a policy allows.
+/// Returns all actions that a policy allows.
 fn actions(policy: &Value) -> impl Iterator<Item = &str> {
     let statements = policy["Statement"].as_array().expect("statements").iter();
     statements
@@ -37,7 +37,7 @@ fn actions(policy: &Value) -> impl Iterator<Item = &str> {
         .map(|action| action.as_str().expect("an action"))
 }
 
-/// The sources of the crates, without the tests in them.
+/// Returns the sources of the crates, without the tests in them.
 fn code() -> String {
     let sources = host_sources().into_iter().filter(|(path, _)| !path.starts_with("host/tests"));
     sources
@@ -45,7 +45,7 @@ fn code() -> String {
         .collect()
 }
 
-/// The name of the client's method: `ListShards` is `list_shards`.
+/// Returns the name of the client's method: `ListShards` is `list_shards`.
 fn method(operation: &str) -> String {
     let mut name = String::new();
     for letter in operation.chars() {
@@ -72,7 +72,7 @@ fn the_policies_allow_what_the_code_calls_and_no_more() {
         .filter_map(|action| action.strip_prefix("kinesis:"))
         .collect();
     let without: Vec<_> = called.difference(&allowed).collect();
-    assert!(without.is_empty(), "docs/iam.md allows nobody to call {without:?}");
+    assert!(without.is_empty(), "docs/iam.md does not allow {without:?}");
     let unused: Vec<_> = allowed.difference(&called).collect();
     assert!(unused.is_empty(), "docs/iam.md allows {unused:?}, which nothing calls");
 }

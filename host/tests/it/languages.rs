@@ -1,6 +1,6 @@
-//! Plugins in every language: a newcomer's path, the examples, and memory that stays.
+//! Plugins in every language: a newcomer's path, the examples, and memory that does not grow.
 //!
-//! A language is one line of each table below; `cargo xtask test` says where its compiler is.
+//! A language is one line in each table below. `cargo xtask test` names the compilers.
 
 use std::collections::BTreeSet;
 use std::io::{Read as _, Write as _};
@@ -18,7 +18,8 @@ use shardmill_plugin::{
 use crate::support::pipeline::PipelineToml;
 use crate::support::{output, root, run_ok, serve_stream, shardmill, with_tools};
 
-/// `shardmill new plugin`, one line edited, `plugin build`, a run; then the memory of its instance.
+/// Runs `shardmill new plugin`, edits one line, runs `plugin build` and a pipeline; then checks the memory of an
+/// instance.
 macro_rules! newcomers {
     ($($test:ident: $language:literal, $source:literal;)+) => {
         $(#[test] fn $test() { newcomers_path($language, $source); })+
@@ -33,7 +34,7 @@ newcomers! {
     a_newcomers_path_in_python: "python", "plugin.py";
 }
 
-/// An example is built and run: it prints what its `expected.ndjson` holds.
+/// Builds and runs an example, which must print what its `expected.ndjson` contains.
 macro_rules! examples {
     ($($test:ident: $folder:literal, dead_letters: $dead_letters:literal;)+) => {
         $(#[test] fn $test() { example($folder, $dead_letters); })+
@@ -48,7 +49,8 @@ examples! {
     access_logs_in_python: "plugin-python", dead_letters: 2;
 }
 
-/// What a language's library makes of capabilities. Rust's near ones are `plugins/probe`'s matter.
+/// Tests the capabilities through each language's library. For Rust, `plugins/probe` covers those that the host itself
+/// answers.
 macro_rules! asking {
     ($($test:ident: $asks:ident($language:literal);)+) => {
         $(#[test] fn $test() { $asks($language); })+
@@ -76,11 +78,11 @@ fn newcomers_path(language: &str, source: &str) {
     let source = folder.join(source);
     let text = std::fs::read_to_string(&source).expect("the source");
     let lines = text.lines().filter(|line| line.contains("edit me"));
-    let [line] = lines.collect::<Vec<_>>()[..] else { panic!("one line to edit is due") };
+    let [line] = lines.collect::<Vec<_>>()[..] else { panic!("expected one line to edit") };
     let edited = text.replace(line, &line.replace("Hello", "Ahoy"));
     std::fs::write(&source, edited).expect("written");
 
-    // The cases see the change, and accept it.
+    // The test cases report the changed output, and are then updated to accept it.
     let test = |options: &[&str]| {
         let mut command = shardmill(&["test", &shown]);
         let tested = output(with_tools(command.args(options)));
@@ -93,7 +95,7 @@ fn newcomers_path(language: &str, source: &str) {
     let (code, passed) = test(&["--no-build"]);
     assert!(code == Some(0) && passed.contains("2 passed, 0 failed"), "{passed}");
 
-    // The one that was tested.
+    // The component that was tested.
     let component = folder.join("my-first.wasm");
     crate::walls::assert_parts_fit(&component);
 
@@ -104,8 +106,8 @@ fn newcomers_path(language: &str, source: &str) {
     assert_eq!(lines, [r#"{"greeting":"Ahoy, Ada!"}"#, r#"{"greeting":"Ahoy, Grace!"}"#]);
     assert_eq!(dead_letters(&folder.join("state")), 1);
 
-    // Not in Python: componentize-py 0.25.1 never frees the arena that a call hands back, even where it is
-    // the same bytes object each time. The stage's limit of memory ends such an instance.
+    // Not for Python: componentize-py 0.25.1 never frees the arena that a call returns, even if it is the same bytes
+    // object each time. The stage's memory limit ends such an instance.
     if language != "python" {
         memory_stays(&component);
     }
@@ -130,7 +132,7 @@ fn example(name: &str, expected_dead_letters: u64) {
         assert!(ran.status.success(), "{arguments:?}: {}", String::from_utf8_lossy(&ran.stderr));
         ran.stdout
     };
-    // Records that are no lines come by a stream.
+    // Records that are not lines of text come from a stream.
     let binary = folder.join("input.bin");
     let _stream = binary.exists().then(|| {
         let stream = serve_stream(&state);
@@ -139,13 +141,13 @@ fn example(name: &str, expected_dead_letters: u64) {
         with_places(&["stream", "put", "--pipeline", &pipeline, "--format", "binary", &records]);
         stream
     });
-    let expected = std::fs::read_to_string(folder.join("expected.ndjson")).expect("what is due");
+    let expected = std::fs::read_to_string(folder.join("expected.ndjson")).expect("the file");
     let printed = with_places(&["run", &pipeline, "--until-caught-up"]);
     assert_eq!(rows(&printed), expected.lines().collect::<Vec<_>>());
     assert_eq!(dead_letters(&state), expected_dead_letters);
 }
 
-/// A plugin that asks the host, built in a place of its own.
+/// Builds a plugin that calls the host, in a folder of its own.
 pub fn asking(distance: &str, language: &str) -> (tempfile::TempDir, String) {
     let place = tempfile::tempdir().expect("a folder");
     let folder = root().join("host/tests/asking").join(format!("{distance}-{language}"));
@@ -154,7 +156,7 @@ pub fn asking(distance: &str, language: &str) -> (tempfile::TempDir, String) {
     (place, component.display().to_string())
 }
 
-/// Runs a pipeline of a plugin in its place, which must end well; gives what it printed and its log.
+/// Runs a pipeline of a plugin in its folder, which must succeed; returns what it printed and its log.
 pub fn run_asking(place: &Path, stage: &str, input: &str) -> (Vec<u8>, String) {
     let component = place.join("plugin.wasm").display().to_string();
     PipelineToml::new(place, "asking")
@@ -169,7 +171,7 @@ pub fn run_asking(place: &Path, stage: &str, input: &str) -> (Vec<u8>, String) {
     (ran.stdout, log)
 }
 
-/// Log, metrics, clock and random: imported, and no more; and their answers are read right.
+/// The component imports log, metrics, clock and random, and nothing more, and it reads their answers correctly.
 fn asks_near(language: &str) {
     let (place, component) = asking("near", language);
     assert!(imports(&component).into_iter().eq(["clock", "log", "metrics", "random"]));
@@ -181,8 +183,8 @@ fn asks_near(language: &str) {
     assert!(log.contains("saw Honda") && log.contains("saw Volvo"), "{log}");
 }
 
-/// Lookup and http: a record is in a table, the next one is known to a server that wants a secret, the
-/// third names a server that fails at first, the fourth one that is not granted.
+/// Lookup and http: the first record is in a table, the second is known to a server that requires a secret, the third
+/// names a server that fails at first, and the fourth names one that is not granted.
 fn asks_far(language: &str) {
     let (place, component) = asking("far", language);
     assert!(imports(&component).into_iter().eq(["http", "lookup"]));
@@ -221,7 +223,8 @@ query = "SELECT make, country FROM cars WHERE make IN (SELECT value FROM json_ea
     assert!(dead_letters == 1 && reason.contains("127.0.0.1:9"), "{dead_letters}: {reason}");
 }
 
-/// A call of the host has a limit of its own; the record that made it is the culprit, and its neighbours go on.
+/// A call of the host has a time limit of its own. The record that made the call is the culprit, and its neighbours
+/// go on.
 #[test]
 fn a_record_that_sleeps_through_a_call_of_the_host_is_found_alone() {
     let (place, _) = asking("far", "rust");
@@ -254,14 +257,14 @@ query = "SELECT make, country FROM cars WHERE make IN (SELECT value FROM json_ea
     );
 }
 
-/// How many dead letters a pipeline in this place has, and the reason of one.
+/// Returns the number of dead letters of a pipeline in this folder, and the reason of one of them.
 pub fn dead_letters_and_reason(place: &Path) -> (u64, String) {
     let state = crate::support::sqlite(&place.join("state/asking/state.db"));
     let dead_letters = "SELECT count(*), coalesce(max(reason), '') FROM dead_letter";
-    state.query_row(dead_letters, (), |row| Ok((row.get(0)?, row.get(1)?))).expect("letters")
+    state.query_row(dead_letters, (), |row| Ok((row.get(0)?, row.get(1)?))).expect("dead letters")
 }
 
-/// A server on a port of loopback that tells what it was asked, as JSON. One path it never answers.
+/// Starts a server on loopback that echoes each request as JSON, and never answers one path; returns its port.
 pub async fn car_server() -> u16 {
     let echo = |asked: axum::extract::Request| async move {
         let (head, body) = asked.into_parts();
@@ -290,7 +293,7 @@ pub async fn car_server() -> u16 {
     port
 }
 
-/// A server that hangs up on the first request and answers all others.
+/// Starts a server that closes the first connection without an answer and answers all other requests.
 fn flaky_server() -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let port = listener.local_addr().expect("an address").port();
@@ -305,7 +308,8 @@ fn flaky_server() -> u16 {
     port
 }
 
-/// The capabilities that a component imports. Read, not compiled: a Python plugin takes half a minute.
+/// Returns the capabilities that a component imports. They are parsed, not compiled: compiling a Python plugin takes
+/// half a minute.
 fn imports(component: &str) -> BTreeSet<String> {
     let bytes = std::fs::read(component).expect("a component");
     let decoded = wit_component::decode(&bytes).expect("its types");
@@ -320,7 +324,7 @@ fn imports(component: &str) -> BTreeSet<String> {
     ours.filter(|name| name != "types").collect()
 }
 
-/// A component's cases hold, and it does what every plugin must.
+/// Asserts that a component's test cases and the conformance checks pass.
 fn conforms(folder: &Path, component: &Path) {
     let beside = component.with_file_name("tests");
     std::fs::create_dir_all(&beside).expect("a folder");
@@ -334,7 +338,7 @@ fn conforms(folder: &Path, component: &Path) {
     assert_eq!(checked.matches("ok      ").count(), 11, "{checked}");
 }
 
-/// Builds a plugin's folder by the compilers that the tests were told of.
+/// Builds a plugin's folder with the compilers that `cargo xtask test` names.
 fn build(folder: &Path, component: &Path) {
     let (folder, component) = (folder.display().to_string(), component.display().to_string());
     let mut command: Command = shardmill(&["plugin", "build", &folder, "-o", &component]);
@@ -343,13 +347,13 @@ fn build(folder: &Path, component: &Path) {
     crate::walls::assert_parts_fit(Path::new(&component));
 }
 
-/// The rows among the lines that a run prints.
+/// Returns the rows among the lines that a run prints.
 fn rows(printed: &[u8]) -> Vec<&str> {
     let text = std::str::from_utf8(printed).expect("UTF-8");
     text.lines().filter(|line| line.starts_with('{')).collect()
 }
 
-/// The letters in the one store below a state folder.
+/// Returns the number of dead letters in the one store below a state folder.
 fn dead_letters(state: &Path) -> u64 {
     let pipelines = std::fs::read_dir(state).expect("the state").flatten();
     let mut stores = pipelines.map(|pipeline| pipeline.path().join("state.db"));
@@ -358,8 +362,8 @@ fn dead_letters(state: &Path) -> u64 {
     crate::support::sqlite(&store).query_row(count, (), |row| row.get(0)).expect("a count")
 }
 
-/// Calls an instance of the greeting plugin with a million records: after the first tenth, its memory
-/// grows no more.
+/// Calls an instance of the greeting plugin with a million records. After the first tenth, its memory does not grow
+/// any more.
 fn memory_stays(component: &Path) {
     const CALLS: usize = 50;
     let engine = PluginEngine::new().expect("an engine");
@@ -379,7 +383,7 @@ fn memory_stays(component: &Path) {
         Instance::start(&plugin, &Default::default(), &context, &services).expect("configured");
     let mut first = None;
     for call in 0..CALLS {
-        // Small ones between the large: what a call leaves behind must not depend on its size.
+        // Small batches between large ones: the memory left after a call must not depend on the batch's size.
         for records in [20_000, 1, 300] {
             let outcome = instance.process(&batch(records, call), 60_000);
             let outcome = outcome.expect("an answer").expect("an outcome");
@@ -390,13 +394,13 @@ fn memory_stays(component: &Path) {
             first = Some(instance.memory_bytes());
         }
     }
-    // An engine with an allocator of its own may need another piece; a leak is millions of records.
+    // An engine with its own allocator may need one more block; a leak would add up over millions of records.
     const SPARE_BYTES: usize = 1 << 20;
     let (first, last) = (first.expect("calls"), instance.memory_bytes());
     assert!(last <= first + SPARE_BYTES, "{first} after a tenth of the calls, {last} after all");
 }
 
-/// People of different names, by records and calls.
+/// People with names that differ by record and call.
 fn batch(records: u32, call: usize) -> WireBatch {
     const SEQUENCE: &str = "49590338271490256608559692538361571095921575989136588898";
     let mut arena = format!("key{SEQUENCE}").into_bytes();
@@ -420,7 +424,7 @@ fn batch(records: u32, call: usize) -> WireBatch {
     WireBatch { arena, inputs }
 }
 
-/// `shardmill dev`: a save is built, swapped in and shown; one that does not compile changes nothing.
+/// `shardmill dev`: a saved change is built, swapped in and shown; one that does not compile changes nothing.
 #[test]
 fn a_save_shows_what_it_changes() {
     use std::io::{BufRead as _, BufReader};
@@ -444,7 +448,7 @@ fn a_save_shows_what_it_changes() {
         panic!("{end}: {printed:?}");
     };
     until("running on sample records");
-    // The samples are on their way: a candidate is tried on what has passed.
+    // Waits until samples are kept: a candidate is tried on records that have passed.
     thread::sleep(std::time::Duration::from_secs(6));
     let source = folder.join("src/lib.rs");
     let text = std::fs::read_to_string(&source).expect("the source");
@@ -455,6 +459,6 @@ fn a_save_shows_what_it_changes() {
     };
     assert!(has('-', "Hello") && has('+', "Ahoy"), "{printed:?}");
     std::fs::write(&source, "no Rust").expect("written");
-    until("not built, the version before runs on");
+    until("build failed, the previous version keeps running");
     assert_eq!(dev.wait().code(), Some(0));
 }

@@ -1,8 +1,8 @@
-//! Lookups against a real PostgreSQL and real SQLite files: what the rows look like, what is kept,
-//! and what is refused.
+//! Lookups against a real PostgreSQL and real SQLite files: the rows that they return, what is cached, and what is
+//! refused.
 //!
-//! `cargo xtask test` starts a throw-away server and names it in `SHARDMILL_TEST_POSTGRES`. Each test
-//! has a schema of its own.
+//! `cargo xtask test` starts a throw-away server and names it in `SHARDMILL_TEST_POSTGRES`. Each test has a schema of
+//! its own.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -39,7 +39,7 @@ fn open(config: &LookupConfig) -> Arc<Lookup> {
     Arc::new(Lookup::new(config, Handle::current()).expect("a lookup"))
 }
 
-/// Asks as a lane does: from a blocking thread.
+/// Calls the lookup as a lane does: from a blocking thread.
 async fn get(lookup: &Arc<Lookup>, keys: &[&str]) -> Result<Vec<Option<String>>, LookupError> {
     let lookup = Arc::clone(lookup);
     let keys: Vec<String> = keys.iter().map(|key| (*key).to_owned()).collect();
@@ -51,7 +51,7 @@ async fn get(lookup: &Arc<Lookup>, keys: &[&str]) -> Result<Vec<Option<String>>,
     Ok(rows.into_iter().map(|row| row.map(|row| row.to_string())).collect())
 }
 
-/// The rows as text, `-` for none.
+/// Returns the rows as text, `-` for none.
 async fn rows(lookup: &Arc<Lookup>, keys: &[&str]) -> String {
     let rows = get(lookup, keys).await.expect("rows");
     let texts: Vec<String> = rows.into_iter().map(|row| row.unwrap_or("-".into())).collect();
@@ -62,7 +62,7 @@ async fn refusal(lookup: &Arc<Lookup>) -> String {
     lookup.prepare().await.expect_err("a refusal").to_string()
 }
 
-/// A schema of a test's own.
+/// Schema of a test's own.
 struct Mart {
     client: Client,
     schema: String,
@@ -85,7 +85,7 @@ impl Mart {
         self.client.batch_execute(sql).await.expect(sql);
     }
 
-    /// A lookup in this schema; its connections bear the schema's name.
+    /// Configures a lookup in this schema; its connections have the schema's name.
     fn config(&self, query: &str) -> LookupConfig {
         let url = format!(
             "{}?application_name={schema}&options=-c%20search_path%3D{schema}%20-c%20TimeZone%3DAsia/Tokyo",
@@ -172,17 +172,17 @@ async fn postgres_queries_that_cannot_serve_are_refused_at_load() {
     )
     .await;
     for (query, expected) in [
-        ("SELECT id, v FROM t", "has 0 parameters and is to have one"),
-        ("SELECT id, v FROM t WHERE id = ANY($1) AND v = $2", "has 2 parameters"),
-        ("SELECT id FROM t WHERE id = ANY($1)", "has 1 columns"),
-        ("SELECT id, v, v FROM t WHERE id = ANY($1)", "two columns \"v\""),
-        ("SELECT id, v FROM t WHERE id = $1", "of type int4"),
+        ("SELECT id, v FROM t", "one parameter, the keys"),
+        ("SELECT id, v FROM t WHERE id = ANY($1) AND v = $2", "found 2 parameters"),
+        ("SELECT id FROM t WHERE id = ANY($1)", "at least two columns, the key first, found 1"),
+        ("SELECT id, v, v FROM t WHERE id = ANY($1)", "two columns named \"v\""),
+        ("SELECT id, v FROM t WHERE id = $1", "unsupported type int4"),
         ("SELECT id, v FROM tt WHERE id = ANY($1)", "\"lookup_refused.tt\" does not exist"),
         ("SELECT id, v FROM t WHERE id = ANY($1); SELECT 1, 2", "multiple commands"),
-        ("DELETE FROM t WHERE id = ANY($1) RETURNING id, v", "not a SELECT"),
+        ("DELETE FROM t WHERE id = ANY($1) RETURNING id, v", "expected a SELECT"),
         (
             "WITH d AS (DELETE FROM t WHERE id = ANY($1) RETURNING id, v) SELECT * FROM d",
-            "not a SELECT",
+            "expected a SELECT",
         ),
         ("SELECT id, v FROM t WHERE id = ANY($1) FOR UPDATE", "read-only transaction"),
     ] {
@@ -193,7 +193,7 @@ async fn postgres_queries_that_cannot_serve_are_refused_at_load() {
             "{query}: {refused}"
         );
     }
-    // What only shows when it runs is refused by the server.
+    // The server refuses what shows only when the query runs.
     let sly = mart.lookup("SELECT id, put(id) FROM t WHERE id = ANY($1)");
     let refused = get(&sly, &["1"]).await.expect_err("a write");
     assert!(refused.message.contains("read-only transaction"), "{refused}");
@@ -234,7 +234,7 @@ async fn what_is_kept_is_not_fetched_again_until_it_is_too_old() {
     mart.sql("UPDATE t SET v = 2; INSERT INTO t VALUES (2, 2), (3, 3)").await;
     assert_eq!(rows(&kept, &["1", "2", "3"]).await, r#"{"v":1} - {"v":3}"#);
     assert_eq!(rows(&fresh, &["1", "2", "3"]).await, r#"{"v":2} {"v":2} {"v":3}"#);
-    // A cache with one place answers every key all the same.
+    // A cache for one row still answers every key.
     let found = rows(&small, &["3", "2"]).await;
     assert!(found.starts_with(r#"{"v":3} "#), "{found}");
 }
@@ -248,7 +248,7 @@ async fn a_server_that_comes_back_is_asked_again() {
     mart.sql("SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE application_name = 'lookup_back'")
         .await;
     assert_eq!(rows(&lookup, &["2"]).await, r#"{"v":2}"#);
-    // The prepared query does not fit the table any longer.
+    // The prepared query does not match the table any more.
     mart.sql("ALTER TABLE t ALTER v TYPE text").await;
     assert_eq!(rows(&lookup, &["3"]).await, r#"{"v":"3"}"#);
 }
@@ -279,7 +279,7 @@ async fn a_statement_that_takes_too_long_ends_and_the_next_is_answered() {
     let error = get(&lookup, &["1"]).await.expect_err("it sleeps for a minute");
     assert!(error.retryable, "{error:?}");
     assert_eq!(rows(&lookup, &["2", "3"]).await, r#"{"v":""} -"#);
-    // The server gave the statement up as well.
+    // The server has cancelled the statement too.
     loop {
         let asleep = "SELECT count(*) FROM pg_stat_activity \
                       WHERE application_name = 'lookup_slow' AND wait_event = 'PgSleep'";
@@ -291,7 +291,7 @@ async fn a_statement_that_takes_too_long_ends_and_the_next_is_answered() {
     }
 }
 
-/// Lanes that all ask at once share four connections, which stay for the next queries.
+/// Lanes that ask at the same time share four connections, which stay open for later queries.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_lookup_has_four_connections_at_most() {
     const CONNECTIONS: i64 = 4;
@@ -322,9 +322,9 @@ async fn a_lookup_has_four_connections_at_most() {
     assert_eq!(most, CONNECTIONS);
     let kept = "SELECT count(*) FROM pg_stat_activity WHERE application_name = 'lookup_four'";
     let deadline = Instant::now() + Duration::from_secs(10);
-    // One more was closed after the query had been described: the server may still be about to notice.
+    // One further connection was closed after the query had been described: the server may not have noticed yet.
     while mart.client.query_one(kept, &[]).await.expect("a count").get::<_, i64>(0) != CONNECTIONS {
-        assert!(Instant::now() < deadline, "other than {CONNECTIONS} connections are kept");
+        assert!(Instant::now() < deadline, "expected {CONNECTIONS} open connections");
         tokio::time::sleep(Duration::from_millis(20)).await;
     }
 }
@@ -339,8 +339,8 @@ async fn keys_that_the_query_cannot_stand_are_the_keys_fault() {
     assert_eq!(rows(&lookup, &["2"]).await, r#"{"v":1}"#);
 }
 
-/// Lanes that ask for the same keys at the same time wait for each other, in any order of the keys:
-/// each key is fetched once.
+/// Lanes that ask for the same keys at the same time wait for each other, in any order of the keys: each key is
+/// fetched once.
 #[tokio::test(flavor = "multi_thread")]
 async fn lanes_that_ask_at_once_share_what_one_fetches() {
     let mart = Mart::new("lanes").await;
@@ -348,7 +348,7 @@ async fn lanes_that_ask_at_once_share_what_one_fetches() {
         "CREATE TABLE t (id int, v int); INSERT INTO t SELECT n, n FROM generate_series(1, 99) n",
     )
     .await;
-    // Slow enough that lanes meet while a query runs.
+    // The query is slow enough for lanes to meet while it runs.
     let lookup = mart.lookup("SELECT id, v, pg_sleep(0.005)::text AS s FROM t WHERE id = ANY($1)");
     let counted = Arc::new(PrometheusBuilder::new().build_recorder());
     let keys: Vec<String> = (1..=100).map(|n| n.to_string()).collect();
@@ -381,7 +381,7 @@ async fn lanes_that_ask_at_once_share_what_one_fetches() {
     }
 }
 
-/// A SQLite file made by a script.
+/// Makes a SQLite file with a script.
 fn sqlite(folder: &Path, script: &str) -> LookupSource {
     let path = folder.join("t.db");
     let connection = rusqlite::Connection::open(&path).expect("a database");
@@ -429,12 +429,15 @@ async fn sqlite_queries_that_cannot_serve_are_refused() {
     let table =
         sqlite(folder.path(), "CREATE TABLE t (id INT, v INT); INSERT INTO t VALUES (1, 1)");
     for (query, expected) in [
-        ("SELECT * FROM t", "has 0 parameters and is to have one"),
-        ("SELECT * FROM t WHERE id = ?1 AND v = ?2", "has 2 parameters"),
-        ("SELECT id FROM t WHERE id IN (SELECT value FROM json_each(?1))", "has 1 columns"),
-        ("SELECT id, v, v FROM t WHERE id = ?1", "two columns \"v\""),
+        ("SELECT * FROM t", "one parameter, the keys"),
+        ("SELECT * FROM t WHERE id = ?1 AND v = ?2", "found 2 parameters"),
+        (
+            "SELECT id FROM t WHERE id IN (SELECT value FROM json_each(?1))",
+            "at least two columns, the key first, found 1",
+        ),
+        ("SELECT id, v, v FROM t WHERE id = ?1", "two columns named \"v\""),
         ("SELECT * FROM tt WHERE id = ?1", "no such table: tt"),
-        ("DELETE FROM t WHERE id <> ?1 RETURNING id, v", "the query writes"),
+        ("DELETE FROM t WHERE id <> ?1 RETURNING id, v", "found one that writes"),
     ] {
         let refused = refusal(&open(&config(table.clone(), query))).await;
         assert!(

@@ -1,4 +1,4 @@
-//! Tests of the host from outside: the library's sinks and the real binary against real parts, in one
+//! Tests of the host from outside: the library's sinks and the real binary against real servers. They are one
 //! program, so that the library is linked once.
 #![allow(
     dead_code,

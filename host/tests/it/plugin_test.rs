@@ -1,4 +1,4 @@
-//! `shardmill test`, `plugin conformance` and `plugin bench`, by the real binary on bundled plugins.
+//! `shardmill test`, `plugin conformance` and `plugin bench`, through the real binary with bundled plugins.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::support::pipeline::PipelineToml;
 use crate::support::{output, plugin, run, run_ok, shardmill};
 
-/// A component in a folder of its own, with cases beside it.
+/// A component in a folder of its own, with test cases beside it.
 struct Tested {
     folder: tempfile::TempDir,
     component: PathBuf,
@@ -31,7 +31,7 @@ impl Tested {
         fs::read_to_string(self.folder.path().join(name)).expect(name)
     }
 
-    /// Runs `shardmill test` on it; gives the exit code and standard output.
+    /// Runs `shardmill test` on it; returns the exit code and standard output.
     fn test(&self, options: &[&str]) -> (i32, String) {
         let mut command = shardmill(&["test"]);
         command.arg(&self.component).args(options);
@@ -141,7 +141,7 @@ fn bundled_plugins_conform() {
     }
 }
 
-/// The checks that fail for the hostile plugin under a configuration.
+/// Returns the checks that fail for the hostile plugin with a configuration.
 fn failing(config: &str) -> Vec<String> {
     let done = run(&["plugin", "conformance", &plugin("hostile"), "--config", config, "--json"]);
     let lines = String::from_utf8(done.stdout).expect("UTF-8");
@@ -159,14 +159,14 @@ fn what_does_not_conform_is_found() {
     assert_eq!(failing("{}"), Vec::<String>::new());
     let all = failing(r#"{"trap_on":""}"#);
     assert!(all.contains(&"one record".into()) && all.len() >= 8, "{all:?}");
-    // Not to be seen with one record, nor by a search of the culprit.
+    // One record alone cannot show the wrong order, and neither can a search for the culprit.
     let order = failing(r#"{"unordered_on":""}"#);
     assert!(order.contains(&"10,000 records".into()), "{order:?}");
     assert!(!order.contains(&"one record".into()), "{order:?}");
     let refused = failing(r#"{"refuse":"no"}"#);
-    assert_eq!(refused, ["it takes its configuration and describes itself"]);
+    assert_eq!(refused, ["it accepts its configuration and describes itself"]);
     let format = failing(r#"{"format":"json"}"#);
-    assert_eq!(format, ["it takes its configuration and describes itself"]);
+    assert_eq!(format, ["it accepts its configuration and describes itself"]);
 }
 
 #[test]
@@ -206,11 +206,11 @@ fn dead_letters_become_cases_without_what_is_redacted() {
     let options = ["--from-dlq", "--pipeline", &pipeline, "--redact", "/user/email"];
     let (code, text) = tested.test(&options);
     assert!(code == 0 && text.contains("1 cases in"), "{text}");
-    assert!(text.contains("1 records left out: they are no JSON"), "{text}");
+    assert!(text.contains("1 records left out: they are not valid JSON"), "{text}");
     let captured = tested.read("tests/captured.ndjson");
     assert!(captured.contains("x@x.xxxxxxx") && !captured.contains("c@d.example"), "{captured}");
     assert!(captured.contains("\"reject\"") && captured.contains("boat"), "{captured}");
-    // What was captured holds, and would not if the plugin did something else.
+    // The captured case passes, and would fail if the plugin did something else.
     let (code, text) = tested.test(&["--filter", "captured"]);
     assert!(code == 0 && text.contains("1 passed, 0 failed"), "{text}");
 }
@@ -221,7 +221,7 @@ fn a_streams_records_become_cases() {
     let pipeline = pipeline(tested.folder.path());
     let listed = run_ok(&["run", &pipeline]);
     assert!(listed.contains("a@b.example"), "{listed}");
-    // A file's sequence numbers are its lines' places: the whole file is one range.
+    // A file's sequence numbers are positions in the file: the range covers the whole file.
     let range = format!("file-000000000000:0..{}", u64::MAX);
     let options = ["--from-stream", &range, "--pipeline", &pipeline];
     let (code, text) = tested.test(&options);

@@ -1,7 +1,6 @@
-//! PostgreSQL is restarted ten times while rows flow into it: each row is there once, and nobody had
-//! to do anything.
+//! PostgreSQL is restarted ten times while rows flow into it: each row is there once, and nobody had to intervene.
 //!
-//! The server is a throw-away one of this test alone: others run beside it.
+//! The server belongs to this test alone: other tests run at the same time.
 
 use std::fmt::Write as _;
 use std::os::unix::fs::MetadataExt as _;
@@ -12,10 +11,10 @@ use crate::support::pipeline::PipelineToml;
 use crate::support::{Process, postgres_at, run_ok, serve_stream, shardmill, wait_for};
 
 const RESTARTS: u64 = 10;
-/// Many commits' worth, so that a restart finds one under way.
+/// Rows of many commits, so that a restart interrupts one.
 const ROWS_PER_RESTART: u64 = 40_000;
 
-/// The server that is restarted.
+/// Returns the URL of the server that is restarted.
 fn url() -> String {
     std::env::var("SHARDMILL_TEST_RESTARTED_POSTGRES").expect(
         "SHARDMILL_TEST_RESTARTED_POSTGRES names a throw-away PostgreSQL of its own: run `cargo xtask test`",
@@ -26,7 +25,7 @@ fn postgres(sql: &str) -> Vec<String> {
     postgres_at(&url(), sql)
 }
 
-/// Restarts the server. `fast` ends sessions and writes what it has; `immediate` is a crash.
+/// Restarts the server. `fast` ends sessions and writes their data; `immediate` is a crash.
 fn restart(mode: &str) {
     let programs = std::env::var("SHARDMILL_TEST_POSTGRES_PROGRAMS")
         .expect("SHARDMILL_TEST_POSTGRES_PROGRAMS names pg_ctl's folder: run `cargo xtask test`");
@@ -41,13 +40,13 @@ fn restart(mode: &str) {
         command.arg("--clear-groups").arg(&pg_ctl);
     }
     command.args(["restart", "-w", "-t", "60", "-m", mode, "-D"]).arg(&data);
-    // Its output goes nowhere: the server that it leaves behind would hold a pipe open.
+    // Output goes to /dev/null: the server that `pg_ctl` leaves running would keep a pipe open.
     command.args(["-l", "/dev/null"]).current_dir("/");
     let status = command.stdout(Stdio::null()).stderr(Stdio::null()).status();
     assert!(status.expect("pg_ctl").success(), "{command:?}");
 }
 
-/// Writes the pipeline's file; gives its path.
+/// Writes the pipeline's file; returns its path.
 fn pipeline(folder: &Path, schema: &str) -> String {
     let url = url();
     let sink = |table: &str, lines: &str| {
@@ -72,7 +71,7 @@ fn count(table: &str) -> u64 {
 fn ten_restarts_of_postgres_lose_and_double_nothing() {
     let folder = tempfile::tempdir().expect("a folder");
     let schema = format!("restarts_{}", std::process::id());
-    // A primary key would hide a doubled row: the first table has none, the second must agree.
+    // A primary key would hide a duplicated row: the first table has none, and the second must have the same rows.
     postgres(&format!(
         "CREATE SCHEMA {schema}; CREATE TABLE {schema}.appended (id bigint NOT NULL); \
          CREATE TABLE {schema}.merged (id bigint PRIMARY KEY)"

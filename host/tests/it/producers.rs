@@ -1,4 +1,4 @@
-//! Putting records: `stream put` from files, and the HTTP intake, through the real binary.
+//! Producers: `stream put` from files, and the HTTP intake, through the real binary.
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -19,7 +19,7 @@ use shardmill_kinesis::client;
 use shardmill_kinesis::producer::Producer;
 use shardmill_kinesis::put_call::NewRecord;
 
-/// A stream `test` in this process.
+/// Stream `test`, served by this process.
 struct Served {
     runtime: tokio::runtime::Runtime,
     server: EmbeddedStream,
@@ -59,7 +59,7 @@ impl Served {
         all
     }
 
-    /// What each shard holds: keys and payloads, in order.
+    /// Returns the keys and payloads of each shard, in order.
     fn shards(&self) -> Vec<Vec<(String, String)>> {
         self.runtime.block_on(async {
             let mut shards: Vec<Vec<(String, String)>> = Vec::new();
@@ -96,7 +96,7 @@ impl Served {
         all
     }
 
-    /// A pipeline whose stream is behind `endpoint`, with an intake on a free port.
+    /// Writes a pipeline whose stream is at `endpoint`, with an intake on a free port.
     fn pipeline(&self, endpoint: &str, intake: &str) -> String {
         PipelineToml::new(self.folder.path(), "events")
             .stream("test", endpoint, "")
@@ -119,14 +119,14 @@ fn owned(pairs: &[(&str, &str)]) -> Vec<(String, String)> {
     pairs.iter().map(|(key, text)| ((*key).to_owned(), (*text).to_owned())).collect()
 }
 
-/// Starts a command that serves an intake; gives its address.
+/// Starts a command that serves an intake; returns its address too.
 fn intake(command: &str, pipeline: &str) -> (Process, SocketAddr) {
     let mut command = shardmill(&[command, pipeline]);
     let mut child = command.stdout(Stdio::piped()).spawn().expect("the binary starts");
     let output = child.stdout.take().expect("piped");
     let process = Process(child);
     let (found, address) = std::sync::mpsc::channel();
-    // The pipe stays open: a process whose reader went away is another test.
+    // Keeps the pipe open: another test closes it early.
     std::thread::spawn(move || {
         for line in BufReader::new(output).lines().map_while(Result::ok) {
             let address =
@@ -140,7 +140,7 @@ fn intake(command: &str, pipeline: &str) -> (Process, SocketAddr) {
     (process, address.expect("the intake says within a minute where it is"))
 }
 
-/// Sends one request; gives the whole answer.
+/// Sends one request; returns the whole answer.
 fn send(address: SocketAddr, headers: &str, body: &[u8]) -> String {
     let mut connection = TcpStream::connect(address).expect("connected");
     connection.set_read_timeout(Some(Duration::from_secs(60))).expect("set");
@@ -149,7 +149,7 @@ fn send(address: SocketAddr, headers: &str, body: &[u8]) -> String {
         "POST /events HTTP/1.1\r\nHost: h\r\nConnection: close\r\nContent-Length: {length}\r\n{headers}\r\n"
     );
     connection.write_all(head.as_bytes()).expect("sent");
-    // A body that is too large is refused before it is read.
+    // The write may fail: a body that is too large is refused before it is read.
     let _ = connection.write_all(body);
     let mut answer = Vec::new();
     let _ = connection.read_to_end(&mut answer);
@@ -160,7 +160,7 @@ fn status(answer: &str) -> &str {
     answer.split(' ').nth(1).unwrap_or(answer)
 }
 
-/// In front of a server: passes everything on while it is open, nothing while it is held.
+/// Proxy in front of a server. It passes requests on while it is open, and keeps them while it is held.
 struct Front {
     url: String,
     is_paused: Arc<AtomicBool>,
@@ -192,7 +192,7 @@ impl Front {
         self.is_paused.store(is_paused, Ordering::SeqCst);
     }
 
-    /// Waits until a request is held.
+    /// Waits until a request is kept.
     fn wait_for_one(&self) {
         crate::support::wait_for("a request", || self.waiting.load(Ordering::SeqCst) > 0);
     }
@@ -244,10 +244,10 @@ fn bad_inputs_are_named_with_their_place() {
     let cases: [(&[u8], &[&str], &str); 6] = [
         (b"{\"id\":1}\n{\"no\":1}\n", &fields, ":2: the record has no member \"id\""),
         (b"{\"id\":1}\nnothing\n", &fields, ":2: not JSON"),
-        (b"\0\0\0\x01a\0\0\0\x09b", &["--format", "binary"], "at byte 5: the record at this byte"),
+        (b"\0\0\0\x01a\0\0\0\x09b", &["--format", "binary"], "at byte 5: truncated record"),
         (b"a\n", &["--key", ""], ":1: the partition key has 0 characters"),
         (b"a\n", &["--key-field", "id"], "add --format ndjson"),
-        // The stream's own limit is known to the server alone.
+        // Only the server knows the stream's own limit.
         (&large, &[], "PutRecords failed for stream test"),
     ];
     for (bytes, arguments, expected) in cases {
@@ -313,7 +313,7 @@ fn what_is_answered_200_is_on_the_stream() {
         (json, &b""[..], "400", "the body is empty"),
         (ndjson, b"{\"id\":1}\n{", "400", "line 2: not JSON"),
         (json, b"{}", "400", "no member"),
-        ("", &[b'x'; (64 << 10) + 1], "413", "more than 65536 bytes"),
+        ("", &[b'x'; (64 << 10) + 1], "413", "expected at most 65536 bytes"),
     ] {
         let answer = send(address, headers, body);
         assert!(status(&answer) == code && answer.contains(expected), "{code}: {answer}");
@@ -342,7 +342,7 @@ fn a_record_over_the_streams_limit_fails_its_own_request_only() {
     let served = Served::start(1, StoreOptions::default());
     let front = Front::of(&served.server);
     let (_process, address) = intake("intake", &served.pipeline(&front.url, ""));
-    // Held back by a first request, the others meet in one call.
+    // Requests that wait for the first one are put together in one call.
     front.pause(true);
     let first = std::thread::spawn(move || send(address, "", b"first"));
     front.wait_for_one();
@@ -399,14 +399,14 @@ fn a_pipeline_that_is_stopped_answers_the_requests_in_hand() {
     assert!(served.all().iter().any(|(_, text)| text == "in hand"));
 }
 
-/// Sends a request with a head of its own, in pieces; gives the whole answer.
+/// Sends a request with this head, in pieces; returns the whole answer.
 fn send_pieces(address: SocketAddr, head: &str, pieces: &[&[u8]]) -> String {
     let mut connection = TcpStream::connect(address).expect("connected");
     connection.set_read_timeout(Some(Duration::from_secs(60))).expect("set");
     let head = format!("POST /events HTTP/1.1\r\nHost: h\r\nConnection: close\r\n{head}\r\n");
     connection.write_all(head.as_bytes()).expect("sent");
     for piece in pieces {
-        // What comes after a refusal may not be read any more.
+        // The write may fail: after a refusal the server may not read any more.
         let _ = connection.write_all(piece);
         std::thread::sleep(Duration::from_millis(20));
     }
@@ -467,8 +467,8 @@ fn a_stream_that_is_gone_is_503() {
     drop(stream);
     let answer = send(address, "", b"gone");
     assert!(status(&answer) == "503" && answer.contains("retry-after: 5"), "{answer}");
-    // The server's words are for the log: this port answers everybody.
-    assert!(answer.contains("the intake's log says why"), "{answer}");
+    // The server's error text goes only to the log: everybody can read answers of this port.
+    assert!(answer.contains("see the intake's log for the cause"), "{answer}");
     assert!(!answer.contains("PutRecords"), "{answer}");
     assert_eq!(process.terminate(), Some(0));
 }

@@ -1,5 +1,5 @@
-//! The cases that lost other people's records, each by the real binary against a real server:
-//! resharding, expiry, throttling, a stream replaced, records dropped by the stream, aggregates.
+//! Cases in which other readers lost records, each through the real binary against a real server: resharding, expiry,
+//! throttling, a replaced stream, records dropped by the stream, aggregates.
 
 use std::time::Duration;
 
@@ -42,19 +42,19 @@ fn case_01_a_split_in_the_middle_of_a_batch() {
     }
 }
 
-/// Case 2: a merge whose one parent takes long.
+/// Case 2: a merge of two parents, one of which is slow.
 #[test]
 fn case_02_a_merge_with_one_slow_parent() {
     let world = World::new(2);
     let shards = world.open_shards();
-    // The two keys lie in one parent each.
+    // Each of the two keys belongs to another parent.
     let two_keys = |id: u64| {
         let key = format!("key-{}", id % 2);
         let row = format!(r#"{{"id":{id},"key":"{key}","n":{id}}}"#);
         (key, row.into_bytes())
     };
     world.put_raw((0..4_000).map(two_keys));
-    // Every answer of one shard's reader is late: the other parent ends long before.
+    // Every answer to one shard's reader is late, so the other parent ends long before.
     let mut calls = 0;
     let proxy = Proxy::start(&world.address, 1, move |operation, _| {
         calls += u32::from(operation == "GetRecords");
@@ -82,7 +82,7 @@ fn case_03_a_reshard_after_a_start_at_latest() {
     for reader in ["polling", "fan-out"] {
         let world = World::new(1);
         world.put(0..10, 7);
-        // The embedded stream knows arrival times by the second.
+        // The embedded stream stores arrival times in whole seconds.
         std::thread::sleep(Duration::from_millis(2_100));
         let source = format!("start = \"latest\"\nreader = \"{reader}\"");
         let run = world.start(&Pipeline { source, ..Pipeline::default() });
@@ -100,8 +100,8 @@ fn case_03_a_reshard_after_a_start_at_latest() {
     }
 }
 
-/// A start at a time: nothing older comes, neither from the second of the start nor from the children
-/// of shards that had ended before.
+/// A start at a time: no older records come, neither from the second of the start nor from the children of shards
+/// that had ended before.
 #[test]
 fn a_start_at_a_time_applies_across_a_split() {
     for reader in ["polling", "fan-out"] {
@@ -109,7 +109,7 @@ fn a_start_at_a_time_applies_across_a_split() {
         world.put(0..100, 7);
         world.split(&world.open_shards()[0]);
         world.put(100..200, 7);
-        // The embedded stream knows arrival times by the second.
+        // The embedded stream stores arrival times in whole seconds.
         std::thread::sleep(Duration::from_millis(2_100));
         let at = chrono::Utc::now().to_rfc3339();
         world.put(200..300, 7);
@@ -122,7 +122,7 @@ fn a_start_at_a_time_applies_across_a_split() {
     }
 }
 
-/// A start at a record of a shard: that record is the first; other shards are read whole.
+/// A start at a record of a shard: that record is the first; other shards are read from their beginning.
 #[test]
 fn a_start_at_a_sequence_number_is_inclusive() {
     let world = World::new(1);
@@ -136,7 +136,7 @@ fn a_start_at_a_sequence_number_is_inclusive() {
     assert_eq!(oldest.expect("rows"), (40, 60));
 }
 
-/// Case 5: restarts when a parent's end was just reached, under fan-out.
+/// Case 5: restarts just after a parent's end was reached, with fan-out.
 #[test]
 fn case_05_a_restart_at_the_end_of_a_shard_under_fan_out() {
     let world = World::new(1);
@@ -155,7 +155,7 @@ fn case_05_a_restart_at_the_end_of_a_shard_under_fan_out() {
     world.assert_each_once_in_order(2_000);
 }
 
-/// Case 12: a subscription that goes silent, and a second one within five seconds.
+/// Case 12: a subscription goes silent, and the next attempt follows within five seconds.
 #[test]
 fn case_12_fan_out_goes_silent_and_the_stream_is_in_use() {
     let world = World::new(1);
@@ -172,7 +172,7 @@ fn case_12_fan_out_goes_silent_and_the_stream_is_in_use() {
     let run = world.start(&Pipeline { endpoint: proxy.url.clone(), ..fan_out() });
     world.wait_rows(100);
     std::thread::sleep(Duration::from_secs(2));
-    // What is put in the silence comes by the third subscription: the second was refused.
+    // Records put during the silence arrive with the third subscription: the second attempt was refused.
     world.put(100..200, 7);
     world.wait_rows(200);
     assert_eq!(run.terminate(), Some(0));
@@ -182,7 +182,7 @@ fn case_12_fan_out_goes_silent_and_the_stream_is_in_use() {
     assert_eq!(proxy.count("GetRecords", |_| true), 0);
 }
 
-/// A stream whose iterators live for a second, and a pipeline that reads it in small steps.
+/// Starts a stream whose iterators expire after a second, and makes a pipeline that reads it in small steps.
 fn short_lived_iterators(runtime: &tokio::runtime::Runtime) -> (EmbeddedStream, World, Pipeline) {
     let options = StoreOptions {
         iterator_ttl_seconds: 1,
@@ -202,12 +202,12 @@ fn short_lived_iterators(runtime: &tokio::runtime::Runtime) -> (EmbeddedStream, 
     (served, world, pipeline)
 }
 
-/// Case 13: a plugin stalls past the iterator's life.
+/// Case 13: a plugin stalls until the iterator has expired.
 #[test]
 fn case_13_a_plugin_stalls_past_the_iterators_life() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
     let (_served, world, pipeline) = short_lived_iterators(&runtime);
-    // It asks for five retries: 3 s, as the pauses double from 100 ms.
+    // The plugin asks for five retries: together 3 s, because the pauses double from 100 ms.
     let stage = format!(
         r#"plugin = "{}"
 config = {{ retry_on = "\"id\":1000,", retry_calls = 5, routes = ["all"], format = "application/json" }}
@@ -223,7 +223,7 @@ limits = {{ retry = "1 min" }}"#,
     world.assert_each_once_in_order(2_000);
 }
 
-/// Case 13, held up by its sink; then idle past the iterator's life.
+/// Case 13 with a sink that stalls; then with an idle shard.
 #[test]
 fn case_13_a_sink_stalls_past_the_iterators_life() {
     let runtime = tokio::runtime::Runtime::new().unwrap();
@@ -242,7 +242,7 @@ fn case_13_a_sink_stalls_past_the_iterators_life() {
     world.assert_each_once_in_order(3_000);
 }
 
-/// Case 14: a storm of throttles, errors and broken connections.
+/// Case 14: many throttles, errors and broken connections.
 #[test]
 fn case_14_a_storm_of_throttles() {
     for (reader, seed) in [("polling", 14), ("fan-out", 15)] {
@@ -276,7 +276,7 @@ fn case_16_a_stream_deleted_and_created_again() {
         world.put(0..500, 97);
         let mut run = world.start(&pipeline);
         world.wait_rows(500);
-        // Creation times of the embedded stream are told by the second.
+        // The embedded stream stores creation times in whole seconds.
         std::thread::sleep(Duration::from_millis(1_100));
         world.delete();
         world.create(1);
@@ -294,14 +294,14 @@ fn case_16_a_stream_deleted_and_created_again() {
     }
 }
 
-/// Case 17: the stream has dropped what was not read yet.
+/// Case 17: the stream has dropped records that were not read yet.
 #[test]
 fn case_17_a_checkpoint_older_than_the_retention() {
     let world = World::new(1);
     world.put(0..100, 7);
     world.catch_up(&Pipeline::default());
     world.put(100..300, 7);
-    // The records up to the 200th are gone.
+    // Drops the records before the 200th.
     let sequences = sequences(&world);
     let first = sequences[200].clone();
     let proxy = Proxy::start(&world.address, 17, move |operation, _| match operation {
@@ -309,7 +309,8 @@ fn case_17_a_checkpoint_older_than_the_retention() {
         _ => Fault::None,
     });
     let pipeline = Pipeline { endpoint: proxy.url.clone(), ..Pipeline::default() };
-    // It was caught up a moment ago: what came later is still there, so nothing can be lost.
+    // Makes the state older: a shard that was caught up a moment ago cannot have lost anything, because later records
+    // are still there.
     let caught_up_ms = "SELECT caught_up_ms FROM shard";
     let noted: i64 = world.state().query_row(caught_up_ms, (), |row| row.get(0)).unwrap();
     let two_days_ms = 2 * 86_400_000;
@@ -320,7 +321,7 @@ fn case_17_a_checkpoint_older_than_the_retention() {
     let output = crate::support::run(&["run", &path, "--until-caught-up"]);
     let error = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(1), "{error}");
-    assert!(error.contains("are lost: the lane stands at"), "{error}");
+    assert!(error.contains("are lost: the lane's position is"), "{error}");
     assert!(error.contains("1day") && error.contains("on_lost_records"), "{error}");
     assert_eq!(world.rows(), 100);
 
@@ -330,20 +331,19 @@ fn case_17_a_checkpoint_older_than_the_retention() {
     assert_eq!(world.rows(), 200, "the first hundred and what was left");
 }
 
-/// Old records that had all been read may go: a lane that was idle for longer than the retention
-/// has lost nothing.
+/// Records that were all read may expire: a lane that was idle for longer than the retention has lost nothing.
 #[test]
 fn an_idle_shard_older_than_the_retention_lost_nothing() {
     idle_for_longer_than_the_retention("linger = \"50 ms\"");
 }
 
-/// The same, where the sink commits at the end of a run, after the last answer that brought nothing.
+/// The same with a sink that commits at the end of the run, after the last empty answer.
 #[test]
 fn an_idle_shard_whose_sink_commits_late_lost_nothing() {
     idle_for_longer_than_the_retention("linger = \"1 h\"");
 }
 
-/// The first run has these lines in `[sink.commit]`.
+/// Runs the case; the first run has these lines in `[sink.commit]`.
 fn idle_for_longer_than_the_retention(commit: &str) {
     let world = World::new(1);
     world.put(0..100, 7);
@@ -362,7 +362,7 @@ fn idle_for_longer_than_the_retention(commit: &str) {
     world.assert_each_once_in_order(200);
 }
 
-/// The sequence numbers of all records, in the order of their shard.
+/// Returns the sequence numbers of all records, in the order of their shard.
 fn sequences(world: &World) -> Vec<String> {
     let path = world.pipeline(&Pipeline::default());
     let printed =
@@ -374,7 +374,7 @@ fn sequences(world: &World) -> Vec<String> {
     printed.lines().map(line).collect()
 }
 
-/// Case 18, first part: a kill inside an aggregate; the rest of it is read, and nothing of it twice.
+/// Case 18, first part: a kill in the middle of an aggregate; its other records are read, and none is written twice.
 #[test]
 fn case_18_a_kill_inside_an_aggregate() {
     for reader in ["polling", "fan-out"] {
@@ -397,8 +397,8 @@ fn case_18_a_kill_inside_an_aggregate() {
     }
 }
 
-/// Case 18, second part: an aggregate that a reshard has cut. Its producer learns from the answer
-/// that it went astray, and sends its records again.
+/// Case 18, second part: a reshard splits the key range of an aggregate. Its producer learns from the answer that the
+/// aggregate went to the wrong shard, and sends its records again.
 #[test]
 fn case_18_an_aggregate_cut_by_a_reshard() {
     let world = World::new(1);
@@ -411,7 +411,7 @@ fn case_18_an_aggregate_cut_by_a_reshard() {
     world.assert_each_once_in_order(100);
 }
 
-/// Case 18, third part: what looks like an aggregate but is none is an ordinary record.
+/// Case 18, third part: a record that only looks like an aggregate is an ordinary record.
 #[test]
 fn case_18_an_aggregate_with_a_wrong_digest() {
     let world = World::new(1);
@@ -428,7 +428,7 @@ fn case_18_an_aggregate_with_a_wrong_digest() {
     assert_eq!(original, wrong, "the record as it was put");
 }
 
-/// Aggregates made by PyPI's aws-kinesis-agg (`aggregates/make.py`) hold what it put in.
+/// Aggregates made by aws-kinesis-agg of PyPI (`aggregates/make.py`) contain the records that it was given.
 #[test]
 fn aggregates_of_another_implementation_come_apart_identically() {
     #[derive(serde::Deserialize)]
@@ -452,7 +452,8 @@ fn aggregates_of_another_implementation_come_apart_identically() {
             assert_eq!(record.partition_key, expected.key.as_bytes());
             assert_eq!(record.payload, decode(&expected.data));
         }
-        // All of it belongs in the range that its hashes span, and in no smaller one.
+        // The whole aggregate belongs into the key range from its smallest to its largest hash, and into no smaller
+        // range.
         let hashes = case.records.iter().map(|expected| match &expected.hash_key {
             Some(decimal) => decimal.parse().expect("a hash"),
             None => u128::from_be_bytes(Md5::digest(&expected.key).into()),
@@ -471,8 +472,8 @@ fn aggregates_of_another_implementation_come_apart_identically() {
     }
 }
 
-/// Case 20: the largest records that Kinesis takes. No server at hand takes more than 1 MiB, so the
-/// answers are swollen on their way.
+/// Case 20: the largest records that Kinesis accepts. No server of the tests accepts more than 1 MiB, so the proxy
+/// enlarges the answers.
 #[test]
 fn case_20_records_of_ten_mebibytes() {
     let world = World::new(1);

@@ -1,5 +1,5 @@
-//! `shardmill replay` by the real binary: a window of a stream again, by changed plugins, beside the live
-//! table and in the place of its rows.
+//! `shardmill replay` through the real binary: a window of a stream is run again by changed plugins, into a table
+//! beside the live one and in place of its rows.
 
 use std::fmt::Write as _;
 use std::ops::Range;
@@ -13,7 +13,7 @@ use crate::support::{
 };
 use serde_json::Value;
 
-/// A stream of two shards and a pipeline that writes cars to a table with lineage.
+/// Stream of two shards, and a pipeline that writes cars to a table with lineage columns.
 struct World {
     folder: tempfile::TempDir,
     table: String,
@@ -57,7 +57,7 @@ impl World {
         self.path().display().to_string()
     }
 
-    /// Puts cars, each of a make, and gives the time that is before them.
+    /// Puts cars with these makes; returns a time before they arrived.
     fn put(&self, ids: Range<u64>, make: impl Fn(u64) -> &'static str) -> String {
         let before = next_second();
         let mut lines = String::new();
@@ -75,7 +75,7 @@ impl World {
         run_ok(&["run", "--until-caught-up", &self.config()]);
     }
 
-    /// Runs other code from now on.
+    /// Changes the plugin's code from now on.
     fn drop_make(&self, make: &str) {
         let text = std::fs::read_to_string(self.path()).expect("read");
         let text = text.replace("[\"None\"]", &format!("[\"{make}\"]"));
@@ -88,21 +88,21 @@ impl World {
         output(&mut shardmill(&[&window[..], more].concat()))
     }
 
-    /// What a replay that must go well reports.
+    /// Runs a replay, which must succeed; returns its report.
     fn replayed(&self, from: &str, to: &str, more: &[&str]) -> Value {
         let done = self.replay(from, to, more);
         assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
         serde_json::from_slice(&done.stdout).expect("a report")
     }
 
-    /// Why a replay does not go well.
+    /// Runs a replay, which must fail; returns the error.
     fn refused(&self, from: &str, to: &str, more: &[&str]) -> String {
         let done = self.replay(from, to, more);
         assert_eq!(done.status.code(), Some(1), "{}", String::from_utf8_lossy(&done.stdout));
         String::from_utf8_lossy(&done.stderr).into_owned()
     }
 
-    /// The ids in a table, ascending.
+    /// Returns the ids in a table, ascending.
     fn ids(&self, table: &str) -> Vec<u64> {
         let ids = postgres(&format!("SELECT id FROM {table} ORDER BY id"));
         ids.iter().map(|id| id.parse().expect("an id")).collect()
@@ -131,7 +131,7 @@ fn make(id: u64) -> &'static str {
 
 #[test]
 fn a_window_is_compared_and_then_replaced() {
-    // A column may have any name.
+    // Columns may have any names.
     let columns = "id bigint NOT NULL, make text, n serial, t text, live text, row text";
     let world = World::new("append", columns, "");
     world.put(0..100, make);
@@ -140,7 +140,7 @@ fn a_window_is_compared_and_then_replaced() {
     world.run();
     assert_eq!(world.ids(&world.table), (0..300).collect::<Vec<_>>());
 
-    // The same code makes the same rows.
+    // Unchanged code makes the same rows.
     let same = world.replayed(&from, &to, &[]);
     assert_eq!(counts(&same), (100, 0, 0), "{same}");
     world.drop_make("Fiat");
@@ -150,7 +150,7 @@ fn a_window_is_compared_and_then_replaced() {
     assert!(sample.contains("Fiat") && !sample.contains("\"n\""), "{sample}");
     let kept: Vec<u64> = (100..200).filter(|id| id % 10 != 0).collect();
     assert_eq!(world.ids(&world.shadow()), kept);
-    assert_eq!(world.ids(&world.table).len(), 300, "the live table is as it was");
+    assert_eq!(world.ids(&world.table).len(), 300, "the live table is unchanged");
 
     let report = world.replayed(&from, &to, &["--swap"]);
     assert_eq!(report["swapped"], serde_json::json!([100, 90]), "{report}");
@@ -159,12 +159,12 @@ fn a_window_is_compared_and_then_replaced() {
     assert_eq!(world.ids(&world.table), expected);
     let count =
         postgres(&format!("SELECT count(*) FROM pg_class WHERE relname = '{}'", world.shadow()));
-    assert_eq!(count, ["0"], "the shadow is gone");
-    // Again: nothing is left to do.
+    assert_eq!(count, ["0"], "the shadow table is dropped");
+    // A second replay finds nothing to do.
     let again = world.replayed(&from, &to, &["--swap"]);
     assert_eq!((counts(&again), &again["swapped"]), ((90, 0, 0), &serde_json::json!([90, 90])));
 
-    // The pipeline goes on as if nothing had been.
+    // The pipeline goes on as if there had been no replay.
     world.put(300..320, make);
     world.run();
     let expected: Vec<u64> =
@@ -206,25 +206,25 @@ fn what_would_lose_or_double_rows_is_refused() {
     let from = world.put(0..20, make);
     world.run();
     let later = "2999-01-01T00:00:00Z";
-    assert!(world.refused(&from, later, &[]).contains("--to must be past"));
+    assert!(world.refused(&from, later, &[]).contains("--to must be in the past"));
     assert!(world.refused(later, &from, &[]).contains("--from must be before --to"));
     let own = world.table.clone();
     let long_ago = world.refused("2014-01-01T00:00:00Z", &from, &["--swap"]);
-    assert!(long_ago.contains("the stream holds records from"), "{long_ago}");
+    assert!(long_ago.contains("the stream has records from"), "{long_ago}");
     let taken = world.refused(&from, &next_second(), &["--into", &own]);
     assert!(taken.contains("was not made by a replay"), "{taken}");
     assert_eq!(world.ids(&world.table).len(), 19);
 
-    // A record that the table does not take.
+    // A record that the table refuses.
     let dead_letters = world.refused(&from, &next_second(), &["--swap"]);
-    assert!(dead_letters.contains("1 records are not among the new rows"), "{dead_letters}");
+    assert!(dead_letters.contains("1 records of the window became dead letters"), "{dead_letters}");
     let report = world.replayed(&from, &next_second(), &["--swap", "--with-dead-letters"]);
     assert_eq!(report["swapped"], serde_json::json!([19, 19]), "{report}");
 
-    // Records that the pipeline has yet to write.
+    // Records that the pipeline has not written yet.
     let next = world.put(100..110, make);
     let ahead = world.refused(&next, &next_second(), &["--swap"]);
-    assert!(ahead.contains("has not come to the window's end"), "{ahead}");
+    assert!(ahead.contains("has not reached the end of the window"), "{ahead}");
     assert_eq!(world.ids(&world.table).len(), 19);
     world.run();
     let report = world.replayed(&next, &next_second(), &["--swap"]);
@@ -235,7 +235,7 @@ fn what_would_lose_or_double_rows_is_refused() {
     assert!(world.refused(&from, &next_second(), &[]).contains("set lineage = true"));
 }
 
-/// Seeds of the moments at which replays are killed; `SHARDMILL_SEED` names another.
+/// Seeds of the moments at which replays are killed; `SHARDMILL_SEED` sets another one.
 const KILLED: std::ops::RangeInclusive<u64> = 1..=3;
 
 #[test]
@@ -247,7 +247,7 @@ fn a_replay_that_is_killed_leaves_each_row_once() {
     }
 }
 
-/// Kills `replay --swap` again and again until it comes to its end, and redrives what was refused before.
+/// Kills `replay --swap` repeatedly until it succeeds, and redrives dead letters of before.
 fn kill_replays(seed: u64) {
     let columns = "id bigint NOT NULL CONSTRAINT taken CHECK (id % 20 <> 7), make text";
     let world = World::new(&format!("killed_{seed}"), columns, "");
@@ -255,7 +255,7 @@ fn kill_replays(seed: u64) {
     let to = next_second();
     world.run();
     let before: Vec<u64> = (0..400).filter(|id| id % 20 != 7).collect();
-    // From now on the table takes what it refused, and there are no Fiats.
+    // From now on the table accepts what it refused, and there are no Fiats.
     postgres(&format!("ALTER TABLE {} DROP CONSTRAINT taken", world.table));
     world.drop_make("Fiat");
     let after: Vec<u64> = (0..400).filter(|id| id % 10 != 0).collect();
@@ -268,15 +268,15 @@ fn kill_replays(seed: u64) {
     });
     println!("{kills} kills");
     assert_eq!(world.ids(&world.table), after);
-    // The replay has brought the rows of the dead letters: a redrive brings none of them.
+    // The replay has written the rows of the dead letters: a redrive writes none of them.
     run_ok(&["dlq", "redrive", "--all", "--pipeline", &config]);
     assert_eq!(world.ids(&world.table), after);
     let left = run_ok(&["dlq", "list", "--pipeline", &config]);
     assert!(!left.contains("sink:mart"), "{left}");
 }
 
-/// A whole second that has just begun, more than one behind all that was before: times of arrival are
-/// whole seconds in the embedded stream.
+/// Waits until a second begins that is more than one second after everything before; returns its time. The embedded
+/// stream stores arrival times in whole seconds.
 fn next_second() -> String {
     std::thread::sleep(Duration::from_millis(1_100));
     let now_ms = chrono::Utc::now().timestamp_millis();

@@ -1,7 +1,7 @@
-//! Two hundred thousand records while shards are split and merged at random, a producer writes, and
-//! the process is killed: each record is there exactly once, and each key's in their order.
+//! Two hundred thousand records while shards are split and merged at random, a producer writes, and the process is
+//! killed: each record is there exactly once, and the records of each key are in order.
 //!
-//! The choices come from `SHARDMILL_SEED` (printed), so a failure can be run again.
+//! The choices are drawn from `SHARDMILL_SEED` (printed), so a failure can be reproduced.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
@@ -18,7 +18,7 @@ fn seed() -> u64 {
     seed
 }
 
-/// One random split or merge. Merges need neighbours, so they are looked for in order of hashes.
+/// Makes one random split or merge. Only neighbours can be merged, so shards are sorted by their hash ranges.
 fn reshard(world: &World, random: &mut fastrand::Rng) -> &'static str {
     let mut shards = world.open_shards();
     shards.sort_by_key(hashes);
@@ -32,7 +32,7 @@ fn reshard(world: &World, random: &mut fastrand::Rng) -> &'static str {
     }
 }
 
-/// A table in a schema of its own, whose `place` numbers the rows as they are written.
+/// Makes a table in a schema of its own; its column `place` numbers the rows in the order in which they are written.
 fn table(name: &str) -> String {
     let schema = format!("{name}_{}", std::process::id());
     crate::support::postgres(&format!(
@@ -70,7 +70,7 @@ fn survives(name: &str, reader: &str, world: &World, records: u64, reshards: u32
             const CHUNK: u64 = 1_000;
             for from in (0..records).step_by(CHUNK as usize) {
                 world.put(from..(from + CHUNK).min(records), KEYS);
-                // The writing lasts as long as the resharding.
+                // The writing takes as long as the resharding.
                 std::thread::sleep(Duration::from_millis(40));
             }
             written.store(true, Ordering::Relaxed);
@@ -105,7 +105,7 @@ fn resharding_under_load_by_fan_out() {
     survives("fan_out", "fan-out", &World::new(4), 200_000, 20);
 }
 
-/// A second opinion: another server, which tells children, filters, and pages as AWS does.
+/// The same on another server, which reports child shards, applies shard filters and pages as AWS does.
 #[test]
 fn resharding_on_another_server() {
     for reader in ["polling", "fan-out"] {

@@ -1,7 +1,7 @@
 //! The PostgreSQL sink against a real server, through the contract of all sinks.
 //!
-//! `cargo xtask test` starts a throw-away server and names it in `SHARDMILL_TEST_POSTGRES`. Each test
-//! has a schema of its own.
+//! `cargo xtask test` starts a throw-away server and names it in `SHARDMILL_TEST_POSTGRES`. Each test has a schema of
+//! its own.
 
 use std::sync::Arc;
 
@@ -13,7 +13,7 @@ use shardmill_core::sink::{Acquired, Sink, SinkWriter};
 use shardmill_sink_postgres::{CONNECTIONS_MAX, PostgresSink, PostgresTarget};
 use tokio_postgres::{Client, NoTls};
 
-/// The throw-away server.
+/// Returns the URL of the throw-away server.
 pub fn url() -> String {
     std::env::var("SHARDMILL_TEST_POSTGRES").expect(
         "SHARDMILL_TEST_POSTGRES is to name a PostgreSQL, postgres://user@host:port/database: \
@@ -21,13 +21,13 @@ pub fn url() -> String {
     )
 }
 
-/// The server's `host:port`.
+/// Returns the server's `host:port`.
 pub fn address() -> String {
     let url = url::Url::parse(&url()).expect("a URL");
     format!("{}:{}", url.host_str().expect("a host"), url.port().unwrap_or(5432))
 }
 
-/// A target with these parts.
+/// Makes a target with these parts.
 pub fn target(
     url: &str,
     table: &str,
@@ -39,14 +39,14 @@ pub fn target(
     PostgresTarget { url, table, create, mode, connections_max, lineage: false, written_for: None }
 }
 
-/// A schema of the test's own, and a connection to look at it with.
+/// A schema of the test's own, and a connection to look at it.
 pub struct Mart {
     pub client: Client,
     pub schema: String,
 }
 
 impl Mart {
-    /// A new one.
+    /// Makes a new schema.
     pub async fn new(test: &str) -> Self {
         let (client, connection) = tokio_postgres::connect(&url(), NoTls).await.expect("a server");
         tokio::spawn(connection);
@@ -64,14 +64,14 @@ impl Mart {
         self.client.batch_execute(sql).await.expect(sql);
     }
 
-    /// The one value of a query, as text; `NULL` for null.
+    /// Returns the one value of a query, as text; `NULL` for null.
     pub async fn one(&self, query: &str) -> String {
         let row =
             self.client.query_one(&format!("SELECT ({query})::text"), &[]).await.expect(query);
         row.get::<_, Option<String>>(0).unwrap_or_else(|| "NULL".into())
     }
 
-    /// A sink that appends.
+    /// Makes a sink that appends.
     pub fn sink(&self, table: &str) -> PostgresSink {
         let table = format!("{}.{table}", self.schema);
         PostgresSink::new(
@@ -81,7 +81,7 @@ impl Mart {
         .expect("a sink")
     }
 
-    /// A writer for the only shard of a table that exists.
+    /// Makes a writer for the only shard of an existing table.
     pub async fn writer(&self, table: &str) -> Box<dyn SinkWriter> {
         let sink = self.sink(table);
         sink.prepare(&[route(&[])]).await.expect("prepared");
@@ -90,7 +90,7 @@ impl Mart {
 }
 
 impl Mart {
-    /// The same through a proxy.
+    /// Makes a sink that appends through a proxy.
     pub fn sink_through(&self, proxy: &Proxy, table: &str) -> PostgresSink {
         let url = url().replace(&address(), &format!("127.0.0.1:{}", proxy.port));
         let table = format!("{}.{table}", self.schema);
@@ -101,7 +101,7 @@ impl Mart {
         .expect("a sink")
     }
 
-    /// A sink with a mode.
+    /// Makes a sink with a write mode.
     pub fn keyed(&self, table: &str, mode: WriteMode, create: bool) -> PostgresSink {
         let table = format!("{}.{table}", self.schema);
         PostgresSink::new("mart".into(), &target(&url(), &table, create, mode, CONNECTIONS_MAX))
@@ -109,7 +109,7 @@ impl Mart {
     }
 }
 
-/// Acquires the one shard.
+/// Acquires the only shard.
 pub async fn acquire(sink: &PostgresSink) -> Acquired {
     sink.acquire(&shard("shardId-000000000000")).await.expect("acquired")
 }
@@ -177,7 +177,7 @@ async fn shards_are_acquired_at_once() {
     assert_eq!(mart.one("SELECT count(*) FROM shardmill_position").await, "16");
 }
 
-/// How many connections to this database call themselves by a name.
+/// Returns the number of connections to this database with this application name.
 async fn connections(mart: &Mart, name: &str) -> u64 {
     let count = "SELECT count(*) FROM pg_stat_activity WHERE application_name";
     mart.one(&format!("{count} = '{name}'")).await.parse().expect("a number")
@@ -219,7 +219,7 @@ async fn a_commit_that_is_dropped_half_way_holds_no_lock() {
     let soon = std::time::Duration::from_millis(300);
     let stuck = tokio::time::timeout(soon, writer.commit(&first, &log)).await;
     assert!(stuck.is_err(), "the table is locked");
-    // It waits for the lock still, and has moved the position: taking over needs its row.
+    // The first commit still waits for the lock and has moved the position; acquiring the shard needs the same row.
     mart.sql("COMMIT").await;
     let mut owner = tokio::time::timeout(std::time::Duration::from_secs(20), acquire(&sink))
         .await
@@ -275,12 +275,12 @@ async fn bad_rows_are_refused_alone() {
         (8, "22001"),
         (9, "23514"),
         (10, "22003"),
-        (11, "a date as"),
+        (11, "expected a date"),
         (12, "generates the column itself"),
         (13, r#"the key "id" twice"#),
         (14, "a JSON object"),
         (15, "empty"),
-        (16, "no UTF-8"),
+        (16, "not valid UTF-8"),
         (17, "names no column"),
         (18, "out of range"),
     ]);
@@ -325,7 +325,7 @@ async fn many_refused_rows_among_many_are_found() {
     assert_eq!(written, (1000 - refused).to_string());
 }
 
-/// Hexadecimal digits that no server packs into an index's page.
+/// Makes hexadecimal digits that the server cannot compress enough for an index page.
 fn incompressible(length: usize) -> String {
     let mut state = 1_u64;
     let digit = || {
@@ -441,10 +441,10 @@ async fn an_altered_type_misreads_nothing() {
     let mut writer = mart.writer("cars").await;
     let log = Log::default();
     writer.commit(&commit(0, &[r#"{"id":1}"#]), &log).await.expect("committed");
-    // Eight bytes before and after: the server would take the one for the other.
+    // Both types have eight bytes, so the server could take one for the other.
     mart.sql("ALTER TABLE cars ALTER id TYPE double precision").await;
     writer.commit(&commit(1, &[r#"{"id":2}"#]), &log).await.expect("committed");
-    // Another length: the server refuses the bytes, which is not the rows' fault either.
+    // With another length the server refuses the bytes. The rows are not to blame for that either.
     mart.sql("ALTER TABLE cars ALTER id TYPE smallint").await;
     writer.commit(&commit(2, &[r#"{"id":3}"#]), &log).await.expect("committed");
     mart.sql("ALTER TABLE cars ALTER id TYPE numeric").await;
@@ -486,16 +486,17 @@ async fn a_commit_whose_reply_is_lost_is_resolved_by_the_position() {
     assert_eq!(mart.one("SELECT count(*) FROM cars").await, "0");
 
     proxy.cut(Cut::After("COMMIT\0"));
-    let committed = writer.commit(&rows, &log).await.expect("it landed");
+    let committed = writer.commit(&rows, &log).await.expect("it took effect");
     assert_eq!((committed.rows_written, committed.rows_refused), (1, 1));
     assert_eq!(mart.one("SELECT count(*) FROM cars").await, "1");
 
-    // The server is gone for the question as well: the same commit asks it later.
+    // The server is also unreachable when the sink asks for the outcome: the next attempt of the same commit asks
+    // again.
     let rows = commit(2, &[r#"{"id":2}"#, r#"{"id":"x"}"#]);
     proxy.cut(Cut::AfterAndRefuse("COMMIT\0"));
     expect_unavailable(writer.commit(&rows, &log).await, "cannot connect");
     proxy.accept();
-    let committed = writer.commit(&rows, &log).await.expect("it had landed");
+    let committed = writer.commit(&rows, &log).await.expect("it took effect");
     assert_eq!((committed.rows_written, committed.rows_refused), (1, 1));
     assert_eq!(mart.one("SELECT string_agg(id::text, ' ' ORDER BY id) FROM cars").await, "1 2");
 }
@@ -505,7 +506,7 @@ async fn values_are_exact() {
     let mart = Mart::new("exact").await;
     mart.sql("CREATE TYPE colour AS ENUM ('red', 'blue'); CREATE DOMAIN positive AS bigint CHECK (VALUE > 0)").await;
     let digits = "123456789012345678901234567890.123456789012345678901234567890";
-    // Column type, JSON, text in the table.
+    // Column type, JSON value, text in the table.
     let cases: Vec<(&str, String, &str)> = vec![
         ("bool", "true".into(), "true"),
         ("int2", "-32768".into(), "-32768"),
@@ -604,7 +605,7 @@ async fn numerics_are_what_the_server_reads() {
     assert_eq!(mart.one("SELECT count(*) FROM numbers").await, texts.len().to_string());
 }
 
-/// As the server says it when a disk is full (53100, `disk_full`): no row is to blame.
+/// Raises the error that the server gives for a full disk (53100, `disk_full`): no row is to blame.
 #[tokio::test]
 async fn a_full_disk_is_waited_for() {
     let mart = Mart::new("disk").await;
@@ -643,10 +644,10 @@ async fn a_gigabyte_in_one_commit_is_written_once() {
     let mut writer = mart.writer("cars").await;
     let mut commit = commit(0, &[""; ROWS]);
     let large = bytes::Bytes::from(format!(r#"{{"make":"{}"}}"#, "x".repeat(MAKE_BYTES)));
-    for row in Arc::get_mut(&mut commit.rows).expect("nobody else's") {
+    for row in Arc::get_mut(&mut commit.rows).expect("the only owner") {
         row.payload = large.clone();
     }
-    Arc::get_mut(&mut commit.rows).expect("nobody else's")[40].payload =
+    Arc::get_mut(&mut commit.rows).expect("the only owner")[40].payload =
         r#"{"make":"short"}"#.into();
     let log = Log::default();
     let committed = writer.commit(&commit, &log).await.expect("committed");
@@ -672,7 +673,7 @@ async fn arrays_are_of_enums_and_domains_as_well() {
     let sink = mart.sink("cars");
     let declared = ["id int", "colours sink_element.colour[]", "counts sink_element.positive[]"];
     sink.prepare(&[route(&declared)]).await.expect("prepared");
-    expect_unavailable(sink.prepare(&[route(&["spans inet[]"])]).await, "cannot fill");
+    expect_unavailable(sink.prepare(&[route(&["spans inet[]"])]).await, "unsupported column type");
     expect_unavailable(sink.prepare(&[route(&["counts text[]"])]).await, "not every value");
     let mut writer = acquire(&sink).await.writer;
     let rows = [
@@ -685,7 +686,7 @@ async fn arrays_are_of_enums_and_domains_as_well() {
     ];
     let log = Log::default();
     writer.commit(&commit(0, &rows), &log).await.expect("committed");
-    log.expect(&[(1, "22P02"), (2, "23514"), (3, "23514"), (4, "cannot fill")]);
+    log.expect(&[(1, "22P02"), (2, "23514"), (3, "23514"), (4, "unsupported column type")]);
     let shown =
         "SELECT string_agg(concat_ws(' ', id, colours, counts, shades), ';' ORDER BY id) FROM cars";
     assert_eq!(mart.one(shown).await, "0 {{red},{blue}} {1,NULL} {blue};5 {}");
@@ -702,7 +703,7 @@ async fn rows_say_from_which_record_they_came() {
     let rows = [r#"{"id":1}"#, r#"{"id":2,"make":"Fiat"}"#, r#"{"id":3,"shardmill_shard":"none"}"#];
     let log = Log::default();
     writer.commit(&commit(0, &rows), &log).await.expect("committed");
-    log.expect(&[(2, "says where a row came from")]);
+    log.expect(&[(2, "unexpected lineage column")]);
     let shown = "SELECT string_agg(concat_ws(' ', id, make, shardmill_pipeline, shardmill_shard,
         shardmill_sequence % 1000, shardmill_arrived_at), ';' ORDER BY id) FROM cars";
     let expected = "1 cars any 1 1970-01-01 00:00:00+00;2 Fiat cars any 2 1970-01-01 00:00:00+00";
@@ -740,11 +741,11 @@ async fn routes_are_checked_against_the_live_table() {
     sink.prepare(&[route(&["id integer"])]).await.expect("it fits");
     for (columns, part) in [
         (&["id bigint"][..], "is bigint in route \"cars\" and integer in table sink_checked.cars"),
-        (&["make text"], "it has id, tags, twice"),
-        (&["tags inet"], "cannot fill"),
+        (&["make text"], "with columns id, tags, twice"),
+        (&["tags inet"], "unsupported column type"),
         (&["twice integer"], "generates itself"),
-        (&["id intt"], "no type of this PostgreSQL"),
-        (&["id int); DROP TABLE cars; --"], "no type of this PostgreSQL"),
+        (&["id intt"], "not a type of this PostgreSQL"),
+        (&["id int); DROP TABLE cars; --"], "not a type of this PostgreSQL"),
     ] {
         expect_unavailable(sink.prepare(&[route(columns)]).await, part);
     }
@@ -823,7 +824,7 @@ async fn an_upsert_goes_on_when_the_table_is_altered() {
     assert_eq!(mart.one("SELECT make || wheels FROM cars").await, "afour");
 }
 
-/// Lanes that write the same keys in other orders wait for each other; none fails for good.
+/// Lanes that write the same keys in different orders wait for each other; none fails for good.
 #[tokio::test(flavor = "multi_thread")]
 async fn lanes_that_upsert_the_same_keys_all_get_through() {
     const LANES: u64 = 4;
@@ -842,7 +843,7 @@ async fn lanes_that_upsert_the_same_keys_all_get_through() {
                 random.shuffle(&mut ids);
                 let rows = ids.iter().map(|id| format!(r#"{{"id":{id},"cents":{lane}}}"#));
                 let commit = commit(turn * 200, &rows.collect::<Vec<_>>());
-                // One of two that wait for each other is ended by the server: the delivery tries again.
+                // The server ends one of two transactions that wait for each other. A delivery then retries.
                 let mut tries = 0;
                 while let Err(error) = writer.commit(&commit, &Log::default()).await {
                     assert!(error.to_string().contains("deadlock") && tries < 20, "{error}");
@@ -870,7 +871,7 @@ async fn names_are_quoted_and_hit_nothing_else() {
     assert_eq!(mart.one("SELECT count(*) FROM cars").await, "0");
 }
 
-/// The throw-away server shows a certificate of its own, for 127.0.0.1 and no other name.
+/// The throw-away server has a certificate of its own, for 127.0.0.1 and no other name.
 #[tokio::test]
 async fn tls_is_spoken_with_a_server_that_proves_who_it_is() {
     let certificate = std::env::var("SHARDMILL_TEST_POSTGRES_CERTIFICATE")
@@ -900,7 +901,7 @@ async fn tls_is_spoken_with_a_server_that_proves_who_it_is() {
     }
     assert_eq!(mart.one("SELECT count(*) FROM cars").await, "2");
 
-    // Nobody vouches for it; and it is not who was asked for.
+    // The certificate has no trusted issuer; or it is for another name.
     let stranger = sink(&format!("{}?sslmode=verify-full", url()));
     expect_unavailable(stranger.prepare(&[route(&[])]).await, "UnknownIssuer");
     let elsewhere = url().replace("127.0.0.1", "localhost");
@@ -947,13 +948,13 @@ async fn arrays_of_any_depth_are_written() {
     let done = writer.commit(&commit(0, &rows), &log).await.expect("committed");
     assert_eq!((done.rows_written, done.rows_refused), (4, 7));
     log.expect(&[
-        (4, "of one depth"),
-        (5, "of one depth"),
+        (4, "of the same depth"),
+        (5, "of the same depth"),
         (6, "at most 6 dimensions"),
         (7, "expected a JSON array"),
-        (8, "an integer is due"),
+        (8, "expected an integer"),
         (9, "texts"),
-        (10, "of one depth"),
+        (10, "of the same depth"),
     ]);
     let shown = "SELECT string_agg(concat_ws('|', id, ints, texts, prices, times, documents, uuids), \
                  E'\\n' ORDER BY id) FROM arrays";
@@ -964,7 +965,7 @@ async fn arrays_of_any_depth_are_written() {
          3|{\"2013-01-31 22:59:59+00\"}|{\"[1, 2]\",\"{\\\"a\\\": []}\",NULL}\n\
          4|{}|{6ba7b810-9dad-11d1-80b4-00c04fd430c8}"
     );
-    // What a route declares is held against the table.
+    // The declared columns of a route are compared with the table.
     let sink = mart.sink("arrays");
     sink.prepare(&[route(&["id bigint?", "ints smallint[]?"])]).await.expect("they fit");
     expect_unavailable(sink.prepare(&[route(&["id bigint?", "ints text[]?"])]).await, "ints");

@@ -6,7 +6,7 @@ use shardmill_config::WriteMode;
 use shardmill_core::sink::{Acquired, Sink, SinkWriter};
 use shardmill_sink_sqlite::SqliteSink;
 
-/// A file of the test's own, and a connection to look at it with.
+/// A file of the test's own, and a connection to look at it.
 struct Mart {
     folder: tempfile::TempDir,
     connection: rusqlite::Connection,
@@ -23,7 +23,7 @@ impl Mart {
         self.connection.execute_batch(sql).expect(sql);
     }
 
-    /// The one value of a query, as text; `NULL` for null.
+    /// Returns the one value of a query, as text; `NULL` for null.
     fn one(&self, query: &str) -> String {
         let query = format!("SELECT CAST(({query}) AS TEXT)");
         let value: Option<String> =
@@ -47,7 +47,7 @@ impl Mart {
             .expect("a sink")
     }
 
-    /// A writer for the only shard of a table that exists.
+    /// Makes a writer for the only shard of an existing table.
     async fn writer(&self, table: &str) -> Box<dyn SinkWriter> {
         let sink = self.sink(table);
         sink.prepare(&[route(&[])]).await.expect("prepared");
@@ -120,7 +120,7 @@ async fn a_commit_lands_once_however_often_it_is_tried() {
 async fn an_earlier_owner_cannot_commit() {
     let mart = Mart::new();
     mart.sql("CREATE TABLE cars (id bigint PRIMARY KEY)");
-    // Two sinks on one file, as two processes have them.
+    // Two sinks on one file, as two processes would have.
     let (sink, other) = (mart.sink("cars"), mart.sink("cars"));
     assert_fences(&sink, &other).await;
     assert_eq!(mart.one("SELECT group_concat(id, ' ') FROM cars"), "1 2");
@@ -189,13 +189,13 @@ async fn bad_rows_are_refused_alone() {
         (6, "U+0000"),
         (7, r#"no column "colour" in table"#),
         (8, "would round"),
-        (9, "a date as"),
+        (9, "expected a date"),
         (10, "generates the column itself"),
         (11, "no such car"),
         (12, r#"the key "id" twice"#),
         (13, "empty"),
-        (14, "no UTF-8"),
-        (15, "names no column"),
+        (14, "not valid UTF-8"),
+        (15, "has no column"),
         (16, "out of range"),
     ]);
     assert_eq!(mart.one("SELECT group_concat(id, ' ') FROM cars"), "1 11");
@@ -212,7 +212,7 @@ async fn refusals_that_cannot_be_recorded_stop_the_commit() {
     let error = writer.commit(&rows, &full).await.expect_err("full");
     assert!(error.to_string().contains("the log is full"), "{error}");
     assert_eq!(mart.one("SELECT count(*) FROM cars"), "0");
-    // No lock is left behind on the file.
+    // The failed commit left no lock on the file.
     mart.sql("BEGIN IMMEDIATE; ROLLBACK");
     writer.commit(&rows, &log).await.expect("committed");
     log.expect(&[(1, "does not take")]);
@@ -246,7 +246,7 @@ async fn a_dropped_column_or_table_blocks_until_it_is_back() {
 #[tokio::test]
 async fn values_are_exact() {
     let mart = Mart::new();
-    // Declared type, JSON, SQLite's class and text.
+    // Declared type, JSON value, SQLite's storage class and text.
     let cases = [
         ("boolean", "true", "integer 1"),
         ("bigint", "9223372036854775807", "integer 9223372036854775807"),
@@ -299,10 +299,10 @@ async fn routes_are_checked_against_the_live_table() {
     sink.prepare(&[route(&["id integer"])]).await.expect("it fits");
     for (columns, part) in [
         (&["id text"][..], "is text in route \"cars\" and INT in table cars"),
-        (&["make text"], "it has id, twice"),
+        (&["make text"], "with columns id, twice"),
         (&["twice integer"], "generates itself"),
-        (&["id int); DROP TABLE cars; --"], "no type's name"),
-        (&["id int primary key"], "no type's name"),
+        (&["id int); DROP TABLE cars; --"], "invalid type"),
+        (&["id int primary key"], "invalid type"),
     ] {
         expect_unavailable(sink.prepare(&[route(columns)]).await, part);
     }
@@ -310,7 +310,7 @@ async fn routes_are_checked_against_the_live_table() {
         mart.sink("missing").prepare(&[route(&[])]).await,
         "no route declares columns",
     );
-    // A folder that is missing is made; a file is no folder.
+    // A missing folder is created. A file in its place is an error.
     let path = mart.folder.path().join("mart.db").join("mart.db");
     let elsewhere =
         SqliteSink::new("mart".into(), path, "cars", true, WriteMode::Append).expect("a sink");

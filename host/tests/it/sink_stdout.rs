@@ -1,4 +1,4 @@
-//! The stdout sink through the trait, printing into memory.
+//! The stdout sink through the contract of all sinks, printing into memory.
 
 use std::io::{self, Write};
 use std::sync::{Arc, Mutex};
@@ -56,12 +56,12 @@ struct Refusals(Mutex<Vec<String>>);
 impl RefusalLog for Refusals {
     async fn record(&self, _commit: &Commit, refusals: &[Refusal]) -> Result<(), SinkError> {
         let reasons = refusals.iter().map(|refusal| refusal.reason.clone());
-        self.0.lock().expect("whole").extend(reasons);
+        self.0.lock().expect("a lock").extend(reasons);
         Ok(())
     }
 }
 
-/// What a sink with this template prints of the payloads, and why it refuses the others.
+/// Returns what a sink with this template prints of the payloads, and the reasons of the refused ones.
 async fn printed(template: Option<&str>, payloads: &[&'static str]) -> (String, Vec<String>) {
     let output = Arc::new(Mutex::new(Vec::new()));
     let sink = StdoutSink::to("lines".into(), template, output.clone()).expect("a template");
@@ -69,8 +69,8 @@ async fn printed(template: Option<&str>, payloads: &[&'static str]) -> (String, 
     assert!(!owner.keeps_position && owner.position.is_none());
     let refusals = Refusals::default();
     let done = owner.writer.commit(&commit(payloads), &refusals).await.expect("printed");
-    let text = String::from_utf8(output.lock().expect("whole").clone()).expect("UTF-8");
-    let reasons = refusals.0.into_inner().expect("whole");
+    let text = String::from_utf8(output.lock().expect("a lock").clone()).expect("UTF-8");
+    let reasons = refusals.0.into_inner().expect("a lock");
     assert_eq!(done.rows_written as usize + reasons.len(), payloads.len());
     assert_eq!(done.bytes_written as usize, text.len());
     (text, reasons)
@@ -106,10 +106,13 @@ async fn rows_that_the_template_does_not_fit_are_refused_alone() {
     let payloads = [r#"{"id":1}"#, "no json", r#"{"it":2}"#, r#"{"id":3}"#];
     let (text, reasons) = printed(Some("# {id}"), &payloads).await;
     assert_eq!(text, "# 1\n# 3\n");
-    assert!(reasons[0].contains("no JSON") && reasons[1].contains("no field id"), "{reasons:?}");
+    assert!(
+        reasons[0].contains("not valid JSON") && reasons[1].contains("no field id"),
+        "{reasons:?}"
+    );
 }
 
-/// Of a row whose last field is missing nothing is written, however large the fields before it are.
+/// If the last field of a row is missing, nothing of the row is written, however large the fields before it are.
 #[tokio::test]
 async fn nothing_is_written_of_a_row_that_lacks_a_field() {
     let payload: &'static str = format!(r#"{{"a":"{}"}}"#, "x".repeat(200_000)).leak();
@@ -119,7 +122,7 @@ async fn nothing_is_written_of_a_row_that_lacks_a_field() {
     assert_eq!(reasons, ["payload has no field b"]);
 }
 
-/// A line that is longer than a piece stays whole, while others write.
+/// A line that is longer than the pieces it is written in stays whole while others write.
 #[tokio::test]
 async fn lines_of_two_writers_are_not_mixed() {
     let output = Arc::new(Mutex::new(Vec::new()));
@@ -131,7 +134,7 @@ async fn lines_of_two_writers_are_not_mixed() {
         owner.writer.commit(&commit(&[payload; 5]), &Refusals::default()).await.expect("printed");
     };
     tokio::join!(print("x"), print("y"));
-    let text = String::from_utf8(output.lock().expect("whole").clone()).expect("UTF-8");
+    let text = String::from_utf8(output.lock().expect("a lock").clone()).expect("UTF-8");
     let lines: Vec<&str> = text.lines().collect();
     assert_eq!(lines.len(), 10);
     for line in lines {
@@ -160,7 +163,7 @@ fn a_malformed_template_names_its_place() {
     let error = StdoutSink::to("lines".into(), Some("a {make"), output).err().expect("refused");
     assert_eq!(
         error.to_string(),
-        "a { that is not closed (write {{ for a brace) at character 3 of template \"a {make\""
+        "a { without its } (write {{ for a brace) at character 3 of template \"a {make\""
     );
 }
 

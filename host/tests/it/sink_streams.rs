@@ -1,5 +1,5 @@
-//! The sinks that keep no position, a Kinesis stream and an HTTP endpoint: through the contract of all
-//! sinks, and through the real binary.
+//! The sinks that keep no position, for a Kinesis stream and for an HTTP endpoint: through the contract of all sinks,
+//! and through the real binary.
 
 #[allow(dead_code, reason = "the SQL sinks' tests use the rest")]
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
@@ -30,14 +30,14 @@ async fn writer(sink: &impl Sink) -> Box<dyn SinkWriter> {
     acquired.writer
 }
 
-/// The commit with other partition keys.
+/// Returns the commit with other partition keys.
 fn with_keys(mut commit: Commit, key: impl Fn(usize) -> String) -> Commit {
     let keyed = |(index, row): (usize, &Row)| Row { key: key(index).into(), ..row.clone() };
     commit.rows = Arc::new(commit.rows.iter().enumerate().map(keyed).collect());
     commit
 }
 
-/// A stream `out` in this process.
+/// Serves a stream `out` in this process.
 async fn stream(shards: i32, options: StoreOptions) -> (EmbeddedStream, aws_sdk_kinesis::Client) {
     let options = StoreOptions { create_stream_ms: 1, ..options };
     let server = EmbeddedStream::start_with(0, options).await.expect("served");
@@ -63,7 +63,7 @@ fn target(url: &url::Url, strict_order: bool) -> StreamTarget {
     }
 }
 
-/// What the stream holds, by key, in order.
+/// Returns the records of the stream, by key, in order.
 async fn stored(client: &aws_sdk_kinesis::Client) -> BTreeMap<String, Vec<String>> {
     let mut stored: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let shards = client.list_shards().stream_name("out").send().await.expect("shards");
@@ -88,7 +88,7 @@ async fn stored(client: &aws_sdk_kinesis::Client) -> BTreeMap<String, Vec<String
 
 #[tokio::test(flavor = "multi_thread")]
 async fn rows_are_put_in_order_though_the_stream_throttles() {
-    // Each shard takes 1,000 records a second: some of every request are refused.
+    // Each shard accepts 1,000 records per second, so some records of every request are refused.
     let options = StoreOptions { enforce_limits: true, ..StoreOptions::default() };
     let (server, client) = stream(2, options).await;
     for strict_order in [true, false] {
@@ -98,7 +98,7 @@ async fn rows_are_put_in_order_though_the_stream_throttles() {
         let payloads: Vec<String> = (begin..begin + 3_000).map(|id| id.to_string()).collect();
         let commit = with_keys(commit(begin, &payloads), |index| format!("key {}", index % 700));
         let log = Log::default();
-        // Patience is the delivery's.
+        // Retries belong to the engine's committer.
         let done = loop {
             match writer.commit(&commit, &log).await {
                 Ok(done) => break done,
@@ -128,7 +128,7 @@ async fn rows_that_no_stream_takes_are_refused_alone() {
     let (server, client) = stream(1, StoreOptions::default()).await;
     let sink = KinesisSink::new("out".into(), target(server.url(), false), "".into());
     let mut writer = writer(&sink).await;
-    // Row 3 is larger than this stream allows, which only the stream knows.
+    // Row 3 exceeds a limit of this stream that only the stream knows.
     let mut payloads: Vec<String> = (0..20).map(|id| id.to_string()).collect();
     payloads[3] = "x".repeat((1 << 20) + 1);
     let commit = with_keys(commit(0, &payloads), |index| match index {
@@ -159,20 +159,20 @@ async fn a_stream_that_is_not_there_is_named() {
     expect_unavailable(sink.prepare(&[]).await, "shardmill stream serve");
 }
 
-/// What the endpoint does with its next request.
+/// Reaction of the endpoint to its next request.
 #[derive(Clone, Copy, Debug)]
 enum Act {
-    /// Takes it and says so.
+    /// Takes it and confirms.
     Take,
-    /// Takes it, and cuts the connection before it says so.
+    /// Takes it, and cuts the connection before it confirms.
     TakeAndCut,
-    /// Takes it, and says so too late.
+    /// Takes it, and confirms too late.
     TakeSlowly,
-    /// Does not take it.
+    /// Refuses it with this status.
     Status(u16),
 }
 
-/// A request as the endpoint has seen it.
+/// A request as the endpoint received it.
 #[derive(Clone, Debug)]
 struct Seen {
     headers: BTreeMap<String, String>,
@@ -180,7 +180,7 @@ struct Seen {
     taken: bool,
 }
 
-/// An endpoint that acts by a plan; then it takes everything but rows with the word `bad`.
+/// An endpoint that follows a plan; after that it takes everything except rows that contain `bad`.
 #[derive(Clone)]
 struct Server {
     port: u16,
@@ -204,7 +204,7 @@ impl Server {
         server
     }
 
-    /// Reads a request and acts; `None`: the connection is done.
+    /// Reads a request and reacts; `None` when the connection has ended.
     fn request(&self, mut connection: &TcpStream) -> Option<()> {
         let mut reader = BufReader::new(connection);
         let mut line = String::new();
@@ -221,11 +221,11 @@ impl Server {
         let mut body = vec![0; length];
         reader.read_exact(&mut body).ok()?;
         let body = String::from_utf8(body).expect("text");
-        let planned = self.plan.lock().expect("whole").pop_front();
+        let planned = self.plan.lock().expect("a lock").pop_front();
         let act =
             planned.unwrap_or(if body.contains("bad") { Act::Status(422) } else { Act::Take });
         let taken = !matches!(act, Act::Status(_));
-        self.seen.lock().expect("whole").push(Seen { headers, body, taken });
+        self.seen.lock().expect("a lock").push(Seen { headers, body, taken });
         let status = match act {
             Act::TakeAndCut => return None,
             Act::TakeSlowly => {
@@ -241,10 +241,10 @@ impl Server {
     }
 
     fn seen(&self) -> Vec<Seen> {
-        self.seen.lock().expect("whole").clone()
+        self.seen.lock().expect("a lock").clone()
     }
 
-    /// The rows that a receiver has who drops keys that it knows.
+    /// Returns the rows of a receiver that drops requests with a known idempotency key.
     fn rows(&self) -> Vec<String> {
         let mut keys = BTreeSet::new();
         let is_new =
@@ -326,8 +326,8 @@ async fn rows_that_an_endpoint_does_not_take_are_refused_alone() {
     payloads[70] = "no JSON".into();
     payloads[99] = r#"{"id":"bad"}"#.into();
     let commit = commit(0, &payloads);
-    // In the middle of the search the endpoint fails: what it has taken is not sent again.
-    server.plan.lock().expect("whole").extend([
+    // The endpoint fails in the middle of the search: rows that it has taken are not sent again.
+    server.plan.lock().expect("a lock").extend([
         Act::Status(422),
         Act::Status(422),
         Act::Status(500),
@@ -335,7 +335,7 @@ async fn rows_that_an_endpoint_does_not_take_are_refused_alone() {
     expect_unavailable(writer.commit(&commit, &log).await, "");
     let done = writer.commit(&commit, &log).await.expect("committed");
     assert_eq!((done.rows_written, done.rows_refused), (97, 3));
-    log.expect(&[(17, "422: said"), (70, "no JSON"), (99, "422: said")]);
+    log.expect(&[(17, "422: said"), (70, "not valid JSON"), (99, "422: said")]);
     let mut expected = rows(0..100);
     expected.retain(|row| !["17", "70", "99"].iter().any(|id| *row == format!("{{\"id\":{id}}}")));
     let mut found = server.rows();
@@ -348,7 +348,7 @@ async fn rows_that_an_endpoint_does_not_take_are_refused_alone() {
     expect_unavailable(outcome, "answered 401: said: set `headers`");
 }
 
-/// The lines of a file through the real binary to both.
+/// The real binary sends the lines of a file to both sinks.
 #[test]
 fn a_pipeline_feeds_a_stream_and_an_endpoint() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -374,7 +374,7 @@ fn a_pipeline_feeds_a_stream_and_an_endpoint() {
     assert_eq!(tail.lines().count(), 5_000, "{}", &tail[..300.min(tail.len())]);
 }
 
-/// Writes the pipeline's file; gives its path.
+/// Writes the pipeline's file; returns its path.
 fn pipeline(folder: &Path, port: u16) -> String {
     let hook = format!(
         "type = \"http\"\nurl = \"http://127.0.0.1:{port}/events?x=1\"\n\

@@ -1,4 +1,4 @@
-//! The source against the embedded stream, by the same SDK code path as against AWS.
+//! The source against the embedded stream, with the same SDK code as against AWS.
 
 use std::collections::HashMap;
 use std::io::ErrorKind;
@@ -96,7 +96,8 @@ impl Served {
     }
 }
 
-/// What a reader gives until nothing is left; the spans must join without a gap.
+/// Returns everything that a reader reads until nothing is left; asserts that each range begins where the previous
+/// one ended.
 async fn read_all(reader: &mut PollingReader) -> (Vec<(Position, String)>, bool) {
     let mut records = Vec::new();
     let mut at: Option<Option<Position>> = None;
@@ -150,7 +151,7 @@ async fn a_reader_goes_on_after_any_position() {
     for (index, (position, _)) in all.iter().enumerate() {
         let mut reader = served.reader(shard, 7, Some(position.clone()), ShardStart::Horizon).await;
         let (rest, _) = read_all(&mut reader).await;
-        assert_eq!(rest, all[index + 1..], "behind {position}");
+        assert_eq!(rest, all[index + 1..], "after {position}");
     }
 }
 
@@ -158,7 +159,7 @@ async fn a_reader_goes_on_after_any_position() {
 async fn at_a_timestamp_nothing_older_comes() {
     let served = served(1, StoreOptions::default()).await;
     served.put((0..10).map(|i| record(i, format!("old {i}")))).await;
-    // The embedded stream knows arrival times by the second.
+    // The embedded stream stores arrival times in whole seconds.
     tokio::time::sleep(Duration::from_millis(1_100)).await;
     let now_ms = chrono::Utc::now().timestamp_millis();
     served.put((0..10).map(|i| record(i, format!("new {i}")))).await;
@@ -276,7 +277,7 @@ async fn a_served_stream_is_found_and_locked_by_one_process_only() {
     assert!(served::find(folder.path()).is_none());
 }
 
-/// Its port may be another user's once it has ended.
+/// After the server has ended, another user may own its port.
 #[tokio::test(flavor = "multi_thread")]
 async fn wall_15_a_client_goes_on_with_the_next_server_and_speaks_to_no_other() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -294,7 +295,7 @@ async fn wall_15_a_client_goes_on_with_the_next_server_and_speaks_to_no_other() 
     let other = loop {
         match std::net::TcpListener::bind(("127.0.0.1", port)) {
             Ok(other) => break other,
-            // It is closed a moment later.
+            // The port is closed a moment later.
             Err(error) => assert!(begun.elapsed() < Duration::from_secs(10), "{error}"),
         }
         tokio::time::sleep(Duration::from_millis(10)).await;
@@ -303,12 +304,12 @@ async fn wall_15_a_client_goes_on_with_the_next_server_and_speaks_to_no_other() 
     let error = client.list_streams().send().await.expect_err("nobody serves");
     let error = client::call_error("ListStreams", "the test", &error).to_string();
     assert!(error.contains("has ended") && error.contains(&format!("--port {port}")), "{error}");
-    // Another stream of this user, at another port, gives it no right to this one.
+    // Another stream of the same user, at another port, does not make this port trusted.
     let elsewhere = EmbeddedStream::serve(folder.path(), 0).await.expect("served");
     client.list_streams().send().await.expect_err("it serves elsewhere");
     drop(elsewhere);
     let asked = other.accept();
-    assert!(asked.is_err_and(|error| error.kind() == ErrorKind::WouldBlock), "it was asked");
+    assert!(asked.is_err_and(|error| error.kind() == ErrorKind::WouldBlock), "it got a request");
     drop(other);
 
     let _second = EmbeddedStream::serve(folder.path(), port).await.expect("served");

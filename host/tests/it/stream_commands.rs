@@ -5,7 +5,7 @@ use crate::support::{Process, run, run_ok, serve_stream};
 use hyper::StatusCode;
 use serde_json::Value;
 
-/// A served stream `test`, deleted with its folder.
+/// Served stream `test`, deleted with its folder.
 struct Served {
     folder: tempfile::TempDir,
     _server: Process,
@@ -27,14 +27,14 @@ impl Served {
         all.map(|argument| (*argument).to_owned()).collect()
     }
 
-    /// Runs a command; it must succeed. Gives its report.
+    /// Runs a command, which must succeed; returns its report.
     fn ok(&self, command: &[&str]) -> Value {
         let arguments = self.arguments(command);
         let report = run_ok(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
         serde_json::from_str(&report).expect("a JSON report")
     }
 
-    /// Runs a command that must fail with exit code 1. Gives what it says.
+    /// Runs a command that must fail with exit code 1; returns what it prints.
     fn fails(&self, command: &[&str]) -> String {
         let arguments = self.arguments(command);
         let output = run(&arguments.iter().map(String::as_str).collect::<Vec<_>>());
@@ -44,7 +44,7 @@ impl Served {
     }
 }
 
-/// The ids and hash ranges of new shards.
+/// Returns the ids and hash ranges of new shards.
 fn new_shards(report: &Value) -> Vec<(String, u128, u128)> {
     let key = |shard: &Value, name: &str| {
         shard[name].as_str().expect("a hash key").parse::<u128>().expect("a number")
@@ -68,7 +68,7 @@ fn a_shard_is_split_in_the_middle_and_its_halves_merged_again() {
     assert_eq!((&report["status"], &report["open_shards"]), (&"ACTIVE".into(), &2.into()));
     let halves = new_shards(&report);
     let [(low, 0, low_end), (high, high_start, u128::MAX)] = &halves[..] else {
-        unreachable!("two halves are due: {report}")
+        unreachable!("expected two halves: {report}")
     };
     assert_eq!((*low_end, *high_start), ((1 << 127) - 1, 1 << 127));
     assert_eq!(report["new_shards"][0]["parents"], serde_json::json!([FIRST]));
@@ -88,7 +88,7 @@ fn a_shard_is_split_where_asked_and_not_outside_its_range() {
     let halves = new_shards(&served.ok(&["split", FIRST, "--at", "1000"]));
     assert_eq!((halves[0].2, halves[1].1), (999, 1000));
     let said = served.fails(&["split", FIRST]);
-    assert!(said.contains("closed already"), "{said}");
+    assert!(said.contains("is closed"), "{said}");
 }
 
 #[test]
@@ -99,7 +99,7 @@ fn shards_that_are_not_adjacent_or_not_there_are_named() {
     assert!(said.contains(FIRST) && said.contains(third), "{said}");
     assert!(said.contains("not adjacent"), "{said}");
     let said = served.fails(&["merge", FIRST, "shardId-000000000009"]);
-    assert!(said.contains("no shard shardId-000000000009"), "{said}");
+    assert!(said.contains("unknown shard shardId-000000000009"), "{said}");
 }
 
 #[test]
@@ -137,7 +137,7 @@ fn consumers_are_registered_listed_and_deregistered() {
     assert!(said.contains("consumer cars") && said.contains("not registered"), "{said}");
 }
 
-/// The stream, and its consumers in two pages: the embedded stream knows one only.
+/// Answers with the stream, and with its consumers in two pages: the embedded stream has only one page.
 fn paged(seen: &Seen) -> (StatusCode, &'static str) {
     let body = match (seen.target.rsplit('.').next(), seen.body.contains("NextToken")) {
         (Some("DescribeStreamSummary"), _) => {

@@ -1,5 +1,5 @@
-//! `shardmill stream tail` through the real binary: reshards followed, places to start at, and what
-//! a plugin makes of records.
+//! `shardmill stream tail` through the real binary: it follows reshards, starts at different positions, and shows the
+//! output of a plugin.
 
 use std::io::{BufRead as _, BufReader};
 use std::process::Stdio;
@@ -28,7 +28,7 @@ fn tail(world: &World, options: &[&str]) -> std::process::Command {
     shardmill(&[&command[..], &place, options].concat())
 }
 
-/// Tails to the end; gives the lines and what was said on standard error.
+/// Tails to the end; returns the lines, and standard error.
 fn tail_to_end(world: &World, options: &[&str]) -> (Vec<Value>, String) {
     let output = crate::support::output(tail(world, options).arg("--no-follow"));
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -69,7 +69,7 @@ fn a_split_is_followed_and_children_come_after_their_parent() {
     let shards: Vec<&str> = lines.iter().map(|line| line["shard"].as_str().expect("id")).collect();
     assert!(shards[..20].iter().all(|shard| *shard == FIRST), "{shards:?}");
     assert!(shards[20..].iter().all(|shard| *shard != FIRST), "{shards:?}");
-    assert!(read.next().is_none(), "the limit ends it");
+    assert!(read.next().is_none(), "the limit ends the tail");
 }
 
 #[test]
@@ -85,14 +85,14 @@ fn a_tail_begins_where_asked_and_keeps_to_its_shard() {
     let sequence = parent[6]["sequence"].as_str().expect("text");
     let (rest, _) = tail_to_end(&world, &["--from", &format!("at-sequence:{FIRST}:{sequence}")]);
     assert_eq!(ids(&rest), (6..30).collect::<Vec<_>>());
-    // The served stream knows arrival times by the second.
+    // The served stream stores arrival times in whole seconds.
     let begun = chrono::Utc::now().timestamp();
     crate::support::wait_for("the next second", || chrono::Utc::now().timestamp() > begun);
     let between = chrono::Utc::now().format("at-timestamp:%Y-%m-%dT%H:%M:%SZ").to_string();
     world.put(30..40, 7);
     let (late, _) = tail_to_end(&world, &["--from", &between]);
     assert_eq!(ids(&late), (30..40).collect::<Vec<_>>());
-    // What the parent holds is old, and the parent is closed.
+    // The parent's records are old, and the parent is closed.
     let (latest, _) = tail_to_end(&world, &["--from", "latest"]);
     assert!(latest.iter().all(|line| line["shard"] != FIRST), "{latest:?}");
 }
@@ -106,9 +106,9 @@ fn a_shard_or_a_start_that_is_not_there_is_named() {
         String::from_utf8_lossy(&output.stderr).into_owned()
     };
     let said = fails(&["--shard", "shardId-000000000009"]);
-    assert!(said.contains("no shard shardId-000000000009"), "{said}");
+    assert!(said.contains("unknown shard shardId-000000000009"), "{said}");
     let said = fails(&["--from", "at-sequence:shardId-000000000008:1"]);
-    assert!(said.contains("no shard shardId-000000000008"), "{said}");
+    assert!(said.contains("unknown shard shardId-000000000008"), "{said}");
     let said = fails(&["--from", "lates"]);
     assert!(said.contains("lates") && said.contains("did you mean `latest`"), "{said}");
     let said = fails(&["--config", "{}"]);

@@ -1,4 +1,4 @@
-/* Asks the host for what it asks others for: lookup, http. */
+/* Calls the capabilities that ask other servers: lookup, http. */
 
 #define SM_BATCH
 #include "../../../../plugins/sdk-c/shardmill.h"

@@ -1,4 +1,4 @@
-// Asks the host for what it asks others for: lookup, http.
+// Calls the capabilities that ask other servers: lookup, http.
 import { plugin } from "shardmill";
 import { send } from "shardmill/http";
 import { lookup } from "shardmill/lookup";

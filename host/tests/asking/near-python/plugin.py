@@ -1,4 +1,4 @@
-"""Asks the host for what it needs nobody else for: log, metrics, clock, random."""
+"""Calls the capabilities that the host itself answers: log, metrics, clock, random."""
 
 import shardmill_clock
 import shardmill_log

@@ -1,4 +1,4 @@
-"""Makes `aggregates.json`: aggregated records by an implementation that is not ours, and what is in them.
+"""Makes `aggregates.json`: aggregates from an implementation that is not ours, with the records in them.
 
     pip install aws-kinesis-agg==1.2.3 six protobuf && python make.py > aggregates.json
 """
@@ -19,7 +19,7 @@ def text(data):
 def user_records(count, size, keys):
     for number in range(count):
         key = f"key-{random.randrange(keys)}-ü" if number % 3 else f"key-{random.randrange(keys)}"
-        # An explicit hash key, now and then: the record then lies where the producer says.
+        # Some records have an explicit hash key, which decides their shard instead of the partition key.
         hash_key = str(random.randrange(2**128)) if number % 5 == 0 else None
         yield key, hash_key, random.randbytes(random.randrange(size))
 
@@ -28,7 +28,7 @@ cases = []
 for count, size, keys in [(1, 10, 1), (2, 2, 1), (100, 50, 7), (500, 200, 300), (2000, 20, 3)]:
     aggregator, expected = RecordAggregator(), []
     for key, hash_key, data in user_records(count, size, keys):
-        # An empty payload is a payload.
+        # An empty payload is valid.
         assert aggregator.add_user_record(key, data, hash_key) is None
         expected.append({"key": key, "hash_key": hash_key, "data": text(data)})
     _, _, aggregate = aggregator.clear_and_get().get_contents()

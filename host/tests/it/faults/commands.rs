@@ -1,4 +1,4 @@
-//! Commands, the intake, files and guests as strangers use them.
+//! Commands, the intake, files and guests, used as strangers use them.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -13,12 +13,12 @@ use crate::support::{
     with_tools,
 };
 
-// 19: what a guest's function returns goes nowhere. It is refused, or a dead letter, and never silence.
+// 19: a value that a guest's function returns is refused or becomes a dead letter. It never disappears in silence.
 
-/// A plugin's folder with its source, built.
+/// Builds a plugin's folder with this source.
 fn built(place: &Path, language: &str, file: &str, source: &str) -> PathBuf {
     let folder = place.join("plugin");
-    std::fs::create_dir_all(&folder).expect("made");
+    std::fs::create_dir_all(&folder).expect("created");
     let manifest =
         format!("[plugin]\nname = \"p\"\nlanguage = \"{language}\"\ncapabilities = []\n");
     std::fs::write(folder.join("plugin.toml"), manifest).expect("written");
@@ -30,8 +30,8 @@ fn built(place: &Path, language: &str, file: &str, source: &str) -> PathBuf {
     component
 }
 
-/// Runs the lines of a file through a plugin; gives whether the run succeeded, its standard error, and the
-/// reasons of the dead letters by their record.
+/// Runs the lines of a file through a plugin. Returns whether the run succeeded, its standard error, and the reasons
+/// of the dead letters by their record.
 fn ran(place: &Path, component: &Path, lines: &str) -> (bool, String, Vec<(String, String)>) {
     std::fs::write(place.join("lines.txt"), lines).expect("written");
     let file = PipelineToml::new(place, "guest")
@@ -52,7 +52,10 @@ fn ran(place: &Path, component: &Path, lines: &str) -> (bool, String, Vec<(Strin
     (
         true,
         said,
-        dead_letters.expect("rows").map(|dead_letter| dead_letter.expect("a letter")).collect(),
+        dead_letters
+            .expect("rows")
+            .map(|dead_letter| dead_letter.expect("a dead letter"))
+            .collect(),
     )
 }
 
@@ -116,8 +119,8 @@ export const stage = plugin({ name: "p", version: "0.1.0", routes: { out: "text/
             ("nested", "member \"a\" is a promise"),
             ("map", "make an array or a plain object"),
             ("key", "a partition key must be a text or bytes"),
-            ("helper", "has begun something asynchronous"),
-            ("then", "has begun something asynchronous"),
+            ("helper", "started something asynchronous"),
+            ("then", "started something asynchronous"),
         ],
     );
 }
@@ -137,7 +140,8 @@ async def p(record, out):
     assert!(!succeeded && said.contains("without async and await"), "{said}");
 }
 
-/// The check that `configure` makes of functions, in the library alone: a component of Python takes a minute to make.
+/// Tests the check that `configure` makes of functions in the library alone: building a Python component takes a
+/// minute.
 #[test]
 fn fault_19_each_kind_of_function_in_python_is_recognized() {
     let table = r#"
@@ -218,7 +222,7 @@ fn assert_reasons(dead_letters: &[(String, String)], expected: &[(&str, &str)]) 
     assert_eq!(dead_letters.len(), expected.len(), "{dead_letters:?}");
     for (record, cure) in expected {
         let found = dead_letters.iter().find(|(original, _)| original == record);
-        let (_, reason) = found.unwrap_or_else(|| panic!("{record} is no dead letter"));
+        let (_, reason) = found.unwrap_or_else(|| panic!("{record} is not a dead letter"));
         assert!(reason.contains(cure), "{record}: {reason}");
     }
 }
@@ -262,7 +266,7 @@ fn fault_32_compressed_bodies_are_refused_and_never_stored() {
         assert!(answer.starts_with("HTTP/1.1 415"), "{encoding}: {answer}");
         assert!(answer.contains("send the body uncompressed"), "{answer}");
     }
-    // Two headers count as one list.
+    // Two headers of one name count as one list.
     let twice = "Content-Encoding: identity\r\nContent-Encoding: gzip\r\n";
     assert!(post(intake.port, twice, b"x").starts_with("HTTP/1.1 415"));
     let plain = "Content-Type: application/json\r\nContent-Encoding: identity\r\n";
@@ -271,7 +275,7 @@ fn fault_32_compressed_bodies_are_refused_and_never_stored() {
     intake.world.wait_rows(1);
 }
 
-/// Puts an event in one chunk, with these `Transfer-Encoding` headers.
+/// Sends an event in one chunk, with these `Transfer-Encoding` headers.
 fn post_in_chunks(port: u16, codings: &[&str]) -> String {
     let body = "{\"id\":0,\"key\":\"key-0\",\"n\":0}";
     let codings: String =
@@ -319,14 +323,14 @@ fn fault_32_half_a_request_head_is_closed_and_delays_no_end() {
         stream.set_read_timeout(Some(Duration::from_secs(60))).expect("set");
         stream
     };
-    // While it runs: the head's deadline.
+    // While the run goes on, the deadline of the request's head closes the connection.
     let mut left_open = half();
     let read = left_open.read(&mut [0; 1_024]);
     assert!(
         matches!(read, Ok(0))
             || read.is_err_and(|error| error.kind() != std::io::ErrorKind::WouldBlock)
     );
-    // At the end: nobody waits for it, nor for a connection without a request.
+    // At its end, the run waits neither for a half-sent request nor for a connection without a request.
     let (_half, _idle) =
         (half(), TcpStream::connect(("127.0.0.1", intake.port)).expect("connected"));
     std::thread::sleep(Duration::from_millis(100));
@@ -361,7 +365,7 @@ fn fault_33_a_byte_order_mark_and_quoted_line_breaks_of_files() {
             run_ok(&["stream", "create", "--pipeline", &file]);
             run_ok(&["stream", "put", "--pipeline", &file, &path.display().to_string()]);
         }
-        // Twice: a file is read on after a record with line breaks, too.
+        // Two runs: the second one continues after a record that contains line breaks.
         for _ in 0..2 {
             run_ok(&["run", &file, "--until-caught-up"]);
             let mut query = mart.prepare("SELECT note FROM rows ORDER BY id").expect("sql");
@@ -373,7 +377,7 @@ fn fault_33_a_byte_order_mark_and_quoted_line_breaks_of_files() {
     }
 }
 
-/// A quote behind a byte order mark begins a field, in the first record as in one that is left out.
+/// A quote after a byte order mark opens a field, both in a record that is read and in one that is skipped.
 #[test]
 fn fault_33_a_quote_after_a_byte_order_mark_begins_a_field() {
     let text = "\u{feff}\"two\nlines\",1\n\"three\nmore\",2\n";
@@ -431,7 +435,7 @@ fn fault_33_a_file_is_read_on_after_a_record_with_line_breaks() {
     assert_eq!((count, all), (4, 4));
 }
 
-// 34: terminals, pipes and commands that say too much or do too much.
+// 34: terminals, pipes, and commands whose messages or effects were wrong.
 
 fn in_shell(folder: &Path, script: &str) -> std::process::Output {
     let mut command = Command::new("bash");
@@ -463,7 +467,7 @@ fn fault_34_a_closed_pipe_ends_what_only_prints_and_panics_nobody() {
         let said = String::from_utf8_lossy(&done.stderr);
         assert!(!said.contains("panicked"), "{command}: {said}");
         assert_eq!(String::from_utf8_lossy(&done.stdout).lines().count(), 1, "{command}");
-        // Standard error may be closed as well, of those that end by themselves.
+        // Standard error may be closed too, for the commands that end by themselves.
         if !command.contains(" tail ") && !command.contains(" run ") {
             let done = in_shell(folder, &format!("{command} -vv 2>&1 >/dev/null | head -n 0"));
             assert!(done.status.success(), "{command}");
@@ -483,7 +487,7 @@ fn fault_34_a_report_that_cannot_be_written_is_a_failure() {
         let done = in_shell(world.folder.path(), &format!("$SHARDMILL {command} > /dev/full"));
         let said = String::from_utf8_lossy(&done.stderr);
         assert_eq!(done.status.code(), Some(1), "{command}: {said}");
-        assert!(said.contains("standard output could not be written: No space left"), "{said}");
+        assert!(said.contains("failed to write standard output: No space left"), "{said}");
     }
 }
 
@@ -514,7 +518,7 @@ fn fault_34_rows_and_reports_do_not_mix() {
 fn fault_34_no_color_and_dumb_terminals_are_obeyed() {
     let folder = tempfile::tempdir().expect("a folder");
     std::fs::write(folder.path().join("bad.toml"), "[pipeline]\nnam = 1\n").expect("written");
-    // `script` gives the command a terminal.
+    // `script` runs the command in a terminal.
     let on_terminal = |settings: &str| {
         let command = format!("{settings} $SHARDMILL check bad.toml");
         let done = in_shell(folder.path(), &format!("script -qec '{command}' /dev/null"));
@@ -543,7 +547,8 @@ fn fault_34_no_part_of_a_password_is_printed() {
         for command in ["check", "run"] {
             let done = run(&[command, &pipeline]);
             let said = String::from_utf8_lossy(&done.stderr);
-            // The line of the file may be shown, as its writer wrote it, but never as a host.
+            // A message may quote the line of the file as it was written, but must never name a part of the password
+            // as the host.
             assert!(!said.contains("at cr") && !said.contains("at et"), "{said}");
             assert!(said.contains("%40") && !done.status.success(), "{said}");
         }
@@ -560,7 +565,7 @@ fn fault_34_a_second_run_names_the_owner_not_the_port() {
     let second = run(&["run", &world.pipeline(&pipeline)]);
     let said = String::from_utf8_lossy(&second.stderr);
     assert_eq!(second.status.code(), Some(1));
-    assert!(said.contains(&format!("running already, as process {}", first.0.id())), "{said}");
+    assert!(said.contains(&format!("already running, as process {}", first.0.id())), "{said}");
 }
 
 #[test]
@@ -577,7 +582,7 @@ fn fault_34_a_stream_is_deleted_by_name_or_with_yes() {
     run_ok(&["stream", "delete", "--pipeline", &pipeline, "--stream", "test"]);
 }
 
-// 37: the README's commands, as they stand.
+// 37: the README's commands, exactly as written.
 
 #[test]
 fn fault_37_the_readmes_five_commands_give_rows() {
@@ -586,15 +591,15 @@ fn fault_37_the_readmes_five_commands_give_rows() {
     let block = after.split_once("```sh\n").expect("a block").1;
     let block = block.split_once("\n```").expect("its end").0;
     assert_eq!(block.lines().count(), 5, "{block}");
-    // All but the build, which brought the binary that this test drives.
+    // Every command but the build: this test drives the binary that is already built.
     let build = "cargo build --release && export PATH=\"$PWD/target/release:$PATH\" && cd ";
     let folder = block.lines().next().and_then(|line| line.strip_prefix(build)).expect("the build");
     let place = tempfile::tempdir().expect("a folder");
     let copy = place.path().join(folder);
-    std::fs::create_dir_all(&copy).expect("made");
+    std::fs::create_dir_all(&copy).expect("created");
     std::fs::copy(root().join(folder).join("pipeline.toml"), copy.join("pipeline.toml"))
         .expect("copied");
-    std::fs::create_dir_all(place.path().join("plugins")).expect("made");
+    std::fs::create_dir_all(place.path().join("plugins")).expect("created");
     let prebuilt = place.path().join("plugins/prebuilt");
     std::os::unix::fs::symlink(root().join("plugins/prebuilt"), prebuilt).expect("linked");
     let binaries = Path::new(env!("CARGO_BIN_EXE_shardmill"))

@@ -1,4 +1,4 @@
-//! Memory and lag: what is held is bounded, and what waits is seen.
+//! Memory and lag: memory in use is bounded, and waiting is visible.
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -15,20 +15,20 @@ use crate::support::world::{STREAM, World, hashes};
 use crate::support::{Process, free_port, http_get, output, plugin, shardmill, wait_for};
 
 const MIB: u64 = 1 << 20;
-/// How long a thousand lanes may take to begin and to go on.
+/// Time limit for a thousand lanes to begin and to go on.
 const BEGIN_MAX: Duration = Duration::from_secs(600);
 
-/// An endpoint of an HTTP sink that does not take the rows of some shards.
+/// Endpoint of an HTTP sink that refuses the rows of some shards.
 struct Endpoint {
     port: u16,
-    /// The ids that came, by shard.
+    /// Ids that arrived, by shard.
     taken: Arc<Mutex<BTreeMap<String, HashSet<u64>>>>,
     blocks: Arc<AtomicBool>,
     _runtime: tokio::runtime::Runtime,
 }
 
 impl Endpoint {
-    /// Blocks each shard of these numbers, until it is told otherwise.
+    /// Blocks each shard whose number matches, until `blocks` is cleared.
     fn new(is_blocked: fn(u64) -> bool) -> Self {
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
         let taken: Arc<Mutex<BTreeMap<String, HashSet<u64>>>> = Arc::default();
@@ -43,7 +43,7 @@ impl Endpoint {
                 let row: serde_json::Value = serde_json::from_str(line).expect("JSON");
                 row["id"].as_u64().expect("an id")
             });
-            seen.lock().expect("not poisoned").entry(shard).or_default().extend(ids);
+            seen.lock().expect("a lock").entry(shard).or_default().extend(ids);
             StatusCode::OK
         };
         let routes = axum::Router::new().route("/", axum::routing::post(take));
@@ -55,13 +55,13 @@ impl Endpoint {
         Self { port, taken, blocks, _runtime: runtime }
     }
 
-    /// How many of its rows it has of a shard.
+    /// Returns how many rows of a shard have arrived.
     fn rows_of(&self, shard: u64) -> usize {
-        let taken = self.taken.lock().expect("not poisoned");
+        let taken = self.taken.lock().expect("a lock");
         taken.iter().filter(|(name, _)| number_of(name) == shard).map(|(_, ids)| ids.len()).sum()
     }
 
-    /// The lines of its sink.
+    /// Returns the lines of its sink.
     fn sink(&self) -> String {
         let port = self.port;
         format!(
@@ -71,13 +71,13 @@ impl Endpoint {
     }
 }
 
-/// The number of a shard, by `stream/shardId-000000000007`.
+/// Returns the number of a shard from `stream/shardId-000000000007`.
 fn number_of(shard: &str) -> u64 {
     let digits = shard.rsplit('-').next().expect("a number");
     digits.parse().expect("a number")
 }
 
-/// Puts so many rows of so many bytes on a shard, with ids from 0 on.
+/// Puts this many rows of this many bytes on a shard, with ids from 0 on.
 fn fill(world: &World, shard: &Shard, rows: u64, bytes: usize) {
     let hash = hashes(shard).0.to_string();
     let filling = "x".repeat(bytes);
@@ -95,13 +95,14 @@ fn fill(world: &World, shard: &Shard, rows: u64, bytes: usize) {
     }
 }
 
-/// A pipeline of the world's stream without a stage, to these tables of sinks, with short pauses.
+/// Writes a pipeline of the world's stream without a stage, with these sinks and short pauses; returns its path and
+/// admin port.
 fn pipeline(world: &World, lines: &str, timing: &str, sinks: &[String]) -> (String, u16) {
     let timing = format!("retry_pause = \"50 ms\"\nshard_sync = \"200 ms\"\n{timing}");
     paced_pipeline(world, lines, &timing, "", sinks)
 }
 
-/// The same, with these lines of `[timing]` and `[source]`.
+/// Like `pipeline`, with these lines of `[timing]` and `[source]`.
 fn paced_pipeline(
     world: &World,
     lines: &str,
@@ -132,7 +133,7 @@ fn start(world: &World, path: &str) -> Process {
     Process(run.expect("the binary starts"))
 }
 
-/// The value of a metric's series that has all these labels; the sum, if there are several.
+/// Returns the sum of a metric's series that have all these labels.
 fn metric(port: u16, name: &str, labels: &[&str]) -> Option<f64> {
     let text = http_get(port, "/metrics");
     let lines = text.lines().filter(|line| {
@@ -144,14 +145,14 @@ fn metric(port: u16, name: &str, labels: &[&str]) -> Option<f64> {
     values.reduce(|one, other| Some(one? + other?)).flatten()
 }
 
-/// The peak of a process's resident memory so far, in bytes; `None` once it has ended.
+/// Returns the peak of a process's resident memory so far, in bytes; `None` once it has ended.
 fn peak_of(run: &Process) -> Option<u64> {
     let status = std::fs::read_to_string(format!("/proc/{}/status", run.0.id())).ok()?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmHWM:"))?;
     Some(line.trim().trim_end_matches(" kB").parse::<u64>().ok()? << 10)
 }
 
-/// The sizes of all data below a folder whose path holds `part`.
+/// Returns the sizes of all data files below a folder whose path contains `part`.
 fn data_below(folder: &Path, part: &str) -> Vec<u64> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
     let paths = entries.map(|entry| entry.expect("an entry").path());
@@ -166,8 +167,8 @@ fn data_below(folder: &Path, part: &str) -> Vec<u64> {
     found.collect()
 }
 
-/// One of two shards is blocked, and holds all that it can get. The other goes on, and its objects are not
-/// cut small.
+/// One of two shards is blocked and takes all the memory that it can get. The other goes on, and its objects are not
+/// cut short.
 #[test]
 fn fault_02_a_blocked_shard_does_not_stop_another() {
     const ROWS: u64 = 20_000;
@@ -183,13 +184,13 @@ fn fault_02_a_blocked_shard_does_not_stop_another() {
     let _run = start(&world, &path);
 
     wait_for("the rows of the other shard", || endpoint.rows_of(1) as u64 == ROWS);
-    // What waits for memory is shown, with who holds it.
+    // The wait for memory is shown, together with who holds the memory.
     wait_for("the wait to be shown", || {
         let ready = http_get(port, "/health/ready");
         ready.contains("shardId-000000000000: memory: waits for")
             && ready.contains("by shardId-000000000000")
     });
-    // What it had read ahead is given back.
+    // The blocked lane gives back its read-ahead.
     wait_for("the read-ahead", || {
         metric(port, "shardmill_read_ahead_bytes", &[]).is_some_and(|bytes| bytes < 1_000.0)
     });
@@ -197,13 +198,14 @@ fn fault_02_a_blocked_shard_does_not_stop_another() {
     let mean = sizes.iter().sum::<u64>() / sizes.len().max(1) as u64;
     assert!(sizes.len() >= 5 && mean > MIB / 2, "{} objects of {mean} bytes", sizes.len());
 
-    // The other one goes on when it can, and nothing of what was given back is missing.
+    // The blocked shard goes on when it can, and no record that was given back is missing.
     endpoint.blocks.store(false, Ordering::Relaxed);
     wait_for("the rows of the blocked shard", || endpoint.rows_of(0) as u64 == ROWS);
     wait_for("nothing to be blocked", || http_get(port, "/health/ready").contains("ready"));
 }
 
-/// Nothing follows on a shard that has ended: its last rows went in, and it is blocked no more.
+/// Regression: a shard that had ended stayed blocked after its last rows were committed, because no further batch
+/// came.
 #[test]
 fn fault_35_a_shard_that_ended_is_not_blocked_any_more() {
     let world = World::new(1);
@@ -216,7 +218,8 @@ fn fault_35_a_shard_that_ended_is_not_blocked_any_more() {
         http_get(port, "/health/ready").contains("shardId-000000000000: ")
     });
     world.split(parent);
-    // The lane reads the parent's end meanwhile, which nothing tells: sooner, this test shows less.
+    // Meanwhile the lane reads the end of the parent, which nothing reports. Without this pause the test would show
+    // less.
     std::thread::sleep(Duration::from_secs(2));
     endpoint.blocks.store(false, Ordering::Relaxed);
     wait_for("the rows", || endpoint.rows_of(0) == 10);
@@ -232,13 +235,13 @@ fn fault_02_of_a_thousand_lanes_two_hundred_are_blocked() {
     let world = World::new(SHARDS);
     let is_blocked = |shard: u64| shard.is_multiple_of(5);
     for shard in world.open_shards() {
-        // The blocked ones have more than their part of the buffers.
+        // The blocked shards have more data than their share of the buffers.
         let blocked = is_blocked(number_of(shard.shard_id()));
         fill(&world, &shard, ROWS, if blocked { 20_000 } else { 1_000 });
     }
     let endpoint = Endpoint::new(is_blocked);
-    // What each lane does again and again leaves no time to begin the others: a write that is waited for, a request of a
-    // blocked one, a poll of one that has all its records.
+    // Long pauses: otherwise the repeated work of lanes (checkpoint writes, requests of blocked lanes, polls of lanes
+    // that have read everything) would leave no time to begin the others.
     let timing = "checkpoint = \"10 s\"\nretry_pause = \"5 s\"\nshard_sync = \"5 s\"\n";
     let (buffer, polls) = ("buffer = \"8 MiB\"", "poll_interval = \"5 s\"");
     let (path, port) = paced_pipeline(&world, buffer, timing, polls, &[endpoint.sink()]);
@@ -246,17 +249,17 @@ fn fault_02_of_a_thousand_lanes_two_hundred_are_blocked() {
 
     let free: Vec<u64> = (0..u64::from(SHARDS)).filter(|shard| !is_blocked(*shard)).collect();
     let others = || {
-        let taken = endpoint.taken.lock().expect("not poisoned");
+        let taken = endpoint.taken.lock().expect("a lock");
         let rows: usize = taken.values().map(HashSet::len).sum();
         rows as u64 == free.len() as u64 * ROWS
     };
-    // To begin a thousand lanes takes most of the time.
+    // Most of the time goes into beginning a thousand lanes.
     let begun = Instant::now();
     while !others() {
         assert!(
             begun.elapsed() < BEGIN_MAX,
             "{} lanes go on",
-            endpoint.taken.lock().expect("ok").len()
+            endpoint.taken.lock().expect("a lock").len()
         );
         std::thread::sleep(Duration::from_millis(50));
     }
@@ -270,17 +273,17 @@ fn fault_02_of_a_thousand_lanes_two_hundred_are_blocked() {
     assert!(occupied < mib * MIB, "{} MiB of {bound}", occupied / MIB);
 }
 
-/// The first answers of shards with a backlog are counted before they come.
+/// The memory for the first answers of shards with a backlog is reserved before the answers arrive.
 #[test]
 fn fault_02_a_start_with_a_backlog_occupies_no_more_than_the_bound() {
     const SHARDS: u32 = 12;
-    // The bound of `buffer`, with a request more for each lane.
+    // The bound of `buffer`, plus one request for each lane.
     const BOUND: f64 = (16.0 + SHARDS as f64) * MIB as f64;
     let world = World::new(SHARDS);
     for shard in world.open_shards() {
         fill(&world, &shard, 12, 1_000_000);
     }
-    // Every shard is blocked at its first row: what was read stays.
+    // Every shard is blocked at its first row, so everything that was read stays in memory.
     let endpoint = Endpoint::new(|_| true);
     let timing = "memory_blocked = \"200 ms\"\nmemory_turn = \"500 ms\"\n";
     let (path, port) = pipeline(&world, "buffer = \"16 MiB\"", timing, &[endpoint.sink()]);
@@ -300,7 +303,7 @@ fn fault_02_a_start_with_a_backlog_occupies_no_more_than_the_bound() {
     assert!(most > 0.0 && most <= BOUND, "{most} bytes are read ahead of {BOUND}");
 }
 
-/// `check` says what may be held, where that is more than there is.
+/// `check` prints the memory bound if it is larger than the available memory.
 #[test]
 fn fault_02_check_warns_of_a_bound_above_the_memory() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -318,7 +321,7 @@ fn fault_02_check_warns_of_a_bound_above_the_memory() {
     assert!(!check("64 MiB").contains("memory may grow"));
 }
 
-/// What waits behind a blocked sink has an age that grows, and is known at once after a restart.
+/// The age of records that wait for a blocked sink grows, and is known at once after a restart.
 #[test]
 fn fault_35_the_lag_is_the_age_of_what_is_not_committed() {
     const ROWS: u64 = 9_500;
@@ -349,7 +352,7 @@ fn fault_35_the_lag_is_the_age_of_what_is_not_committed() {
     let before = lag(hook).expect("a lag");
     assert_eq!(run.terminate(), Some(0));
 
-    // The stream is out of reach meanwhile as well: nothing is read.
+    // The stream is unreachable too, so nothing is read.
     let run = start(&world, &path);
     wait_for("the lag after a restart", || lag(hook).is_some());
     let first = lag(hook).expect("a lag");
@@ -368,7 +371,7 @@ fn fault_38_a_file_passes_without_being_gathered() {
     let csv = crate::support::flights_csv();
     let example = crate::support::root().join("examples/flights/pipeline.toml");
     let example = std::fs::read_to_string(example).expect("the example");
-    // The table of its first stage, up to the next one.
+    // The table of the file's first stage, up to the next table.
     let config = example.split("[stage.config]").nth(1).and_then(|rest| rest.split("[[").next());
     let config = config.expect("the decoder's configuration");
     let decode = format!("routes = {{ rows = [\"out\"] }}\n[stage.config]\n{config}");
@@ -376,15 +379,15 @@ fn fault_38_a_file_passes_without_being_gathered() {
     let sink = format!("[[sink]]\nname = \"out\"\ntype = \"objects\"\nurl = \"{}\"", out.display());
     let file = PipelineToml::new(folder.path(), "flights").file(&csv, "");
     let path = file.stage("decode", &plugin("csv-decode"), &decode).table(&sink).write();
-    // It compiles the plugin, in a process that needs more.
+    // `check` compiles the plugin in another process, which needs more memory.
     let checked = output(&mut shardmill(&["check", &path]));
     assert!(checked.status.success(), "{}", String::from_utf8_lossy(&checked.stderr));
     let peak = peak_mib(&["run", &path]);
     assert!(peak <= 96.0, "{peak} MiB at the peak");
 }
 
-/// Runs the binary to its good end; gives the peak of its resident memory, as it was shortly before. What
-/// the system says at the end counts the memory of the process that started it, too.
+/// Runs the binary, which must succeed; returns the peak of its resident memory, as sampled shortly before its end.
+/// The figure that the system reports at the end also counts the memory of the parent process.
 fn peak_mib(arguments: &[&str]) -> f64 {
     let child = shardmill(arguments).stdout(std::process::Stdio::null()).spawn();
     let mut run = Process(child.expect("the binary starts"));

@@ -1,5 +1,5 @@
-//! Faults that strangers found, by the numbers under which they were reported: `fault_NN_…`. Each test
-//! shows the right behaviour, and failed before the fault was mended.
+//! Regression tests for faults that users reported, named by the report's number: `fault_NN_…`. Each test shows the
+//! right behaviour, and failed before the fault was fixed.
 
 mod commands;
 mod dead_letters;

@@ -1,4 +1,4 @@
-//! The real binary with plugins that must not run, or not run on.
+//! The real binary with plugins that must not run, or must not go on running.
 
 use std::process::Output;
 
@@ -7,8 +7,8 @@ use crate::support::pipeline::PipelineToml;
 use crate::support::world::{Pipeline, World};
 use crate::support::{free_port, http_get, wait_for};
 
-/// The lane stops with a clear state and drains no stream into the dead letters; with a fixed plugin
-/// it goes on at the record where it stopped.
+/// The lane stops, says why, and does not drain the stream into the dead letters. With a fixed plugin it goes on at
+/// the record where it stopped.
 #[test]
 fn a_plugin_that_rejects_everything_stops_its_lane_until_it_is_fixed() {
     const RECORDS: u64 = 2_000;
@@ -48,7 +48,7 @@ fn a_plugin_that_rejects_everything_stops_its_lane_until_it_is_fixed() {
     assert_eq!(dead_letters(), 0);
 }
 
-/// A component that takes its compiler long: one function of very many branches.
+/// Makes a component that takes long to compile: one function with very many branches.
 pub fn heavy() -> tempfile::NamedTempFile {
     const BRANCHES: usize = 200_000;
     let branch = "(if (i64.eqz (local.get 0))
@@ -59,7 +59,7 @@ pub fn heavy() -> tempfile::NamedTempFile {
     Guest { items: &items, ..Guest::default() }.build("plugin")
 }
 
-/// Checks a pipeline of one stage, which must be refused; gives what is said in one line.
+/// Checks a pipeline of one stage, which must be refused; returns the output as one line.
 fn refused(plugin: &str, lines: &str) -> String {
     let folder = tempfile::tempdir().expect("a folder");
     let path = PipelineToml::new(folder.path(), "refused")

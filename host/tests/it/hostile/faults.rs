@@ -1,4 +1,4 @@
-//! `plugins/hostile`: each misdeed is the guilty records' alone.
+//! `plugins/hostile`: each kind of misbehaviour affects only the culprits.
 
 use std::sync::Arc;
 
@@ -9,12 +9,12 @@ use shardmill_state::DeadLetteredItems;
 
 use super::lane::{LIMITS, Lane, RECORDS, batch, fine, of_kind, payloads, position, sum};
 
-/// The misdeed's three culprits alone are dead-lettered; all others are delivered, in order.
+/// Asserts that the three culprits alone are dead-lettered, and that all other records are delivered in order.
 fn assert_culprits_alone(fault: &str, reason: &str) {
     Lane::hostile(fault).assert_culprits_alone(&[0, 499, 999], reason);
 }
 
-/// The same where a record makes many rows.
+/// Like `assert_culprits_alone`, for plugins that make many rows of a record.
 fn after_work(fault: &str, reason: &str) {
     Lane::patient(fault).assert_culprits_alone(&[0, 499, 999], reason);
 }
@@ -47,26 +47,26 @@ fn memory_over_the_limit_costs_the_culprit_alone() {
 #[test]
 fn memory_that_was_refused_and_not_needed_is_nobodys_fault() {
     let mut lane = Lane::hostile("strain_on = \"bad\"\ntrap_on = \"bad to the bone\"");
-    assert_eq!(lane.run(&payloads(&[5])).expect("it passes").routed.len(), RECORDS);
+    assert_eq!(lane.run(&payloads(&[5])).expect("it succeeds").routed.len(), RECORDS);
     let outcome = lane.run(&["bad".into(), "bad to the bone".into()]).expect("one culprit");
     let reasons: Vec<_> =
         outcome.dead_letters.iter().map(|dead_letter| dead_letter.reason.as_str()).collect();
     assert!(matches!(reasons[..], [reason] if reason.contains("trapped")), "{reasons:?}");
 }
 
-/// It costs a fresh instance now and then, and no record.
+/// The leak causes a fresh instance now and then, and costs no record.
 #[test]
 fn an_instance_that_leaks_is_renewed_before_it_fails() {
     let mut lane = Lane::hostile(r#"leak_on = "bad""#);
     let recorder = PrometheusBuilder::new().build_recorder();
     metrics::with_local_recorder(&recorder, || {
-        // More than twice the limit in all.
+        // All calls together leak more than twice the limit.
         (0..40).for_each(|_| {
             let outcome = lane.run(&payloads(&[5])).expect("nothing is wrong");
             assert_eq!((outcome.routed.len(), outcome.dead_letters.len()), (RECORDS, 0));
         });
     });
-    assert_eq!(sum(&recorder, "shardmill_stage_calls_total"), 40.0, "none had to be repeated");
+    assert_eq!(sum(&recorder, "shardmill_stage_calls_total"), 40.0, "no call was repeated");
     assert_eq!(sum(&recorder, "shardmill_stage_traps_total"), 0.0);
     let renewals = sum(&recorder, "shardmill_stage_renewals_total");
     assert!((2.0..=8.0).contains(&renewals), "{renewals} renewals");
@@ -99,28 +99,29 @@ fn a_broken_contract_is_a_trap() {
 #[test]
 fn outputs_out_of_order_cost_a_search_and_no_record() {
     let outcome = Lane::hostile(r#"unordered_on = "bad""#).run(&payloads(&[7, 8])).expect("done");
-    // Two neighbours, the later one bad, are still out of order; a record alone never is.
+    // Two neighbours of which the later one is bad are still out of order; a record alone never is. So the search
+    // finds no culprit.
     assert_eq!(outcome.dead_letters.len(), 0, "{:?}", outcome.dead_letters);
     assert_eq!(outcome.routed.len(), RECORDS);
 }
 
 #[test]
 fn too_much_output_costs_the_culprit_alone() {
-    after_work("flood_on = \"bad\"\nflood_bytes = 8388608", "handed back more than it may");
+    after_work("flood_on = \"bad\"\nflood_bytes = 8388608", "returned more than allowed");
 }
 
 #[test]
 fn too_many_outputs_cost_the_culprit_alone() {
-    let expected = "20000 outputs of 1 records, over the limit of 10 each";
+    let expected = "too many outputs: expected at most 10 for each of 1 records, found 20000";
     after_work("many_on = \"bad\"\nmany = 20000", expected);
-    // A million do not even fit into the memory.
+    // A million outputs do not even fit into the memory.
     after_work(r#"many_on = "bad""#, "over its limit of 16777216");
 }
 
 #[test]
 fn rows_that_share_their_bytes_count_in_full() {
     for fault in ["share_payload_on", "share_key_on"] {
-        let expected = "outputs of more than 4194304 bytes in all";
+        let expected = "outputs of more than 4194304 bytes in total";
         after_work(&format!("{fault} = \"bad\"\nmany = 8"), expected);
     }
 }
@@ -153,7 +154,7 @@ fn a_long_reason_is_cut() {
     }
 }
 
-/// What is left of the instance's memory may fail later calls; a fresh instance proves them right.
+/// A damaged instance may fail later calls too. Running those records on a fresh instance shows that they are fine.
 #[test]
 fn an_instance_that_destroys_its_allocator_harms_no_neighbour() {
     let mut lane = Lane::hostile(r#"corrupt_on = "bad""#);
@@ -174,7 +175,7 @@ fn a_plugin_that_fails_in_configure_is_refused_with_its_stage() {
     let refused = |config: &str| {
         let plugin = crate::support::plugin("hostile");
         match Lane::of(&plugin, LIMITS, config, RejectedMax::default()) {
-            Ok(_) => panic!("{config} is not refused"),
+            Ok(_) => panic!("not refused: {config}"),
             Err(why) => why.split_whitespace().collect::<Vec<_>>().join(" "),
         }
     };
@@ -184,7 +185,7 @@ fn a_plugin_that_fails_in_configure_is_refused_with_its_stage() {
         (r#"configure = "bad_name""#, "utf-8"),
         (r#"configure = "many_routes""#, "configure"),
         (r#"refuse = "not like this""#, "configure refused: not like this"),
-        (r#"routes = ["no such name!"]"#, "a route's name is"),
+        (r#"routes = ["no such name!"]"#, "invalid route name"),
     ] {
         let why = refused(config);
         assert!(why.contains(expected) && why.contains("stage misbehave"), "{config}: {why}");
@@ -194,7 +195,7 @@ fn a_plugin_that_fails_in_configure_is_refused_with_its_stage() {
 #[test]
 fn a_failure_that_passes_is_retried() {
     let mut lane = Lane::hostile("retry_on = \"bad\"\nretry_calls = 1");
-    let outcome = lane.run(&payloads(&[5])).expect("it passes");
+    let outcome = lane.run(&payloads(&[5])).expect("it succeeds");
     assert_eq!(outcome.routed.len(), RECORDS);
     assert!(outcome.dead_letters.is_empty());
 }

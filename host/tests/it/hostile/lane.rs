@@ -1,4 +1,4 @@
-//! One lane whose only stage misbehaves, and what must have become of its records.
+//! A lane whose only stage misbehaves, with assertions about the outcome of its records.
 
 use std::path::Path;
 use std::sync::Arc;
@@ -18,10 +18,10 @@ use tokio_util::sync::CancellationToken;
 
 use crate::support::pipeline::PipelineToml;
 
-/// Records of a batch.
+/// Number of records in a batch.
 pub const RECORDS: usize = 1_000;
 
-/// The limits of most tests: tight, so that each is reached soon.
+/// Limits of most tests: tight, so that each is reached soon.
 pub const LIMITS: &str = r#"
 batch_time = "300 ms"
 record_time = "100 ms"
@@ -32,31 +32,31 @@ tables = 1000
 retry = "500 ms"
 "#;
 
-/// One lane of a pipeline with one stage.
+/// Lane of a pipeline with one stage.
 pub struct Lane {
     chain: Chain,
     stop: CancellationToken,
 }
 
 impl Lane {
-    /// A lane of the hostile plugin with a configuration and [`LIMITS`].
+    /// Makes a lane of the hostile plugin with this configuration and [`LIMITS`].
     pub fn hostile(config: &str) -> Self {
         Self::within(LIMITS, config, RejectedMax::default())
     }
 
-    /// The same with time for work: on a busy machine, many rows take longer than the tight limit.
+    /// Like `hostile`, with longer time limits: on a busy machine, many rows take longer than the tight ones.
     pub fn patient(config: &str) -> Self {
         let limits = LIMITS.replace("\"300 ms\"", "\"30 s\"").replace("\"100 ms\"", "\"10 s\"");
         Self::within(&limits, config, RejectedMax::default())
     }
 
-    /// The same with other limits.
+    /// Like `hostile`, with other limits.
     pub fn within(limits: &str, config: &str, rejected_max: RejectedMax) -> Self {
         let plugin = crate::support::plugin("hostile");
         Self::of(&plugin, limits, config, rejected_max).unwrap_or_else(|why| panic!("{why}"))
     }
 
-    /// A lane of any plugin; or why the pipeline does not load.
+    /// Makes a lane of any plugin, or returns why the pipeline does not load.
     pub fn of(
         plugin: &str,
         limits: &str,
@@ -67,7 +67,7 @@ impl Lane {
             "[stage.config]\n{config}\n[stage.limits]\n{limits}\n\
              [stage.routes]\nout = [\"console\"]"
         );
-        // Nothing is written: a folder of no name will do.
+        // Nothing is written, so the folder needs no name.
         let text = PipelineToml::new(Path::new(""), "hostile")
             .timing("")
             .table("[source]\ntype = \"kinesis\"\nstream = \"test\"")
@@ -75,7 +75,7 @@ impl Lane {
             .plain_sink("console", "type = \"stdout\"")
             .text();
         let config =
-            parse(Path::new("test.toml"), &text, &SINK_TYPES, &|_| None).expect("a sound pipeline");
+            parse(Path::new("test.toml"), &text, &SINK_TYPES, &|_| None).expect("a valid pipeline");
         let engine = PluginEngine::new().expect("an engine");
         let host =
             PluginHost { engine, cache: CompileCache::none(), backends: Backends::default() };
@@ -87,7 +87,7 @@ impl Lane {
         Ok(Self { chain: chain.map_err(|error| error.to_string())?, stop })
     }
 
-    /// Another lane of the same stage, with no bound on rejected records.
+    /// Makes another lane of the same stage, with no limit on rejected records.
     pub fn another(&self) -> Self {
         let (stop, samples) = (CancellationToken::new(), Samples::new(Default::default()));
         let revision = self.chain.revision();
@@ -95,7 +95,7 @@ impl Lane {
         Self { chain: chain.expect("it has started before"), stop }
     }
 
-    /// Runs a batch; waits where the plugin asks for another try.
+    /// Runs a batch; waits and retries if the plugin asks for it.
     pub fn run(&mut self, payloads: &[String]) -> Result<ChainOutcome, Blocked> {
         let batch = Arc::new(batch(payloads));
         loop {
@@ -106,18 +106,18 @@ impl Lane {
         }
     }
 
-    /// What stops the lane.
+    /// Returns the token that stops the lane.
     pub fn stop(&self) -> CancellationToken {
         self.stop.clone()
     }
 
-    /// The stages.
+    /// Returns the stages.
     pub fn chain(&mut self) -> &mut Chain {
         &mut self.chain
     }
 
-    /// Runs a batch in which the records `bad` are bad. They alone are dead-lettered, for a reason
-    /// that says so; all others are delivered, in order.
+    /// Runs a batch in which only the records `bad` are bad. Asserts that they alone are dead-lettered, for a reason
+    /// that contains `reason`, and that all others are delivered in order.
     pub fn assert_culprits_alone(&mut self, bad: &[usize], reason: &str) {
         let payloads = payloads(bad);
         let outcome = self.run(&payloads).unwrap_or_else(|why| panic!("{reason}: {why:?}"));
@@ -136,24 +136,24 @@ impl Lane {
     }
 }
 
-/// What was delivered of the records that are fine.
+/// Returns the delivered payloads of good records.
 pub fn fine(outcome: &ChainOutcome) -> Vec<Bytes> {
     let payloads = outcome.routed.iter().map(|routed| routed.row.payload.clone());
     payloads.filter(|payload| payload.starts_with(b"fine")).collect()
 }
 
-/// The payloads that begin like this.
+/// Returns the payloads that begin with `kind`.
 pub fn of_kind(payloads: &[String], kind: &str) -> Vec<Bytes> {
     let expected = payloads.iter().filter(|payload| payload.starts_with(kind));
     expected.map(|payload| Bytes::from(payload.clone())).collect()
 }
 
-/// 1,000 payloads, of which some are bad.
+/// Returns 1,000 payloads, of which those at `bad` are bad.
 pub fn payloads(bad: &[usize]) -> Vec<String> {
     (0..RECORDS).map(|i| format!("{} {i}", if bad.contains(&i) { "bad" } else { "fine" })).collect()
 }
 
-/// A batch of these payloads.
+/// Makes a batch of these payloads.
 pub fn batch(payloads: &[String]) -> Batch {
     let records = payloads.iter().enumerate().map(|(index, payload)| Record {
         position: position(index),
@@ -165,14 +165,14 @@ pub fn batch(payloads: &[String]) -> Batch {
     Batch { shard: shard(), records: records.collect(), range, entry: Entry::Source }
 }
 
-/// A metric's value, summed over its labels.
+/// Returns a metric's value, summed over its labels.
 pub fn sum(recorder: &PrometheusRecorder, metric: &str) -> f64 {
     let text = recorder.handle().render();
     let lines = text.lines().filter(|line| line.starts_with(&format!("{metric}{{")));
     lines.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum()
 }
 
-/// The position of the record with this index.
+/// Returns the position of the record with this index.
 pub fn position(index: usize) -> Position {
     let sequence = SequenceNumber::parse(&index.to_string()).expect("a number");
     Position { sequence, sub_sequence: 0 }

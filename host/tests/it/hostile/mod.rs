@@ -1,4 +1,4 @@
-//! Stages against plugins that misbehave on request: the fault is one record's.
+//! Stages against plugins that misbehave on request: only the culprits are affected.
 
 pub mod binary;
 mod faults;

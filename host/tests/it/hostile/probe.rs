@@ -1,5 +1,5 @@
-//! `plugins/probe` in the real binary: what a plugin asks of the host is granted, bounded, and shown
-//! as its own.
+//! `plugins/probe` in the real binary: whatever a plugin asks of the host is granted, bounded, and shown under the
+//! plugin's name.
 
 use std::fs::File;
 use std::process::{Output, Stdio};
@@ -10,10 +10,10 @@ use serde_json::Value;
 use crate::support::pipeline::PipelineToml;
 use crate::support::{Process, free_port, http_get, serve_stream, shardmill, wait_for};
 
-/// Lines that one call of `log-flood` writes.
+/// Number of lines that one call of `log-flood` writes.
 const FLOOD_LINES: u64 = 1_000_000;
 
-/// A pipeline whose stage `ask` is the probe plugin, and a file of wishes.
+/// Pipeline whose stage `ask` is the probe plugin, and a file of requests to the host.
 struct Asked {
     folder: tempfile::TempDir,
 }
@@ -42,7 +42,7 @@ impl Asked {
             .write();
     }
 
-    /// Runs to the end, which must be a good one; gives the rows and the log.
+    /// Runs to the end, which must succeed; returns the rows and the log.
     fn run(&self) -> (Vec<String>, String) {
         let mut command = shardmill(&["run", "--until-caught-up"]);
         let ran: Output = crate::support::output(command.current_dir(self.folder.path()));
@@ -54,7 +54,7 @@ impl Asked {
         (rows.collect(), log)
     }
 
-    /// The reasons of the dead letters, in order.
+    /// Returns the reasons of the dead letters, in order.
     fn dead_letters(&self) -> Vec<String> {
         let state = crate::support::sqlite(&self.folder.path().join("state/probe/state.db"));
         let sql = "SELECT reason FROM dead_letter ORDER BY sequence";
@@ -109,7 +109,7 @@ fn lines_that_cannot_be_read_cost_the_culprit_alone() {
     assert_eq!(rows, ["before", "between", "after"], "{log}");
     let dead_letters = asked.dead_letters();
     let [huge, no_utf8] = &dead_letters[..] else { panic!("{dead_letters:?}") };
-    assert!(huge.contains("more than it may"), "{huge}");
+    assert!(huge.contains("returned more than allowed"), "{huge}");
     assert!(no_utf8.contains("utf-8"), "{no_utf8}");
     assert!(log.len() < 100_000, "{} bytes", log.len());
 }
@@ -119,7 +119,7 @@ fn metrics_are_shown_by_stage_and_odd_ones_are_refused() {
     let wishes = ["metric-late", "metric-refusals", "metric-odd-values", "longest of them all"];
     let asked = Asked::new(&wishes, "");
     let port = free_port();
-    // A file ends, and its run with it: this one is to be asked while it runs.
+    // A run over a file ends with the file. This run is queried while it runs, so it reads a stream.
     let source = "type = \"kinesis\"\nstream = \"wishes\"\nendpoint = \"embedded\"";
     asked.write(source, "", &crate::support::admin(port));
     let _stream = serve_stream(&asked.folder.path().join("state"));
@@ -153,7 +153,8 @@ fn metrics_are_shown_by_stage_and_odd_ones_are_refused() {
     assert!(!metrics.contains("probe_late"), "{metrics}");
     let rows = rows();
     assert!(rows[0].contains("configure"), "{}", rows[0]);
-    // Six wrong names; of 100 good ones 71 too many, for three of the 32 are taken; one of two kinds.
+    // Refused: six invalid names; 71 of 100 valid ones, because 3 of the 32 places are taken; and one name under a
+    // second kind.
     let refusals: Vec<String> = serde_json::from_str(&rows[1]).expect("a list");
     assert_eq!(refusals.len(), 6 + 71 + 1, "{refusals:?}");
     assert!(refusals.iter().any(|why| why.contains("another kind")), "{refusals:?}");
@@ -172,7 +173,7 @@ fn the_time_and_chance_are_real_and_a_records_own_are_not() {
     let asked = Asked::new(&["clock", "random"], "");
     let numbers = || {
         let rows = asked.run().0;
-        std::fs::remove_dir_all(asked.folder.path().join("state")).expect("read anew");
+        std::fs::remove_dir_all(asked.folder.path().join("state")).expect("removed");
         rows.iter().map(|row| serde_json::from_str(row).expect("JSON")).collect::<Vec<Value>>()
     };
     let now_ms = || {
@@ -186,5 +187,5 @@ fn the_time_and_chance_are_real_and_a_records_own_are_not() {
     let second = numbers();
     assert_ne!(first[1][0], first[1][1]);
     assert_ne!(first[1][0], second[1][0]);
-    assert_eq!(first[1][2], second[1][2], "the record's own");
+    assert_eq!(first[1][2], second[1][2], "the record's own number repeats");
 }

@@ -1,4 +1,4 @@
-//! What the search for culprits costs, and whom it does not hold up.
+//! Cost of the search for culprits, and which lanes it delays.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -8,13 +8,13 @@ use shardmill_config::RejectedMax;
 
 use super::lane::{Lane, RECORDS, payloads, sum};
 
-/// The calls of a batch of 1,000 with 3 culprits: a promise of the documentation.
+/// Maximum number of calls for a batch of 1,000 with 3 culprits, as the documentation promises.
 const CALLS_MAX: f64 = 34.0;
 
 #[test]
 fn three_culprits_in_a_thousand_cost_at_most_34_calls() {
     for fault in ["trap_on", "fail_on", "blame_on", "bad_span_on", "many_on"] {
-        // A million outputs would be the memory's limit; these are the outputs' own.
+        // A million outputs would exceed the memory limit first; this many exceed the limit on outputs.
         let config = format!("{fault} = \"bad\"\nmany = 20000");
         let mut lane = Lane::hostile(&config);
         for seed in 0..20 {
@@ -29,7 +29,7 @@ fn three_culprits_in_a_thousand_cost_at_most_34_calls() {
     }
 }
 
-/// The worst places: the ends, and neighbours on both sides of each cut.
+/// The worst positions: the ends, and neighbours on both sides of each cut.
 #[test]
 fn culprits_at_the_cuts_cost_no_more() {
     let mut lane = Lane::hostile(r#"trap_on = "bad""#);
@@ -41,7 +41,7 @@ fn culprits_at_the_cuts_cost_no_more() {
     }
 }
 
-/// Another lane's batches are all done before a deadline of an endless loop has passed once.
+/// All batches of another lane are done before an endless loop has reached its deadline once.
 #[test]
 fn an_endless_loop_delays_its_own_lane_alone() {
     let limits = "batch_time = \"5 s\"\nrecord_time = \"5 s\"";
@@ -57,7 +57,7 @@ fn an_endless_loop_delays_its_own_lane_alone() {
         for _ in 0..5 {
             other.assert_culprits_alone(&[3, 500], "trapped");
         }
-        assert!(!ended.load(Ordering::SeqCst), "it was held up");
+        assert!(!ended.load(Ordering::SeqCst), "the other lane was delayed");
     });
 }
 

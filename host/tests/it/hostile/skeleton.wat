@@ -1,14 +1,13 @@
-;; A plugin by hand, for misdeeds that no compiler lets one write. It passes every record on, but
-;; for those whose payload begins with `b`: for them it calls `$fault` first. The marks that begin
-;; with `@` are filled in by the test.
+;; A handwritten plugin for misbehaviour that no compiler produces. It passes every record on. For records whose
+;; payload begins with `b`, it calls `$fault` first. The test replaces the placeholders, which begin with `@`.
 ;;
-;; Its memory: 0..4096 constants, 4096..65536 answers, beyond that what the host asks room for.
+;; Its memory: 0..4096 constants, 4096..65536 answers, above that what the host allocates.
 (module
   ;;@imports
   (memory (export "memory") 64)
   (table $table 1 funcref)
   (global $free (mut i32) (i32.const 65536))
-  ;; What the host asked for last with alignment 1: in `process`, the arena.
+  ;; The host's last allocation with alignment 1: in `process`, the arena.
   (global $last (mut i32) (i32.const 0))
   (global $last_length (mut i32) (i32.const 0))
   (data (i32.const 0) "hostile")
@@ -58,7 +57,7 @@
   (func (export "shardmill:plugin/stage@0.1.0#process")
     (param $arena i32) (param $arena_length i32) (param $inputs i32) (param $words i32) (result i32)
     (local $index i32) (local $input i32) (local $output i32)
-    ;; The answer lies at 4096: ok, arena, outputs, rejects. The outputs' words lie at 4352.
+    ;; The answer at 4096: ok, arena, outputs, rejects. The words of the outputs are at 4352.
     (memory.fill (i32.const 4096) (i32.const 0) (i32.const 28))
     (i32.store (i32.const 4100) (i32.const 4352))
     (i32.store (i32.const 4108) (i32.const 4352))
@@ -85,7 +84,7 @@
     (global.set $last_length (i32.const 0))
     (global.get $answer))
 
-  ;; Where the answer of `process` is said to lie.
+  ;; Address that `process` returns for its answer.
   (global $answer (mut i32) (i32.const 4096))
 
   (func (export "cabi_post_shardmill:plugin/stage@0.1.0#process") (param i32)
@@ -95,7 +94,7 @@
       ;;@post
     )))
 
-  ;; Whether the misdeed was done in this instance.
+  ;; Whether this instance has misbehaved.
   (global $fault_done (mut i32) (i32.const 0))
 
   (func $fault (local $turns i64)

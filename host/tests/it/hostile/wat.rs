@@ -1,4 +1,4 @@
-//! Misdeeds that no compiler lets one write: a plugin by hand, with one thing wrong in it.
+//! Misbehaviour that no compiler produces: handwritten plugins with one thing wrong.
 
 use std::io::Write as _;
 
@@ -9,31 +9,31 @@ use wit_parser::Resolve;
 
 use super::lane::{LIMITS, Lane};
 
-/// What fills the marks of the skeleton.
+/// Texts that replace the placeholders of the skeleton.
 #[derive(Default)]
 pub struct Guest<'a> {
     /// Core imports.
     pub imports: &'a str,
-    /// In `configure`. Its parameters 2 and 3 are the place and the length of the shard's id, which is empty
+    /// Code in `configure`. Its parameters 2 and 3 are the address and the length of the shard's id, which is empty
     /// while the pipeline is loaded.
     pub configure: &'a str,
-    /// In `cabi_realloc`, when the batch under way holds a culprit; `$at` is what it answers.
+    /// Code in `cabi_realloc` while the current batch contains a culprit; `$at` is the address that it returns.
     pub realloc: &'a str,
-    /// In `process`, for each culprit, before its output is written.
+    /// Code in `process`, for each culprit, before its output is written.
     pub process: &'a str,
-    /// After a call with a culprit.
+    /// Code that runs after a call with a culprit.
     pub post: &'a str,
     /// Further items of the module.
     pub items: &'a str,
 }
 
 impl Guest<'_> {
-    /// The component, in a file.
+    /// Builds the component; returns its file.
     pub fn build(&self, world: &str) -> tempfile::NamedTempFile {
         component(&self.text(), world)
     }
 
-    /// The text of its module.
+    /// Returns the text of its module.
     pub fn text(&self) -> String {
         assets::SKELETON_WAT
             .replace(";;@imports", self.imports)
@@ -51,23 +51,23 @@ impl Guest<'_> {
         Lane::of(&file.path().display().to_string(), limits, "", RejectedMax::default())
     }
 
-    /// Three culprits alone are dead-lettered.
+    /// Asserts that three culprits alone are dead-lettered.
     fn assert_culprits_alone(&self, reason: &str) {
         let mut lane = self.lane("plugin").unwrap_or_else(|why| panic!("{why}"));
         lane.assert_culprits_alone(&[0, 499, 999], reason);
-        // The next batch finds an instance that is sound.
+        // The next batch runs on a sound instance.
         lane.assert_culprits_alone(&[], reason);
     }
 }
 
-/// A component of our world, made of a module's text, in a file.
+/// Makes a component of our world from a module's text; returns its file.
 pub fn component(text: &str, world: &str) -> tempfile::NamedTempFile {
     encoded(text, world, StringEncoding::UTF8)
 }
 
-/// The same, whose texts cross the wall in this encoding.
+/// Like `component`, with this encoding of strings.
 pub fn encoded(text: &str, world: &str, encoding: StringEncoding) -> tempfile::NamedTempFile {
-    let mut module = wat::parse_str(text).expect("sound WAT");
+    let mut module = wat::parse_str(text).expect("valid WAT");
     let mut wit = Resolve::default();
     let (package, _) = wit.push_path(crate::support::root().join("wit/0.1.0")).expect("our WIT");
     let world = wit.select_world(&[package], Some(world)).expect("a world");
@@ -142,7 +142,7 @@ fn an_answer_that_does_not_lie_in_the_memory_costs_the_culprit_alone() {
 
 #[test]
 fn a_length_that_is_a_lie_costs_the_culprit_alone() {
-    // The arena, the outputs and the rejects, each beyond the memory and beyond 4 GiB.
+    // The lengths of the arena, the outputs and the rejects, each beyond the memory and beyond 4 GiB.
     for (field, length) in
         [(4104, "0x7fffffff"), (4112, "0x3fffffff"), (4112, "0xffffffff"), (4120, "0x40000001")]
     {
@@ -192,7 +192,7 @@ fn a_component_of_many_functions_is_a_plugin_like_another() {
 fn a_memory_that_begins_over_its_limit_is_refused_at_load() {
     let items = "(memory $second 300)";
     let refused = Guest { items, ..Guest::default() }.lane("plugin");
-    let Err(why) = refused else { panic!("it is not refused") };
+    let Err(why) = refused else { panic!("not refused") };
     assert!(why.contains("of memory, over its limit of 16777216"), "{why}");
 }
 
@@ -207,12 +207,12 @@ fn an_import_that_nobody_has_is_refused_by_its_name() {
         (instance $stage (export "configure" (func $configure)))
         (export "shardmill:plugin/stage@0.1.0" (instance $stage)))"#;
     let mut file = tempfile::NamedTempFile::new().expect("a file");
-    file.write_all(&wat::parse_str(text).expect("sound WAT")).expect("written");
+    file.write_all(&wat::parse_str(text).expect("valid WAT")).expect("written");
     let path = file.path().display().to_string();
     let Err(why) = Lane::of(&path, LIMITS, "", RejectedMax::default()) else {
-        panic!("it is not refused")
+        panic!("not refused")
     };
-    for expected in ["wasi:sockets/tcp@0.2.0", "launch-missiles", "which shardmill does not have"] {
+    for expected in ["wasi:sockets/tcp@0.2.0", "launch-missiles", "unsupported imports"] {
         assert!(why.contains(expected), "{expected}: {why}");
     }
 }

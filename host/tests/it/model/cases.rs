@@ -1,4 +1,4 @@
-//! What the model has found once: scripts of their own.
+//! Faults that the model has found, each as a script of its own.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -18,10 +18,10 @@ use super::script::{Between, End, File, Life, Redriving, Script};
 use super::sink::Table;
 use super::{ALL, Fixture, InMemory, PURE, SINKS, row_id};
 
-/// The place of the sink of which some commits fail.
+/// Index of the sink that fails some commits.
 const RIGHT: usize = 1;
 
-/// Tables of which one takes nothing for a while.
+/// Tables, one of which accepts nothing while `is_stuck` is set.
 struct Stuck {
     tables: InMemory,
     is_stuck: Arc<AtomicBool>,
@@ -145,9 +145,9 @@ impl Case {
         self.tables[place].rows().iter().map(|row| row_id(&row.payload)).collect()
     }
 
-    /// Ids of letters of the sink of all rows.
+    /// Returns the ids of dead letters of the sink of all rows.
     async fn dead_letters(&self) -> Vec<u64> {
-        let (dead_letters, _) = life::left(&self.world).await.expect("letters");
+        let (dead_letters, _) = life::left(&self.world).await.expect("dead letters");
         let own = dead_letters
             .iter()
             .filter(|dead_letter| dead_letter.place == format!("sink:{}", SINKS[ALL]));
@@ -168,8 +168,8 @@ fn life(before: Between, file: File) -> Life {
     Life { before, file, reloads: Vec::new(), redriving: Redriving::No, end: End::CaughtUp }
 }
 
-/// Other sinks were ahead of the checkpoint at which it began: it was given nothing of these records, since
-/// the revision that ran them first was not bound to it, and no hole said so.
+/// Regression: when the sink came back, other sinks were ahead of the checkpoint at which it began. It was not given
+/// the records up to there, because the revision that ran them first did not bind it, and no hole recorded that.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_sink_that_comes_back_lacks_nothing_but_what_holes_say() {
     let case = Case::new(RIGHT);
@@ -202,11 +202,11 @@ async fn a_sink_that_comes_back_lacks_nothing_but_what_holes_say() {
     let is_lost = |id: &u64| !rows.contains(id) && !has_dead_letter(id) && !is_in_hole(id);
     let lost: Vec<u64> = (0..PURE.records()).filter(is_lost).collect();
     assert_eq!(lost, [0_u64; 0], "{holes:?}");
-    assert!(!rows.iter().any(is_in_hole), "it has what it is said to lack: {holes:?}");
+    assert!(!rows.iter().any(is_in_hole), "the sink has rows that a hole covers: {holes:?}");
 }
 
-/// The rows that it had refused were read again as well, and it took them: a redrive of their letters
-/// doubled them.
+/// Regression: the sink got its refused rows a second time, and accepted them. A redrive of their dead letters
+/// then wrote them a second time.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_restored_sink_is_not_given_rows_that_are_its_dead_letters() {
     let case = Case::new(RIGHT);
@@ -217,24 +217,24 @@ async fn a_restored_sink_is_not_given_rows_that_are_its_dead_letters() {
     case.run(vec![life(Between::SinkRestored { place: ALL, backup: 0 }, FILE)]).await;
     assert_eq!(case.dead_letters().await, dead_letters);
     let mut found = case.ids(ALL);
-    assert!(found.len() > 200, "it was given its rows again");
+    assert!(found.len() > 200, "the sink got its rows again");
     found.extend(dead_letters);
     assert_eq!(super::twice(found), [0_u64; 0]);
 }
 
-/// Its destination had positions of the old name, and the sink read all records again.
+/// Regression: the restored destination had positions under the old name only, and the sink read all records again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_renamed_sink_goes_on_where_a_backup_of_before_has_it() {
     let case = Case::new(RIGHT);
     let renamed = File { is_renamed: true, ..FILE };
     case.run(vec![life(Between::Nothing, FILE), life(Between::SinkRenamed, renamed)]).await;
     let before = case.ids(ALL);
-    // Backup 1 was taken when the sink had all rows by its old name.
+    // Backup 1 was taken when the sink had all rows under its old name.
     case.run(vec![life(Between::SinkRestored { place: ALL, backup: 1 }, renamed)]).await;
     assert_eq!(case.ids(ALL), before);
 }
 
-/// The redrive began again from its first letter: rows that were there came twice.
+/// Regression: the redrive started again from its first dead letter, and wrote existing rows twice.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_redrive_goes_on_after_its_sink_was_renamed() {
     let case = Case::new(RIGHT);
@@ -243,7 +243,7 @@ async fn a_redrive_goes_on_after_its_sink_was_renamed() {
     for table in &case.tables {
         table.accept_all();
     }
-    // The sink of all rows has all of the redrive, another none.
+    // The sink of all rows has all rows of the redrive; another sink has none.
     case.is_stuck.store(true, Ordering::Relaxed);
     let (tables, rows) = (case.tables.clone(), case.ids(ALL).len());
     let redriven = life::redrive_once(&case.world, FILE);
@@ -254,7 +254,7 @@ async fn a_redrive_goes_on_after_its_sink_was_renamed() {
         case.world.chaos.kill();
     };
     let (redriven, ()) = tokio::join!(redriven, all_is_ahead);
-    redriven.expect("broken off");
+    redriven.expect("interrupted");
     case.is_stuck.store(false, Ordering::Relaxed);
     let renamed = File { is_renamed: true, ..FILE };
     case.run(vec![life(Between::SinkRenamed, renamed)]).await;

@@ -1,4 +1,4 @@
-//! Faults by seed: every step of a run asks here what happens to it.
+//! Faults drawn by seed: every step of a run asks here what happens to it.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -15,31 +15,30 @@ use shardmill_core::sink::{
 };
 use tokio::sync::Notify;
 
-/// What goes wrong; shared by all parts of a run.
+/// Source of faults; shared by all parts of a run.
 pub struct Chaos {
     rng: Mutex<Rng>,
-    /// Steps until the process ends; `None`: nothing happens.
+    /// Number of steps until the process ends; `None`: no faults happen.
     steps_left: Mutex<Option<u64>>,
     is_over: AtomicBool,
     over: Notify,
-    /// The longest pause that a step makes, in milliseconds.
+    /// Longest pause of a step, in milliseconds.
     pause_ms_max: u64,
 }
 
-/// What happens at a step.
+/// Outcome of a step.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fate {
     GoOn,
     Fail,
-    /// The call is without an answer for so many milliseconds, which is its deadline; `None`: until the
-    /// process ends.
+    /// The call gets no answer for this many milliseconds, which is its deadline; `None`: until the process ends.
     NeverAnswered(Option<u64>),
 }
 
 impl Chaos {
     pub fn new(seed: u64, pause_ms_max: u64) -> Arc<Self> {
         Arc::new(Self {
-            // Other faults than those of the script, which is drawn by the same seed.
+            // Uses other draws than the script, which is drawn from the same seed.
             rng: Mutex::new(Rng::with_seed(!seed)),
             steps_left: Mutex::default(),
             is_over: AtomicBool::new(false),
@@ -52,13 +51,13 @@ impl Chaos {
         self.rng.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// From here on a process lives for so many steps; `None`: nothing happens any more.
+    /// Lets the process live for this many steps from now on; `None`: no more faults.
     pub fn live_for(&self, steps: Option<u64>) {
         self.is_over.store(false, Ordering::Release);
         *self.steps_left.lock().unwrap_or_else(PoisonError::into_inner) = steps;
     }
 
-    /// The process is to end, whatever its script says.
+    /// Ends the process, whatever its script says.
     pub fn kill(&self) {
         self.end();
     }
@@ -68,7 +67,7 @@ impl Chaos {
         self.over.notify_waiters();
     }
 
-    /// Completes when the process is to end.
+    /// Completes when the process must end.
     pub async fn over(&self) {
         loop {
             let notified = self.over.notified();
@@ -77,12 +76,13 @@ impl Chaos {
             }
             notified.await;
         }
-        // Some of what follows the last step still happens: a checkpoint, or a commit.
+        // A process does not end at once: some of the work after the last step still happens, such as a checkpoint or
+        // a commit.
         let more = self.rng().u64(0..=self.pause_ms_max / 2);
         tokio::time::sleep(Duration::from_millis(more)).await;
     }
 
-    /// A step: it may pause, and fail.
+    /// Takes a step, which may pause or fail.
     pub async fn step(&self) -> Fate {
         let is_last = match &mut *self.steps_left.lock().unwrap_or_else(PoisonError::into_inner) {
             None => return Fate::GoOn,
@@ -112,7 +112,7 @@ impl Chaos {
         fate
     }
 
-    /// Makes a call whose answer never comes: what was asked for may be done all the same.
+    /// Makes a call whose answer never arrives: its work may be done all the same.
     pub async fn unanswered<T>(&self, deadline_ms: Option<u64>, call: impl Future<Output = T>) {
         let silent = async {
             let _ = call.await;
@@ -120,11 +120,11 @@ impl Chaos {
         };
         match deadline_ms {
             Some(ms) => {
-                // It runs out, and the call is dropped.
+                // The deadline passes, and the call is dropped.
                 let _ = tokio::time::timeout(Duration::from_millis(ms), silent).await;
             }
             None => {
-                // A process that hangs does not come to its last step.
+                // A hanging process would never reach its last step, so it ends here.
                 self.end();
                 silent.await;
             }
@@ -132,14 +132,14 @@ impl Chaos {
     }
 }
 
-/// A sink whose every call may pause, fail before it does anything, lose its reply, or never be answered.
+/// Sink whose every call may pause, fail before it does anything, lose its reply, or never be answered.
 pub struct Unreliable {
     pub inner: Arc<dyn Sink>,
     pub chaos: Arc<Chaos>,
 }
 
 impl Unreliable {
-    /// Makes a call, or not.
+    /// Makes the call, or fails before it.
     async fn call<T>(
         &self,
         what: &str,
@@ -149,7 +149,7 @@ impl Unreliable {
     }
 }
 
-/// Makes a call with a fault before it, and one after.
+/// Makes a call with a possible fault before it, and another one after it.
 async fn faulty<T>(
     chaos: &Chaos,
     sink: &SinkName,
@@ -207,7 +207,7 @@ impl Sink for Unreliable {
         Ok(acquired)
     }
 
-    // A start that cannot ask for it is refused, and whoever starts it hears why.
+    // Without faults: a start that cannot read a position is refused, with an error for whoever starts it.
     async fn position(&self, shard: &ShardKey) -> Result<Option<Position>, SinkError> {
         self.inner.position(shard).await
     }

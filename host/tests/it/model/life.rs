@@ -1,5 +1,5 @@
-//! The processes of a run: the pipeline, and redrives of its dead letters. Each has a runtime of its own,
-//! so that nothing of it goes on when it is killed.
+//! Processes of a run: the pipeline, and redrives of its dead letters. Each has a runtime of its own, so that all its
+//! tasks end when it is killed.
 
 use std::collections::{BTreeMap, HashSet};
 use std::path::{Path, PathBuf};
@@ -28,56 +28,60 @@ use super::source::{Memory, name};
 use super::{ALL, Fixture, PLUGIN, SINKS, Size};
 use crate::support::pipeline::PipelineToml;
 
-/// The sink of all rows after it was renamed.
+/// Name of the sink of all rows after its rename.
 const RENAMED: &str = "every";
-/// Longer than a late transaction takes.
+/// Longer than a late transaction takes to land.
 const QUIET: Duration = Duration::from_millis(400);
-/// A process that was asked to stop has ended by then, even on a machine that is busy.
+/// Time limit for a process that was asked to stop, even on a busy machine.
 const STOP_MAX: Duration = Duration::from_secs(60);
-/// A process has come to its end by then, many times over.
+/// Time limit for any process: many times what the longest one takes.
 const PROCESS_MAX: Duration = Duration::from_secs(180);
-/// Part of the error of a start whose sink was last written with another state folder.
+/// Part of the error of a start that finds a sink last written with another state folder.
 const ANOTHER_STATE: &str = "was written last by another state folder";
-/// Redrives until nothing is left: each without faults.
+/// Number of redrives, all without faults, after which no dead letter may be left.
 const REDRIVES_MAX: usize = 3;
 
-/// Where rows go; outlives the processes.
+/// Places that rows go to; they outlive the processes.
 pub trait Destinations: Send + Sync {
-    /// The sink of a process.
+    /// Makes the sink of a process.
     fn sink(&self, place: usize, name: &str) -> Arc<dyn Sink>;
-    /// Keeps a copy of each destination.
+    /// Copies each destination.
     fn back_up(&self) {}
-    /// Puts a destination back as it was at a copy.
+    /// Restores a destination from a copy.
     fn restore(&self, _place: usize, _backup: usize) {}
-    /// From now on every row is taken.
+    /// Accepts every row from now on.
     fn accept_all(&self) {}
 }
 
-/// A run of one seed.
+/// Run of one seed.
 #[derive(Clone)]
 pub struct World {
     pub fixture: Arc<Fixture>,
     pub size: Size,
-    /// The folder in which the state folder lies.
+    /// Folder that contains the state folder.
     pub home: PathBuf,
     pub chaos: Arc<Chaos>,
     pub destinations: Arc<dyn Destinations>,
 }
 
-/// What was in states that are gone.
+/// Contents of states that were lost or replaced.
 #[derive(Default)]
 pub struct Forgotten {
     /// Ids in dead letters, by place.
     pub dead_letters: BTreeMap<String, HashSet<u64>>,
     pub holes: Vec<RecordedHole>,
-    /// Whether a sink came back that the state had not written since: a person said that it is trusted.
+    /// Whether a sink came back that the current state has never written, and the start was run with `--trust-sinks`.
     pub has_new_sink: bool,
 }
 
 /// Runs a script to its end.
+///
+/// Backup `n` of the destinations and copy `n` of the state are made before life `n`, after the event that comes
+/// before that life. So an event of a later life can restore either of them, and a redrive before life `n` is newer
+/// than both.
 pub async fn run(world: &World, script: &Script) -> anyhow::Result<Forgotten> {
     let mut forgotten = Forgotten::default();
-    // The first backup that has all rows of the redrives that are finished.
+    // Number of the first backup that has all rows of the finished redrives.
     let mut whole_since = 0;
     for (number, life) in script.lives.iter().enumerate() {
         before(world, life.before, whole_since, &mut forgotten)
@@ -108,13 +112,13 @@ pub async fn run(world: &World, script: &Script) -> anyhow::Result<Forgotten> {
         world.chaos.live_for(None);
         for _ in 0..REDRIVES_MAX {
             let redriven = redrive_once(world, file).await.context("the last redrive")?;
-            ensure!(redriven != Redrive::Unfinished, "the last redrive does not come to its end");
+            ensure!(redriven != Redrive::Unfinished, "the last redrive does not finish");
         }
     }
     Ok(forgotten)
 }
 
-/// Runs one process: when this returns, nothing of it goes on. One that hangs is an error.
+/// Runs one process. When this returns, all its tasks have ended. A process that hangs is an error.
 async fn process<T: Send + 'static>(
     world: &World,
     work: impl Future<Output = anyhow::Result<T>> + Send + 'static,
@@ -126,7 +130,7 @@ async fn process<T: Send + 'static>(
             .enable_all()
             .build()
             .expect("a runtime");
-        // Dropped with all its tasks; writes to the disk that are being made are waited for.
+        // Dropping the runtime drops all its tasks, and waits for disk writes in progress.
         runtime.block_on(async {
             tokio::time::timeout(PROCESS_MAX, work).await.context("the process does not end")?
         })
@@ -134,21 +138,21 @@ async fn process<T: Send + 'static>(
     run.await.unwrap_or_else(|panic| std::panic::resume_unwind(panic.into_panic()))
 }
 
-/// Waits until nobody has a lock of the pipeline. The process before is gone, but other tests of this
-/// program start programs: a child has all open files, locks too, until it is another program.
+/// Waits until nobody has a lock of the pipeline. The previous process has ended, but other tests of this program
+/// start child processes. Between fork and exec, such a child has all open files of this program, including locks.
 async fn unlocked(folder: &Path) -> anyhow::Result<()> {
     for name in ["lock", "redrive.lock"] {
         let Ok(lock) = std::fs::File::open(folder.join(name)) else { continue };
         let begun = std::time::Instant::now();
         while lock.try_lock_shared().is_err() {
-            ensure!(begun.elapsed() < PROCESS_MAX, "{name} is not let go of");
+            ensure!(begun.elapsed() < PROCESS_MAX, "{name} stays locked");
             tokio::time::sleep(std::time::Duration::from_millis(1)).await;
         }
     }
     Ok(())
 }
 
-/// What happens between two lives.
+/// Applies what happens between two lives.
 async fn before(
     world: &World,
     between: Between,
@@ -156,13 +160,14 @@ async fn before(
     forgotten: &mut Forgotten,
 ) -> anyhow::Result<()> {
     match between {
-        // The file says it.
+        // These changes are in the configuration file.
         Between::Nothing | Between::SinkRemoved | Between::SinkReturned | Between::SinkRenamed => {}
-        // Rows that were redriven since then are lost for good: the book says so.
+        // No restore from a backup that is older than a finished redrive: the rows redriven since then would be lost
+        // for good, as the book says.
         Between::SinkRestored { backup, .. } if backup < whole_since => {}
         Between::SinkRestored { place, backup } => world.destinations.restore(place, backup),
         Between::StateRestored { copy: number } => {
-            // What is under way would be by a state that is newer than the copy.
+            // Waits for late transactions: they belong to a state that is newer than the copy.
             tokio::time::sleep(QUIET).await;
             forget(world, forgotten).await?;
             copy(&world.copied(number), &world.folder())?;
@@ -172,13 +177,13 @@ async fn before(
     Ok(())
 }
 
-/// Removes the state, and notes what was in it.
+/// Removes the state, and remembers its dead letters and holes.
 async fn forget(world: &World, forgotten: &mut Forgotten) -> anyhow::Result<()> {
     let folder = world.folder();
     let state = StateStore::open(&folder)?;
     forgotten.holes.extend(Holes::new(state.clone()).list(None).await?);
     drop(state);
-    // Hidden ones as well.
+    // The query also finds pending dead letters.
     let state = rusqlite::Connection::open(folder.join("state.db"))?;
     let mut query = state.prepare("SELECT place, original FROM dead_letter")?;
     let dead_letters = query
@@ -206,17 +211,17 @@ fn copy(from: &Path, to: &Path) -> anyhow::Result<()> {
 }
 
 impl World {
-    /// The pipeline's own folder in the state folder.
+    /// Returns the pipeline's own folder in the state folder.
     pub fn folder(&self) -> PathBuf {
         self.home.join("state/model")
     }
 
-    /// A copy of it.
+    /// Returns the folder of a copy of the state.
     fn copied(&self, number: usize) -> PathBuf {
         self.home.join(format!("copy-{number}"))
     }
 
-    /// The pipeline that a file describes: one plugin whose configuration says which side goes where.
+    /// Builds the pipeline of a file: one plugin whose configuration says which side goes to which sink.
     fn pipeline(&self, file: File) -> PipelineConfig {
         let mut rng = fastrand::Rng::with_seed(file.commit_seed);
         let (rows, linger_ms) = (rng.u64(1..30), rng.u64(1..=60));
@@ -289,7 +294,7 @@ impl World {
         RunOptions { build_sinks: self.build(), dropped_sinks, ..RunOptions::new(true) }
     }
 
-    /// Whether a sink of the file has seen a newer state than the one in the folder, or another.
+    /// Whether a sink of the file was written with a newer version of the state than the one in the folder.
     async fn is_state_older(&self, file: File) -> anyhow::Result<bool> {
         let own = StateStore::open(&self.folder())?.ownership().mark();
         let config = self.pipeline(file);
@@ -315,13 +320,13 @@ impl World {
     }
 }
 
-/// A sink's name.
+/// Returns a sink's name.
 fn name_of(place: usize, is_renamed: bool) -> &'static str {
     if place == ALL && is_renamed { RENAMED } else { SINKS[place] }
 }
 
-/// Runs the pipeline through a life. An older copy of the state must be refused, and is gone on with
-/// then, as a person would say. Gives whether a redrive beside it was finished.
+/// Runs the pipeline through a life. If the state is an older copy, asserts that a start is refused, and then starts
+/// with `--trust-sinks`, as a person would. Returns whether a redrive beside the pipeline was finished.
 async fn live_patiently(
     world: &World,
     script: &Script,
@@ -334,7 +339,7 @@ async fn live_patiently(
         process(world, async move { own.is_state_older(file).await }).await?
     };
     if is_older {
-        ensure!(script.forgets(), "a sink has seen a newer state, and none was put back");
+        ensure!(script.forgets(), "a sink has seen a newer state, but no state was restored");
         world.chaos.live_for(None);
         let (own, life) = (world.clone(), life.clone());
         let refused = process(world, async move {
@@ -355,8 +360,8 @@ async fn live_patiently(
         process(world, async move { live(&own, &life, trust_sinks).await }).await
     };
     match lived(is_older).await {
-        // A sink that was away while the state was lost was written by that state, and by none since: the
-        // start cannot know whether somebody still does, and a person says so.
+        // A sink that was away while the state was lost was written only with the lost state. The start cannot know
+        // whether another process still writes to it, so a person must decide.
         Err(why) if script.may_have_new_sink() && format!("{why:#}").contains(ANOTHER_STATE) => {
             forgotten.has_new_sink = true;
             lived(true).await
@@ -365,7 +370,7 @@ async fn live_patiently(
     }
 }
 
-/// One life of the pipeline.
+/// Runs the pipeline through one life.
 async fn live(world: &World, life: &Life, trust_sinks: bool) -> anyhow::Result<bool> {
     let chaos = &world.chaos;
     chaos.live_for(match life.end {
@@ -379,11 +384,12 @@ async fn live(world: &World, life: &Life, trust_sinks: bool) -> anyhow::Result<b
         prepared = Supervisor::prepare(config, world.fixture.host(), world.source(), sinks, options) => {
             prepared
         }
-        // Killed while it starts, or while it hangs there.
+        // The process is killed during its start, or while its start hangs.
         () = chaos.over() => return Ok(false),
     };
     let supervisor = match prepared {
-        // A sink that comes back is asked once: whoever starts the pipeline starts it again.
+        // A start reads the position of a returning sink once and does not retry. Whoever starts the pipeline starts
+        // it again.
         Err(error) if life.end != End::CaughtUp && error.to_string().contains("chaos: kept") => {
             return Ok(false);
         }
@@ -407,23 +413,24 @@ async fn live(world: &World, life: &Life, trust_sinks: bool) -> anyhow::Result<b
     tokio::select! {
         () = reload(world, &swapper, &life.reloads) => unreachable!("it waits"),
         error = redrive => return Err(error),
-        // It may end before its time: what follows finds nothing to do.
+        // The run may end before its last step; the next life then finds less to do.
         ended = &mut run => ended?,
         () = chaos.over() => {
             if let End::Stopped { .. } = life.end {
                 stop.cancel();
-                tokio::time::timeout(STOP_MAX, run).await.context("it does not stop")??;
+                tokio::time::timeout(STOP_MAX, run).await.context("the process does not stop")??;
             }
         }
     }
     Ok(is_redriven)
 }
 
-/// Changes the pipeline while it runs. Ends with the process, at any step of a change.
+/// Changes the pipeline while it runs. The process may end at any step of a change.
 async fn reload(world: &World, swapper: &Swapper, reloads: &[(u64, File)]) {
     for (pause_ms, file) in reloads {
         tokio::time::sleep(Duration::from_millis(*pause_ms)).await;
-        // Refused when the pipeline has stopped, or a sink would lose records: then all is as before.
+        // A reload is refused when the pipeline has stopped, or when a sink would lose records. It then changes
+        // nothing.
         let _ = swapper.reload(world.pipeline(*file), false).await;
     }
     std::future::pending().await
@@ -441,16 +448,16 @@ pub async fn redrive_once(world: &World, file: File) -> anyhow::Result<Redrive> 
     .await
 }
 
-/// How far a redrive came.
+/// Progress of a redrive.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Redrive {
     Finished,
     Unfinished,
-    /// There is no letter, or a place of one is not in the pipeline.
+    /// There are no dead letters, or the place of one is not in the pipeline.
     Nothing,
 }
 
-/// Redrives all dead letters, as `shardmill dlq redrive --all` does; one that was broken off goes on.
+/// Redrives all dead letters, as `shardmill dlq redrive --all` does; continues a redrive that was interrupted.
 async fn redrive(world: &World, file: File, is_running: bool) -> anyhow::Result<Redrive> {
     let mut config = world.pipeline(file);
     config.rejected_max = RejectedMax::NONE;
@@ -492,7 +499,7 @@ async fn redrive(world: &World, file: File, is_running: bool) -> anyhow::Result<
     Ok(if finished.is_some() { Redrive::Finished } else { Redrive::Unfinished })
 }
 
-/// The dead letters and the holes at the end.
+/// Returns the dead letters and the holes at the end.
 pub async fn left(world: &World) -> anyhow::Result<(Vec<StoredDeadLetter>, Vec<RecordedHole>)> {
     let state = StateStore::open(&world.folder())?;
     let holes = Holes::new(state.clone()).list(None).await?;

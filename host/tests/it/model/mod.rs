@@ -1,20 +1,23 @@
-//! Exactly once, as a property: a run is a script of lives, drawn by seed. Processes are killed or stopped
-//! at any step between reading, stages, commits, positions and checkpoints; they pause, lose replies, and
-//! make calls that are never answered. They reload their configuration, and change their sinks. Between
-//! two lives destinations and the state folder are put back from older copies, or the state is lost. Dead
-//! letters are redriven, and redrives are broken off. Whatever happened, each sink has each record of its
-//! own once.
+//! Exactly once, as a property: a run is a script of lives (processes from start to end), drawn from a seed.
 //!
-//! | what happened | what holds less |
+//! Processes are killed or stopped at any step between reading, stages, commits, positions and checkpoints. They
+//! pause, lose replies, and make calls that are never answered. They reload their configuration, and add, remove and
+//! rename their sinks. Between two lives, destinations and the state folder are restored from older copies, or the
+//! state is lost. Dead letters are redriven, and redrives are interrupted.
+//!
+//! The invariant: whatever happened, each sink has each of its records exactly once, as a row or as a dead letter.
+//! Some events allow less:
+//!
+//! | what happened | what the test allows |
 //! |---|---|
-//! | a sink was removed and put back | what it was not given is a recorded hole |
-//! | the state was lost, or put back | dead letters since then are lost; one of the copy may have its row |
-//! | the same, while a sink was removed | it is new to that state: it begins at the checkpoint (trusted, if need be) |
-//! | the same, with sides that changed | a record may be in both of `left` and `right`, or in none |
+//! | a sink was removed and put back | records that it was not given, if a hole records them |
+//! | the state was lost, or put back | lost dead letters since then; a dead letter of the copy whose row exists |
+//! | the same, while a sink was removed | a sink that is new, and begins at the checkpoint (`--trust-sinks`) |
+//! | the same, with sides that changed | a record in both of `left` and `right`, or in neither |
 //!
-//! The pipeline is the real one (lanes, deliveries, ledger, dead letters, state database); the stream
-//! is in memory. In the pure model the sinks are as well. A seed that fails is run again alone with
-//! `SHARDMILL_SEED`; more seeds than a test has by itself are run with a range: `SHARDMILL_SEED=0..1000`.
+//! The pipeline is the real one (lanes, deliveries, ledger, dead letters, state database); the stream is in memory.
+//! In the pure model the sinks are in memory too. To run a failing seed alone, set `SHARDMILL_SEED`; to run more
+//! seeds than a test does by default, set a range: `SHARDMILL_SEED=0..1000`.
 
 mod cases;
 mod chaos;
@@ -41,22 +44,22 @@ use shardmill_plugin::{Backends, CompileCache, Plugin, PluginEngine, PluginHost}
 use shardmill_state::RecordedHole;
 use sink::{Table, TableSink};
 
-/// How much a run has to do.
+/// Amount of work in a run.
 #[derive(Clone, Copy)]
 struct Size {
     shards: u64,
     records_per_shard: u64,
-    /// How often a process is killed, at most.
+    /// Maximum number of kills.
     kills_max: usize,
-    /// Sinks that may be given up: those that make no promises.
+    /// Sinks that may be given up. Sinks of objects may not, because their claims promise what they will write.
     given_up: &'static [&'static str],
-    /// The destinations are in memory: they can be put back, and accept what they refused.
+    /// Whether the destinations are in memory. Only those can be restored, and made to accept what they refused.
     is_pure: bool,
 }
 
 const PURE: Size =
     Size { shards: 3, records_per_shard: 120, kills_max: 8, given_up: &SINKS, is_pure: true };
-/// Requests to real servers take their time.
+/// Smaller, because requests to real servers take time.
 const REAL: Size = Size {
     shards: 2,
     records_per_shard: 80,
@@ -64,16 +67,16 @@ const REAL: Size = Size {
     given_up: &["left", "right"],
     is_pure: false,
 };
-/// The sinks: rows of one side each, and all rows.
+/// Names of the sinks: two for the rows of one side each, and one for all rows.
 const SINKS: [&str; 3] = ["left", "right", "all"];
-/// The place of the sink of all rows, which may be removed and renamed.
+/// Index of the sink of all rows, which may be removed and renamed.
 const ALL: usize = 2;
-/// The plugin of the one stage.
+/// Plugin of the only stage.
 const PLUGIN: &str = "route-json";
-/// Where records are rejected.
+/// Place of records that the stage rejects.
 const STAGE: &str = "stage:route";
 
-/// What all runs of a test share.
+/// Parts that all runs of a test share.
 struct Fixture {
     engine: PluginEngine,
     cache: tempfile::TempDir,
@@ -83,7 +86,7 @@ impl Fixture {
     fn new() -> Arc<Self> {
         let cache = tempfile::tempdir().expect("a folder");
         let engine = PluginEngine::new().expect("an engine");
-        // Once, and not by each of the runs that begin together and find no other's yet.
+        // Compiles the plugin once. Otherwise each of the runs that start together would compile it.
         let plugin = crate::support::plugin(PLUGIN);
         let compiled = CompileCache::shared(cache.path());
         Plugin::load_file(&engine, &compiled, Path::new(&plugin)).expect("a plugin");
@@ -96,13 +99,13 @@ impl Fixture {
     }
 }
 
-/// The id in a JSON row.
+/// Returns the id in a JSON row.
 fn row_id(row: &str) -> u64 {
     let json: serde_json::Value = serde_json::from_str(row).expect("JSON");
     json["id"].as_u64().expect("an id")
 }
 
-/// The id in a dead letter.
+/// Returns the id in a dead letter.
 fn dead_letter_id(original: &[u8]) -> u64 {
     let text = String::from_utf8_lossy(original);
     let digits: String = text.chars().filter(char::is_ascii_digit).collect();
@@ -111,12 +114,12 @@ fn dead_letter_id(original: &[u8]) -> u64 {
     digits.parse().expect("an id")
 }
 
-/// The place of letters in the sink of all rows, whatever it was called.
+/// Returns the place of a dead letter, with the sink of all rows under its first name.
 fn place_of(place: &str) -> String {
     place.replace("sink:every", "sink:all")
 }
 
-/// What there is at the end.
+/// Contents of sinks and state at the end.
 struct Outcome {
     /// Ids by sink.
     rows: BTreeMap<&'static str, Vec<u64>>,
@@ -147,7 +150,7 @@ impl Outcome {
         Ok(Self { rows, dead_letters, holes, forgotten })
     }
 
-    /// Checks what the sinks have, with the letters and the holes.
+    /// Checks the rows of the sinks together with the dead letters and the holes.
     fn check(&self, script: &Script, size: Size) -> anyhow::Result<()> {
         let none = Vec::new();
         let dead_letters_of =
@@ -156,7 +159,7 @@ impl Outcome {
         for (sink, ids) in &self.rows {
             ensure!(twice(ids.clone()).is_empty(), "{sink}: twice: {:?}", twice(ids.clone()));
         }
-        // Which side goes where changes: a record is in one of two sinks.
+        // The side of each sink changes in a run, so a record is in one of `left` and `right`, and also in `all`.
         for sinks in [vec!["all"], vec!["left", "right"]] {
             let rows: Vec<u64> = sinks.iter().flat_map(|sink| &self.rows[sink]).copied().collect();
             let mut found = rows.clone();
@@ -164,13 +167,14 @@ impl Outcome {
             sinks.iter().for_each(|sink| found.extend(dead_letters_of(sink)));
             if script.forgets() {
                 if sinks.len() > 1 && !script.is_one_sided {
-                    // By today's revision, a record that one sink has goes to the other.
+                    // The state has lost the revision that ran first. The current revision may route a record to the
+                    // other sink.
                     continue;
                 }
                 ensure!(twice(rows.clone()).is_empty(), "{sinks:?}: twice: {:?}", twice(rows));
             } else {
                 let twice = twice(found.clone());
-                ensure!(twice.is_empty(), "{sinks:?}: twice, with letters: {twice:?}");
+                ensure!(twice.is_empty(), "{sinks:?}: twice, with dead letters: {twice:?}");
             }
             found.extend(self.forgotten.dead_letters.get(STAGE).into_iter().flatten());
             for sink in &sinks {
@@ -184,7 +188,7 @@ impl Outcome {
                 continue;
             }
             ensure!(lost.is_empty(), "{sinks:?}: lost: {lost:?}; holes: {:?}", self.holes);
-            ensure!(found.iter().all(|id| *id < size.records()), "{sinks:?}: more than there is");
+            ensure!(found.iter().all(|id| *id < size.records()), "{sinks:?}: unknown ids");
         }
         if !script.forgets() {
             ensure!(!at_stage.is_empty(), "no record was rejected");
@@ -192,7 +196,7 @@ impl Outcome {
         if script.accepts_from.is_some() {
             let left: Vec<&String> =
                 self.dead_letters.keys().filter(|place| *place != STAGE).collect();
-            ensure!(left.is_empty(), "letters are left after the last redrive: {left:?}");
+            ensure!(left.is_empty(), "dead letters are left after the last redrive: {left:?}");
         } else if !script.forgets() {
             ensure!(
                 !dead_letters_of("left").is_empty() || !dead_letters_of("right").is_empty(),
@@ -202,7 +206,7 @@ impl Outcome {
         Ok(())
     }
 
-    /// Whether it is on record that a sink was not given a record.
+    /// Whether a hole records that a sink was not given a record.
     fn is_in_hole(&self, id: u64, sinks: &[&str], size: Size) -> bool {
         let (shard, at) = (id / size.records_per_shard, source::record(id).position);
         let is_own = |hole: &RecordedHole| {
@@ -223,7 +227,7 @@ impl Size {
         self.shards * self.records_per_shard
     }
 
-    /// Checks that rows of each shard are in its order.
+    /// Checks that rows of each shard are in the shard's order.
     fn check_order(self, sink: &str, ids: &[u64]) -> anyhow::Result<()> {
         for shard in 0..self.shards {
             let of_shard = ids.iter().filter(|id| **id / self.records_per_shard == shard);
@@ -233,7 +237,7 @@ impl Size {
     }
 }
 
-/// The ids that are there more than once.
+/// Returns the ids that occur more than once.
 fn twice(mut ids: Vec<u64>) -> Vec<u64> {
     ids.sort_unstable();
     ids.windows(2).filter(|pair| pair[0] == pair[1]).map(|pair| pair[0]).collect()
@@ -283,14 +287,14 @@ async fn pure(fixture: &Arc<Fixture>, seed: u64, script: &Script) -> anyhow::Res
     Outcome::new(&world, rows, forgotten).await?.check(script, PURE)
 }
 
-/// Where a state database costs no disk writes, if there is such a place.
+/// Returns a folder in memory, where a state database costs no disk writes, if there is one.
 fn memory_folder() -> std::path::PathBuf {
     let shared = Path::new("/dev/shm");
     if shared.is_dir() { shared.to_owned() } else { std::env::temp_dir() }
 }
 
-/// The seeds of a test: those of `SHARDMILL_SEED` alone (a number, or a range such as `20..40`), if it is
-/// set.
+/// Returns the seeds of a test: those of `SHARDMILL_SEED` if it is set (a number, or a range such as `20..40`),
+/// otherwise `0..count`.
 fn seeds(count: u64) -> Vec<u64> {
     let Ok(wanted) = std::env::var("SHARDMILL_SEED") else { return (0..count).collect() };
     let number = |text: &str| text.parse::<u64>().expect("a seed is a number");
@@ -300,7 +304,7 @@ fn seeds(count: u64) -> Vec<u64> {
     }
 }
 
-/// Runs the scripts of all seeds, and says of each that failed why.
+/// Runs the scripts of all seeds, and reports why each failed one failed.
 async fn all<F: Future<Output = anyhow::Result<()>>>(
     (seeds, size, at_once): (Vec<u64>, Size, usize),
     run: impl Fn(u64, Arc<Script>) -> F,
@@ -314,7 +318,7 @@ async fn all<F: Future<Output = anyhow::Result<()>>>(
             let why = match done.await {
                 Ok(Ok(())) => return None,
                 Ok(Err(error)) => format!("{error:#}"),
-                // The hook has printed it.
+                // The panic hook has printed the message.
                 Err(_) => "it panicked".to_owned(),
             };
             let failed = format!("SHARDMILL_SEED={seed}: {why}\n{script:?}");
@@ -331,7 +335,7 @@ async fn all<F: Future<Output = anyhow::Result<()>>>(
 
 #[tokio::test(flavor = "multi_thread")]
 async fn each_record_is_there_once_whatever_happens() {
-    /// A run waits more than it works.
+    /// Number of concurrent runs: a run waits more than it works.
     const AT_ONCE: usize = 64;
     let fixture = Fixture::new();
     all((seeds(250), PURE, AT_ONCE), async |seed, script| pure(&fixture, seed, &script).await)
@@ -380,7 +384,7 @@ async fn real(
         destinations: Arc::new(OnServers { tables: tables.clone(), bucket: bucket.clone(), seed }),
     };
     let forgotten = life::run(&world, script).await?;
-    // Transactions whose client is gone end.
+    // Waits until transactions whose client has ended have ended too.
     tokio::time::sleep(Duration::from_secs(1)).await;
     let mut rows = BTreeMap::new();
     for table in ["left", "right"] {
@@ -388,7 +392,7 @@ async fn real(
         REAL.check_order(table, &ids)?;
         rows.insert(table, ids);
     }
-    // Each route has objects of its own: the order of all rows cannot be told from them.
+    // Each route has objects of its own, so the order of all rows is unknown.
     let in_bucket = bucket.rows(seed).await;
     rows.insert("all", in_bucket.iter().map(|row| row_id(row)).collect());
     let outcome = Outcome::new(&world, rows, forgotten).await.context("the outcome")?;

@@ -1,4 +1,4 @@
-//! The servers behind real sinks: the throw-away PostgreSQL, and moto as S3.
+//! Servers of real sinks: the throw-away PostgreSQL, and moto as S3.
 
 use std::collections::BTreeMap;
 use std::io::Read as _;
@@ -52,7 +52,7 @@ impl Tables {
         Arc::new(sink.expect("a sink"))
     }
 
-    /// The ids in the order in which they were committed.
+    /// Returns the ids in the order in which they were committed.
     pub async fn ids(&self, table: &str) -> Vec<u64> {
         let found = sql(format!("SELECT id FROM {}.{table}_ ORDER BY place", self.schema)).await;
         found.iter().map(|id| id.parse().expect("a number")).collect()
@@ -69,7 +69,7 @@ async fn sql(sql: String) -> Vec<String> {
 
 const BUCKET: &str = "marts";
 
-/// A bucket of a moto server of its own.
+/// Bucket of a moto server of its own.
 pub struct Bucket {
     _server: Process,
     endpoint: String,
@@ -119,7 +119,7 @@ impl Bucket {
         Arc::new(sink.expect("a sink"))
     }
 
-    /// The lines of all objects.
+    /// Returns the lines of all objects.
     pub async fn rows(&self, seed: u64) -> Vec<String> {
         let listing = self.store.list(Some(&Path::from(seed.to_string())));
         let objects: Vec<_> = listing.try_collect().await.expect("a listing");
@@ -137,7 +137,7 @@ impl Bucket {
     }
 }
 
-/// One request, as it is; `None`: nobody listens.
+/// Sends one raw request; `None` if nobody listens.
 async fn ask(port: u16, request: &str) -> Option<String> {
     let mut connection = tokio::net::TcpStream::connect(("127.0.0.1", port)).await.ok()?;
     connection.write_all(request.as_bytes()).await.ok()?;

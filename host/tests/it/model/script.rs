@@ -1,31 +1,31 @@
-//! A run as data: how each process ends, and what happens between two of them. It is drawn from the seed
+//! A run as data: how each process ends, and what happens between two of them. The script is drawn from the seed
 //! before the run begins, and printed when the run fails.
 
 use fastrand::Rng;
 
 use super::Size;
 
-/// Steps that a process lives, at most.
+/// Maximum number of steps that a process lives.
 const STEPS_MAX: u64 = 90;
 
-/// What happens between two lives of the process, while nothing runs.
+/// Event between two lives, while nothing runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Between {
     Nothing,
-    /// A sink's destination is put back as it was before an earlier life.
+    /// A sink's destination is restored from a backup of before an earlier life.
     SinkRestored {
         place: usize,
         backup: usize,
     },
-    /// The state folder is put back as it was before an earlier life.
+    /// The state folder is restored from a copy of before an earlier life.
     StateRestored {
         copy: usize,
     },
     StateLost,
-    /// The configuration does without the sink of all rows.
+    /// The sink of all rows is removed from the configuration.
     SinkRemoved,
     SinkReturned,
-    /// The sink of all rows goes on under another name.
+    /// The sink of all rows gets another name.
     SinkRenamed,
 }
 
@@ -35,18 +35,18 @@ impl Between {
     }
 }
 
-/// How a process ends.
+/// End of a process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum End {
-    /// When everything is read; nothing goes wrong.
+    /// The process ends when everything is read; there are no faults.
     CaughtUp,
-    /// At a step: nothing of the process goes on, but what its servers have in hand.
+    /// The process is killed at a step. Only work that its servers have already received goes on.
     Killed { steps: u64 },
-    /// It is asked to stop at a step, and has a moment to end.
+    /// The process is asked to stop at a step, and has some time to end.
     Stopped { steps: u64 },
 }
 
-/// Whether dead letters are redriven.
+/// Whether and when dead letters are redriven.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Redriving {
     No,
@@ -54,24 +54,24 @@ pub enum Redriving {
     Before {
         steps: u64,
     },
-    /// While the pipeline runs, and killed with it.
+    /// While the pipeline runs; the redrive is killed together with it.
     Beside {
         after_ms: u64,
     },
 }
 
-/// What the configuration file says.
+/// Contents of the configuration file.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct File {
-    /// The side that goes to the sink `right`.
+    /// Side that goes to the sink `right`.
     pub right: u8,
-    /// Commit sizes, and which sinks are given up, by this seed.
+    /// Seed of the commit sizes, and of which sinks may be given up.
     pub commit_seed: u64,
     pub is_away: bool,
     pub is_renamed: bool,
-    /// Sinks may be given up.
+    /// Whether sinks may be given up.
     pub gives_up: bool,
-    /// The process has but a moment to end: less than a commit may take.
+    /// Whether the process has only a short time to end: less than a commit may take.
     pub is_hasty: bool,
 }
 
@@ -86,14 +86,13 @@ pub struct Life {
     pub end: End,
 }
 
-/// All lives. The last two are without faults: the first of them reads everything, the second finds
-/// nothing to do.
+/// All lives. The last two are without faults: the first of them reads everything, the second finds nothing to do.
 #[derive(Clone, Debug)]
 pub struct Script {
     pub lives: Vec<Life>,
-    /// Each side keeps its sink, so that every revision routes a record alike.
+    /// Whether each side keeps its sink, so that every revision routes a record to the same sink.
     pub is_one_sided: bool,
-    /// From this life on tables accept what they refused.
+    /// Life from which on tables accept what they refused.
     pub accepts_from: Option<usize>,
 }
 
@@ -104,7 +103,7 @@ impl Script {
         let kills = rng.usize(1..=size.kills_max);
         let forgets = rng.u8(..6) == 0;
         let restores = size.is_pure && rng.u8(..3) == 0;
-        // By an older copy of the state, letters that were redriven would be redriven once more.
+        // An older copy of the state does not know which dead letters were redriven, and would redrive them again.
         let redrives = size.is_pure && !forgets && rng.u8(..3) == 0;
         let moves_sinks = rng.u8(..2) == 0;
         let is_one_sided = (forgets || restores) && rng.bool();
@@ -145,7 +144,7 @@ impl Script {
                 (true, 2) => Redriving::Beside { after_ms: rng.u64(..200) },
                 _ => Redriving::No,
             };
-            // A redrive runs by the sinks that the running pipeline has.
+            // A redrive beside the pipeline uses the sinks of the running pipeline, so reloads must not change them.
             let keeps_sinks = matches!(redriving, Redriving::Beside { .. });
             let mut reloads = Vec::new();
             let first = file;
@@ -175,18 +174,18 @@ impl Script {
         Self { lives, is_one_sided, accepts_from }
     }
 
-    /// Whether the state is ever lost or put back.
+    /// Whether the state is ever lost or restored from a copy.
     pub fn forgets(&self) -> bool {
         self.lives.iter().any(|life| life.before.forgets())
     }
 
-    /// Whether a state may not know of a sink that has come back since.
+    /// Whether a sink was away when the state was lost or restored, so that the state may not know it.
     pub fn has_new_sink(&self) -> bool {
         self.lives.iter().any(|life| life.before.forgets() && life.file.is_away)
     }
 
-    /// Whether a sink is away at some time after the state was lost or put back. If it was not written in
-    /// between, which depends on when a process was killed, it is as new to the state when it comes back.
+    /// Whether a sink is away at some time after the state was lost or restored. If no process has written it in
+    /// between, which depends on when a process was killed, the sink is new to the state when it comes back.
     pub fn may_have_new_sink(&self) -> bool {
         let lives = self.lives.iter().skip_while(|life| !life.before.forgets());
         lives
@@ -194,13 +193,13 @@ impl Script {
             .any(|life| life.file.is_away || life.reloads.iter().any(|(_, file)| file.is_away))
     }
 
-    /// Whether a copy of the state before a life is needed later.
+    /// Whether a later life needs a copy of the state of before this life.
     pub fn needs_copy(&self, number: usize) -> bool {
         self.lives.iter().any(|life| life.before == Between::StateRestored { copy: number })
     }
 }
 
-/// What happens before a life.
+/// Draws what happens before a life.
 fn between(
     rng: &mut Rng,
     number: usize,
@@ -209,8 +208,8 @@ fn between(
 ) -> Between {
     match rng.u8(..6) {
         0 if restores => {
-            // Where the revision that ran first is not kept any more, today's runs for a restored sink. With
-            // sides that change, it may route a record to the sink that has not lost it.
+            // If the state no longer has the revision that ran first, the current revision runs the records again for
+            // a restored sink. If sides change, it may route a record to the sink that has not lost it.
             let place = if is_one_sided { rng.usize(..super::SINKS.len()) } else { super::ALL };
             Between::SinkRestored { place, backup: rng.usize(..number) }
         }

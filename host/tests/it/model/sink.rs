@@ -1,4 +1,8 @@
-//! The sink of the pure model: what the contract says, in memory.
+//! Sink of the pure model: implements the contract of sinks in memory.
+//!
+//! A transaction applies all its effects or none: position, mark and rows change together, under one lock. It may
+//! land after its client has been killed, when the next process has already acquired the shard. The epoch is what
+//! protects against that: acquiring the shard, or moving its position to another name, increases the epoch.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -17,13 +21,13 @@ use tokio::runtime::Handle;
 
 use super::chaos::Chaos;
 
-/// A table in memory that outlives processes.
+/// Table in memory that outlives processes.
 pub struct Table {
     state: Mutex<State>,
     backups: Mutex<Vec<State>>,
     accepts_all: AtomicBool,
     chaos: Arc<Chaos>,
-    /// Where the table lives: transactions end there, whatever becomes of their clients.
+    /// Runtime in which transactions end, even if their clients have ended.
     server: Handle,
 }
 
@@ -31,18 +35,18 @@ pub struct Table {
 struct State {
     shards: HashMap<Key, Stored>,
     rows: Vec<Row>,
-    /// Transactions of before a restore are gone with it.
+    /// Number of restores. Transactions from before a restore have no effect.
     restores: usize,
 }
 
-/// A row, and whether it came by a redrive: then it is out of order.
+/// A row, and whether a redrive wrote it: such a row is out of order.
 #[derive(Clone)]
 pub struct Row {
     pub payload: String,
     pub is_redriven: bool,
 }
 
-/// What a position is kept under: sink, stream and shard.
+/// Key of a position: sink, stream and shard.
 type Key = (SinkName, String, ShardId);
 
 #[derive(Clone, Default)]
@@ -64,7 +68,7 @@ impl Table {
         })
     }
 
-    /// The rows in the order in which they came.
+    /// Returns the rows in the order in which they were written.
     pub fn rows(&self) -> Vec<Row> {
         self.state().rows.clone()
     }
@@ -74,14 +78,14 @@ impl Table {
         self.backups.lock().unwrap_or_else(PoisonError::into_inner).push(backup);
     }
 
-    /// Puts the table back as it was at a backup.
+    /// Restores the table from a backup.
     pub fn restore(&self, backup: usize) {
         let backup = self.backups.lock().unwrap_or_else(PoisonError::into_inner)[backup].clone();
         let mut state = self.state();
         *state = State { restores: state.restores + 1, ..backup };
     }
 
-    /// From now on the table takes what it refused.
+    /// Accepts from now on what the table refused before.
     pub fn accept_all(&self) {
         self.accepts_all.store(true, Ordering::Relaxed);
     }
@@ -90,13 +94,13 @@ impl Table {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Whether the table takes a row.
+    /// Whether the table refuses a row.
     fn refuses(&self, payload: &str) -> bool {
         payload.contains("7,") && !self.accepts_all.load(Ordering::Relaxed)
     }
 }
 
-/// The sink of one process over a table.
+/// Sink of one process over a table.
 pub struct TableSink {
     name: SinkName,
     table: Arc<Table>,
@@ -163,7 +167,7 @@ impl Sink for TableSink {
     }
 
     fn set_ownership(&self, ownership: Ownership) {
-        // The first stays: a sink has one owner as long as it lives.
+        // The first call counts: a sink has one owner for its whole life.
         let _ = self.ownership.set(ownership);
     }
 
@@ -194,7 +198,7 @@ struct Writer {
     is_redriven: bool,
 }
 
-/// A transaction that the server has and whose client may be gone.
+/// Transaction that the server has received; its client may have ended.
 struct Landing {
     table: Arc<Table>,
     key: Key,
@@ -207,6 +211,16 @@ struct Landing {
 }
 
 impl Landing {
+    /// Applies the transaction of a commit of `(from, to]`. The first row that matches decides:
+    ///
+    /// | what the table has | outcome |
+    /// |---|---|
+    /// | it was restored since the shard was acquired | fenced |
+    /// | no position under this sink's name, because another name has adopted it | fenced |
+    /// | another epoch | fenced |
+    /// | position `to` | success: an earlier attempt of the same commit has landed |
+    /// | a position other than `from` | fenced |
+    /// | position `from` | the rows are added and the position moves to `to` |
     fn land(self) -> Result<(), SinkError> {
         let (sink, _, shard) = self.key.clone();
         let fenced = |detail: &str| SinkError::Fenced {
@@ -253,6 +267,7 @@ impl SinkWriter for Writer {
                 false => rows.push(Row { payload, is_redriven: self.is_redriven }),
             }
         }
+        // Refused rows must be durable before the position passes them.
         if !refused.is_empty() {
             refusals.record(commit, &refused).await?;
         }
@@ -271,7 +286,7 @@ impl SinkWriter for Writer {
             mark: self.ownership.as_ref().map(Ownership::mark),
             rows,
         };
-        // The server goes on when its client is gone, perhaps much later.
+        // The server finishes the transaction even if its client has ended, sometimes much later.
         let late_ms = self.table.chaos.rng().u64(0..100).saturating_sub(70) * 10;
         let landed = self.table.server.spawn(async move {
             tokio::time::sleep(Duration::from_millis(late_ms)).await;

@@ -13,7 +13,7 @@ use shardmill_core::source::{
 
 use super::chaos::{Chaos, Fate};
 
-/// The most records of a batch.
+/// Maximum number of records in a batch.
 const BATCH_MAX: usize = 25;
 
 /// A stream in memory.
@@ -23,7 +23,7 @@ pub struct Memory {
 }
 
 impl Memory {
-    /// `records` records a shard, each with an id of its own in its payload; some are no JSON.
+    /// Makes a stream with `records` records per shard. Each payload contains its id; some payloads are not JSON.
     pub fn new(shards: u64, records: u64, chaos: Arc<Chaos>) -> Self {
         let shards = (0..shards).map(|shard| {
             let ids = shard * records..(shard + 1) * records;
@@ -33,8 +33,8 @@ impl Memory {
     }
 }
 
-/// The record of an id. Sequence numbers have gaps, and two records in three share one, as those of
-/// an aggregate do.
+/// Returns the record of an id. Sequence numbers have gaps, and two of three records share one, as those of an
+/// aggregate do.
 pub fn record(id: u64) -> Record {
     let sequence = SequenceNumber::parse(&format!("{}", 1_000 + id / 3 * 7)).expect("a number");
     let payload = match id % 41 {
@@ -49,13 +49,13 @@ pub fn record(id: u64) -> Record {
     }
 }
 
-/// A shard's name.
+/// Returns a shard's name.
 pub fn name(shard: usize) -> String {
     format!("shardId-{shard:012}")
 }
 
 impl Chaos {
-    /// A call of the source: it may fail, or be without an answer until its deadline.
+    /// Makes a call to the source: it may fail, or get no answer until its deadline.
     async fn ask(&self, call: &'static str, shard: &ShardKey) -> Result<(), SourceError> {
         let cause = match self.step().await {
             Fate::GoOn => return Ok(()),
@@ -117,7 +117,7 @@ impl BatchReader for Reader {
     async fn next_batch(&mut self) -> Result<NextBatch, SourceError> {
         self.chaos.ask("GetRecords", &self.shard).await?;
         if self.next == self.records.len() {
-            // As a server would: an empty answer takes its time.
+            // An empty answer takes time, as from a server.
             tokio::time::sleep(std::time::Duration::from_millis(20)).await;
             return Ok(NextBatch::Idle { lag_ms: 0, caught_up_ms: None });
         }

@@ -1,4 +1,4 @@
-//! Parquet files of an objects sink, read back by pyarrow and by DuckDB.
+//! Parquet files of an objects sink, read by pyarrow and by DuckDB.
 
 #[allow(dead_code, reason = "the SQL sinks' tests use the rest")]
 use std::collections::BTreeMap;
@@ -20,7 +20,7 @@ fn layout(compression: Compression) -> ObjectLayout {
     ObjectLayout { format: ObjectFormat::Parquet, compression, folder }
 }
 
-/// What both readers find below a folder.
+/// Returns what both readers find below a folder.
 fn read_back(folder: &Path) -> Value {
     let script = root().join("host/tests/it/parquet/read.py");
     let mut command = Command::new("python");
@@ -30,7 +30,7 @@ fn read_back(folder: &Path) -> Value {
     serde_json::from_slice(&output.stdout).expect("JSON")
 }
 
-/// A column, what a row brings, what the readers call its type, and what they read.
+/// Columns: the type, the JSON value in a row, the type's name in each reader, and the value that both readers find.
 const TYPES: [(&str, &str, &str, &str, &str); 20] = [
     ("boolean?", "true", "bool", "BOOLEAN", "True"),
     ("smallint?", "-32768", "int16", "SMALLINT", "-32768"),
@@ -114,7 +114,7 @@ async fn every_type_is_read_back() {
             for (place, column) in TYPES.iter().enumerate() {
                 let expected = [column.2, column.3][at - 2];
                 let name = &found[reader]["types"][format!("c{place}")];
-                // How pyarrow names JSON and UUID has changed with its releases.
+                // pyarrow's names of JSON and UUID depend on its version.
                 assert!(
                     expected.is_empty() || name == expected,
                     "{reader}: {} is {name}",
@@ -157,20 +157,21 @@ async fn what_does_not_fit_is_refused_alone() {
         (4, "\"id\" is missing or null"),
         (5, "\"small\" of type smallint"),
         (6, "declares no column \"colour\""),
-        (7, "no JSON object"),
+        (7, "not a JSON object"),
     ]);
     let found = read_back(folder.path());
     assert_eq!(found["duckdb"]["rows"], json!([["1", "999.99", null], ["9", null, null]]));
 
-    for (columns, part) in
-        [(vec![], "declares no columns"), (vec!["at interval"], "type interval has no form")]
-    {
+    for (columns, part) in [
+        (vec![], "declares no columns"),
+        (vec!["at interval"], "type interval, which is unsupported"),
+    ] {
         let error = sink.prepare(&[route(&columns)]).await.expect_err("refused").to_string();
         assert!(error.contains(part), "{error}");
     }
 }
 
-/// 84,194 flights by the real binary, in folders by airport.
+/// 84,194 flights written by the real binary, in folders by airport.
 #[test]
 fn the_flights_are_read_back() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -212,7 +213,7 @@ fn the_flights_are_read_back() {
     }
 }
 
-/// A row as the CSV line that it came from.
+/// Returns a row as the CSV line that it was made from.
 fn csv_line(row: &Value) -> String {
     let fields = row.as_array().expect("a row").iter().enumerate();
     let text = |(place, value): (usize, &Value)| match (place, value.as_str()) {

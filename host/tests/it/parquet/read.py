@@ -1,5 +1,5 @@
-"""Prints what pyarrow and DuckDB read in the Parquet files below a folder, as JSON: the types of the
-columns and every row, each value as a text that both must agree on."""
+"""Prints as JSON what pyarrow and DuckDB read in the Parquet files below a folder: the types of the columns
+and every row, each value as a text that must be the same for both."""
 
 import datetime
 import glob
@@ -40,7 +40,7 @@ def by_duckdb():
     source = f"read_parquet({FILES!r}, hive_partitioning = false)"
     described = database.execute(f"DESCRIBE SELECT * FROM {source}").fetchall()
     types = {column[0]: column[1] for column in described}
-    # Python's values of this type need a package more.
+    # DuckDB needs another Python package to return values of this type.
     values = ", ".join(
         f'epoch_us("{name}")' if kind == "TIMESTAMP WITH TIME ZONE" else f'"{name}"'
         for name, kind in types.items()

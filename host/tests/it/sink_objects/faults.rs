@@ -1,4 +1,4 @@
-//! A store that fails as a seed says: before a request, after it, or with S3's false conflict.
+//! A store whose faults are drawn from a seed: before a request, after it, or as S3's false conflict.
 
 use std::fmt;
 use std::ops::Range;
@@ -13,7 +13,7 @@ use object_store::{
     ObjectStore, PutMode, PutMultipartOptions, PutOptions, PutPayload, PutResult, Result,
 };
 
-/// A small generator (splitmix64): a seed reproduces a run.
+/// Small generator (splitmix64): a seed reproduces a run.
 #[derive(Debug)]
 pub struct Random(u64);
 
@@ -39,22 +39,22 @@ impl Random {
     }
 }
 
-/// What goes wrong.
+/// Kinds of faults.
 #[derive(Clone, Copy, Debug)]
 pub enum Plan {
-    /// In a hundred requests, so many fail; of the failing writes about half did land.
+    /// This percentage of requests fails. About half of the failing writes take effect.
     Percent(u64),
-    /// Every write of data fails before it lands.
+    /// Every write of data fails and has no effect.
     DataNeverLands,
-    /// Writes of data fail before they land, but those of one route do land.
+    /// Writes of data fail and have no effect, except those of one route.
     OnlyRoute(&'static str),
     /// `If-None-Match` is ignored, as some servers do.
     Overwrites,
-    /// The reply to every write is lost, though it landed.
+    /// Every write takes effect, but its reply is lost.
     RepliesLost,
 }
 
-/// The store.
+/// Store with faults.
 #[derive(Debug)]
 pub struct Faulty {
     inner: Arc<dyn ObjectStore>,
@@ -81,7 +81,7 @@ impl Faulty {
             Plan::OnlyRoute(route) if data && !key.as_ref().contains(route) => Fault::Before,
             Plan::RepliesLost => Fault::After,
             Plan::Percent(chance) => {
-                let mut random = self.random.lock().expect("no test panics while it holds");
+                let mut random = self.random.lock().expect("a lock");
                 match random.percent(chance) {
                     false => Fault::None,
                     true => match random.below(5) {

@@ -1,4 +1,4 @@
-//! The objects sink through the trait, on a folder and on an S3 server in the process.
+//! The objects sink through the contract of all sinks, on a folder and on an S3 server in this process.
 
 mod faults;
 pub mod s3;
@@ -15,7 +15,7 @@ use shardmill_core::sink::Sink;
 use shardmill_sink_objects::{Compression, ObjectsSink};
 use support::{Place, Refusals, commit, commit_of, expected, line_of, shard};
 
-/// Each of the suite's tests on both stores.
+/// Runs each test of the suite on both stores.
 macro_rules! on_both {
     ($($test:ident),* $(,)?) => {$(
         mod $test {
@@ -61,7 +61,7 @@ async fn crashes_on_s3() {
     }
 }
 
-/// In a folder only: the S3 server looks and then writes, so two creations at once both succeed.
+/// Only on a folder: this S3 server checks and then writes, so two concurrent creations of one object both succeed.
 #[tokio::test(flavor = "multi_thread")]
 async fn of_many_owners_one_commits() {
     for _ in 0..20 {
@@ -88,15 +88,15 @@ async fn a_url_and_options_lead_to_a_bucket() {
     let mut options = server.options;
     options.insert("aws_endpiont".into(), "x".into());
     let error = ObjectsSink::new(name, &s3::url(), &options, Compression::Zstd).err();
-    assert!(error.expect("refused").to_string().contains("\"aws_endpiont\" is not known"));
+    assert!(error.expect("refused").to_string().contains("unknown option \"aws_endpiont\""));
 }
 
-/// A clock that is wrong, and credentials that have expired: the lane waits and says why.
+/// With a wrong clock or expired credentials, the lane waits and reports the server's error.
 #[tokio::test]
 async fn a_server_that_refuses_us_is_waited_for_and_quoted() {
     let server = s3::start().await;
     let sink = Place::in_bucket(&server).sink(Compression::Gzip);
-    let refuse = |refusal| *server.refusal.lock().expect("no panic") = refusal;
+    let refuse = |refusal| *server.refusal.lock().expect("a lock") = refusal;
     let mut owner = sink.acquire(&shard()).await.expect("acquired");
     let mut from = 0;
     for (code, status) in [("RequestTimeTooSkewed", 403), ("ExpiredToken", 400), ("SlowDown", 503)]
@@ -168,8 +168,11 @@ async fn refused_rows_are_recorded_before_anything_is_claimed() {
     let refusals = Refusals::default();
     let done = owner.writer.commit(&bad, &refusals).await.expect("a commit");
     assert_eq!((done.rows_written, done.rows_refused), (4, 2));
-    let recorded = refusals.recorded.into_inner().expect("whole");
-    assert!(recorded[0].contains("no JSON") && recorded[1].contains("newline"), "{recorded:?}");
+    let recorded = refusals.recorded.into_inner().expect("a lock");
+    assert!(
+        recorded[0].contains("not valid JSON") && recorded[1].contains("newline"),
+        "{recorded:?}"
+    );
     let lines = place.lines().await;
     assert_eq!(lines["even"], ["{\"id\": 6}", "{\"id\":9}"]);
     assert_eq!(lines["odd"], [line_of(1), line_of(7)]);

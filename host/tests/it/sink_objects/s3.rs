@@ -1,4 +1,4 @@
-//! An S3 server in the process, on loopback, and the sink's way to it by URL and options.
+//! An S3 server in this process, on loopback, which the sink reaches by URL and options.
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex};
@@ -15,10 +15,10 @@ pub const BUCKET: &str = "marts";
 const KEY: &str = "test-access-key";
 const SECRET: &str = "test-secret-key";
 
-/// The code of an error that a server answers everything with, and its HTTP status.
+/// Error code and HTTP status that the server answers every request with.
 pub type Refusal = Option<(&'static str, u16)>;
 
-/// A running server; it ends with the test's runtime.
+/// Running server; it ends with the test's runtime.
 pub struct Server {
     pub store: Arc<dyn ObjectStore>,
     pub prefix: Path,
@@ -45,7 +45,7 @@ pub async fn start() -> Server {
             let (service, refuses) = (service.clone(), refuses.clone());
             tokio::spawn(async move {
                 let service = service_fn(move |request: hyper::Request<hyper::body::Incoming>| {
-                    let refusal = *refuses.lock().expect("no panic");
+                    let refusal = *refuses.lock().expect("a lock");
                     let service = service.clone();
                     async move {
                         let Some((code, status)) = refusal else {
@@ -59,7 +59,7 @@ pub async fn start() -> Server {
                     }
                 });
                 let http = hyper::server::conn::http1::Builder::new();
-                // A client that goes away is no failure of the server.
+                // A client that disconnects is not an error of the server.
                 let _ = http.serve_connection(TokioIo::new(socket), service).await;
             });
         }
@@ -90,7 +90,7 @@ pub async fn start() -> Server {
     }
 }
 
-/// The URL of the server's prefix.
+/// Returns the URL of the server's prefix.
 pub fn url() -> url::Url {
     format!("s3://{BUCKET}/lake/raw").parse().expect("a URL")
 }

@@ -1,4 +1,4 @@
-//! What must hold on every store: run once on a folder, once on S3.
+//! Tests that every store must pass: run once on a folder, once on S3.
 
 use std::sync::Arc;
 
@@ -25,12 +25,12 @@ async fn acquire(sink: &impl Sink) -> Acquired {
 fn cause<T>(result: Result<T, SinkError>) -> String {
     match result {
         Err(SinkError::Unavailable { cause, .. }) => cause,
-        Err(other) => panic!("another error: {other}"),
-        Ok(_) => panic!("no error"),
+        Err(other) => panic!("unexpected error: {other}"),
+        Ok(_) => panic!("expected an error"),
     }
 }
 
-/// Commits span after span, each owner going on where the one before it stood.
+/// Commits one range after another; each new owner goes on at the position of the previous one.
 pub async fn each_row_is_written_once(place: Place) {
     let refusals = Refusals::default();
     for (round, compression) in (0..).zip(COMPRESSIONS) {
@@ -42,7 +42,7 @@ pub async fn each_row_is_written_once(place: Place) {
             let commit = commit(from, from + 10);
             let done = shard.writer.commit(&commit, &refusals).await.expect("a commit");
             assert_eq!(done.rows_written, commit.rows.len() as u64);
-            let again = shard.writer.commit(&commit, &refusals).await.expect("done already");
+            let again = shard.writer.commit(&commit, &refusals).await.expect("already done");
             assert_eq!(again.rows_written, 0);
         }
         let stands = sink.position(&super::support::shard()).await.expect("a position");
@@ -55,7 +55,7 @@ pub async fn each_row_is_written_once(place: Place) {
     }
 }
 
-/// A span whose records were all filtered moves the position.
+/// A commit whose records were all filtered moves the position.
 pub async fn a_commit_without_rows_moves_the_position(place: Place) {
     let sink = place.sink(Compression::None);
     let mut first = acquire(&sink).await;
@@ -82,8 +82,8 @@ pub async fn a_zombie_is_fenced(place: Place) {
     assert_eq!(place.lines().await, expected(8));
 }
 
-/// A claim whose data is missing is produced again, exactly so, under the same keys, however many
-/// owners came and went in between.
+/// A claim whose data is missing is produced again, with the same content and keys, however many owners came and went
+/// in between.
 pub async fn an_unfinished_claim_is_produced_again(place: Place) {
     let refusals = Refusals::default();
     let sink = place.sink(Compression::Gzip);
@@ -92,7 +92,7 @@ pub async fn an_unfinished_claim_is_produced_again(place: Place) {
         .sink_on(Faulty::over(place.store.clone(), Plan::DataNeverLands, 0), Compression::Gzip);
     let mut crashing = acquire(&broken).await;
     cause(crashing.writer.commit(&commit(4, 10), &refusals).await);
-    // The next owners are configured otherwise: the claim's keys and compression hold.
+    // The next owners have other settings: the claim's keys and compression still apply.
     let sink = place.sink(Compression::None);
     for _ in 0..3 {
         let stands = sink.position(&shard()).await.expect("a position");
@@ -118,13 +118,13 @@ pub async fn an_unfinished_claim_is_produced_again(place: Place) {
     promised.sort();
     written.sort();
     assert_eq!(written, promised);
-    // The crashed owner was only asleep: its store still fails, and what it wrote is not doubled.
+    // The crashed owner was only paused. Its store still fails, and no row is written twice.
     assert!(crashing.writer.commit(&commit(4, 10), &refusals).await.is_err());
     assert_eq!(place.lines().await, expected(12));
 }
 
-/// A sink that was renamed goes on with the log of its old name: at its position, with its promises, and
-/// nobody can append to the old log any more.
+/// A renamed sink goes on with the claim log of its old name, at the same position and with the same claims. Nobody
+/// can append to the old log any more.
 pub async fn fault_25_a_renamed_sink_keeps_the_promises_of_its_old_name(place: Place) {
     let refusals = Refusals::default();
     let old = place.sink(Compression::Gzip);
@@ -149,7 +149,7 @@ pub async fn fault_25_a_renamed_sink_keeps_the_promises_of_its_old_name(place: P
     owner.writer.commit(&commit(4, 10), &refusals).await.expect("the promised commit");
     owner.writer.commit(&commit(10, 12), &refusals).await.expect("the next commit");
     assert!(crashing.writer.commit(&commit(4, 10), &refusals).await.is_err());
-    // And once more, where all that was promised is there.
+    // A second rename, when the data of all claims exists.
     third.adopt(&"second".into(), &shard()).await.expect("moved");
     let mut owner = acquire(&third).await;
     assert_eq!((owner.position, owner.must_cut_at), (Some(position(12)), None));
@@ -157,12 +157,12 @@ pub async fn fault_25_a_renamed_sink_keeps_the_promises_of_its_old_name(place: P
     assert_eq!(place.lines().await, expected(15));
     let audit = third.verify(true).await.expect("verified");
     assert!(audit.problems.is_empty(), "{audit:?}");
-    // Two logs with claims: nobody guesses which one counts.
+    // Both logs have claims: the sink does not guess which log counts.
     let text = cause(third.adopt(&logs, &shard()).await);
     assert!(text.contains("are both claim logs with claims"), "{text}");
 }
 
-/// The same writer, the same commit: what landed is found, what did not is done.
+/// The same writer repeats the same commit: existing objects are kept, missing ones are written.
 pub async fn a_writer_goes_on_after_an_error(place: Place) {
     let refusals = Refusals::default();
     let lossy =
@@ -178,11 +178,11 @@ pub async fn a_writer_goes_on_after_an_error(place: Place) {
             errors += 1;
         }
     }
-    assert!(errors > 5, "the plan failed {errors} times only");
+    assert!(errors > 5, "the plan failed only {errors} times");
     assert_eq!(place.lines().await, expected(40));
 }
 
-/// An earlier owner's objects and other content of a later run cannot be mixed.
+/// Objects of an earlier owner are never mixed with other content of a later run.
 pub async fn other_content_is_not_mixed_in(place: Place) {
     let refusals = Refusals::default();
     let half = Faulty::over(place.store.clone(), Plan::OnlyRoute("even"), 0);
@@ -203,7 +203,7 @@ pub async fn other_content_is_not_mixed_in(place: Place) {
     assert_eq!(place.lines().await, expected(6));
 }
 
-/// A bucket may expire old objects: links at the front go first.
+/// A bucket may delete old objects: links at the front of the log disappear first.
 pub async fn a_log_without_its_first_links_is_read(place: Place) {
     let sink = place.sink(Compression::None);
     let refusals = Refusals::default();
@@ -220,13 +220,13 @@ pub async fn a_log_without_its_first_links_is_read(place: Place) {
         assert_eq!(number(stands.as_ref()), 33);
         assert_eq!(number(acquire(&sink).await.position.as_ref()), 33);
     }
-    // Not even from the front: the newest link counts.
+    // More links are missing than those at the front: the newest link still counts.
     let links = place.keys(true).await;
     place.store.delete(&links[3]).await.expect("deleted");
     assert_eq!(number(acquire(&sink).await.position.as_ref()), 33);
 }
 
-/// Owners that come, crash after any step, wake up again: at the end each row is there once.
+/// Owners come, crash after any step and resume: at the end each row is there once.
 pub async fn a_crash_between_any_two_steps_loses_nothing(place: Place, seed: u64) {
     const LAST: u64 = 40;
     let mut random = Random::new(seed);
@@ -253,7 +253,7 @@ pub async fn a_crash_between_any_two_steps_loses_nothing(place: Place, seed: u64
                 zombies.push((owner, stands, to));
                 break;
             } else {
-                // Tried again as it was: the next draw of a cut must not change it.
+                // The same commit is repeated: the next random end must not change it.
                 must_cut_at = Some(position(to));
             }
         }
@@ -272,8 +272,8 @@ pub async fn a_crash_between_any_two_steps_loses_nothing(place: Place, seed: u64
     assert_eq!(place.lines().await, expected(LAST), "seed {seed}");
 }
 
-/// A zombie tries its commit. It may succeed only in what it had claimed, which is judged by what
-/// the store holds at the end.
+/// Lets a zombie repeat its commit. It may succeed only in what it had claimed; the content of the store at the end
+/// decides.
 async fn wake(zombies: &mut [(Acquired, u64, u64)], random: &mut Random) {
     let refusals = Refusals::default();
     for (zombie, from, to) in zombies.iter_mut() {
@@ -283,7 +283,7 @@ async fn wake(zombies: &mut [(Acquired, u64, u64)], random: &mut Random) {
     }
 }
 
-/// Many owners at once: all acquire, one can commit.
+/// Many owners acquire the shard at the same time, and only one can commit.
 pub async fn of_many_owners_one_commits(place: Place) {
     let sink = place.sink(Compression::None);
     let owners = futures::future::join_all((0..8).map(|_| acquire(&sink))).await;
@@ -301,7 +301,7 @@ pub async fn of_many_owners_one_commits(place: Place) {
     assert_eq!(place.lines().await, expected(9));
 }
 
-/// Larger than what goes up in one request.
+/// An object that is too large for one request.
 pub async fn a_large_object_goes_up_in_parts(place: Place) {
     let layout = ObjectLayout {
         format: ObjectFormat::Raw,
@@ -314,7 +314,7 @@ pub async fn a_large_object_goes_up_in_parts(place: Place) {
     let piece = |record: u64| Bytes::from(vec![u8::try_from(record).expect("few"); 9 << 20]);
     let large = commit_of(0, 12, piece);
     owner.writer.commit(&large, &Refusals::default()).await.expect("a commit");
-    owner.writer.commit(&large, &Refusals::default()).await.expect("done already");
+    owner.writer.commit(&large, &Refusals::default()).await.expect("already done");
     for key in place.keys(false).await {
         let is_even = key.as_ref().contains("/even/");
         let expected: Vec<u8> = (1..=12)
@@ -328,8 +328,7 @@ pub async fn a_large_object_goes_up_in_parts(place: Place) {
     assert!(sink.verify(true).await.expect("verified").problems.is_empty());
 }
 
-/// Rows lie in the folders that a template names; a claim is kept under the template that it was
-/// made with.
+/// Rows go to the folders that a template names. A claim is completed with the template that it was made with.
 pub async fn folders_are_named_by_rows(place: Place) {
     let layout = |folder: &str| ObjectLayout {
         format: ObjectFormat::Ndjson,
@@ -359,7 +358,7 @@ pub async fn folders_are_named_by_rows(place: Place) {
     let expected = [format!("{day}/id=1"), format!("{day}/id=3"), format!("{day}/id=4")];
     let expected: Vec<&str> = expected.iter().map(String::as_str).chain(["even", "odd"]).collect();
     assert_eq!(folders, expected);
-    // Without its name in the folder, a route is in the file's name: two never meet in one object.
+    // If the folder does not contain the route's name, the file's name does: two routes never share an object.
     assert!(
         keys[1].ends_with("-even.ndjson.gz") && keys[0].ends_with("-odd.ndjson.gz"),
         "{keys:?}"
@@ -368,7 +367,7 @@ pub async fn folders_are_named_by_rows(place: Place) {
     assert_eq!((audit.objects, audit.rows, audit.problems.len()), (5, 5, 0), "{audit:?}");
 }
 
-/// What is wrong in a bucket is found, and nothing else.
+/// `verify` finds what is wrong in a bucket, and nothing else.
 pub async fn verify_finds_what_is_wrong(place: Place) {
     let refusals = Refusals::default();
     let sink = place.sink(Compression::Zstd);
@@ -380,7 +379,7 @@ pub async fn verify_finds_what_is_wrong(place: Place) {
         (kinds.join(" "), audit)
     };
     for from in [0, 6, 12] {
-        // An owner each: fences stand between the claims.
+        // A new owner for each commit puts fences between the claims.
         acquire(&sink).await.writer.commit(&commit(from, from + 6), &refusals).await.expect("done");
     }
     let (kinds, audit) = found().await;
@@ -391,7 +390,7 @@ pub async fn verify_finds_what_is_wrong(place: Place) {
     let bytes = place.get(&last).await;
     place.store.delete(&last).await.expect("deleted");
     let (kinds, audit) = found().await;
-    assert_eq!((kinds.as_str(), audit.unfinished), ("", 1), "a run would make it again");
+    assert_eq!((kinds.as_str(), audit.unfinished), ("", 1), "a run would write it again");
     place.store.put(&last, bytes.clone().into()).await.expect("put back");
 
     let stray = place.prefix.clone().join("even").join("stray.ndjson");
@@ -404,13 +403,13 @@ pub async fn verify_finds_what_is_wrong(place: Place) {
     place.store.delete(&first).await.expect("deleted");
     let (kinds, audit) = found().await;
     assert_eq!(kinds, "gap");
-    assert!(audit.problems[0].detail.contains("not there"), "{audit:?}");
+    assert!(audit.problems[0].detail.contains("which is missing"), "{audit:?}");
     place.store.put(&first, bytes.into()).await.expect("put");
     assert_eq!(found().await.0, "damaged");
     place.store.put(&first, original.into()).await.expect("put back");
     assert_eq!(found().await.0, "");
 
-    // A log that says the second span twice: once as it is, once from the start of the first.
+    // A log that covers the second range twice: once as it is, once from the start of the first range.
     let links = place.keys(true).await;
     let link = links.iter().rfind(|link| link.extension() == Some("json")).expect("a link");
     let text = String::from_utf8(place.get(link).await.to_vec()).expect("text");

@@ -1,4 +1,4 @@
-//! What the tests share: records, commits, and readers of what was written.
+//! Shared by the tests of objects: records, commits, and readers of what was written.
 
 use std::collections::BTreeMap;
 use std::io::Read;
@@ -18,7 +18,7 @@ use shardmill_sink_objects::{Compression, ObjectsSink};
 
 use super::s3;
 
-/// A store and the prefix in it that belongs to one test.
+/// A store, and the prefix in it that belongs to one test.
 #[derive(Clone)]
 pub struct Place {
     pub store: Arc<dyn ObjectStore>,
@@ -28,7 +28,7 @@ pub struct Place {
 }
 
 impl Place {
-    /// A new folder; without fsync, which proves nothing in a test that cannot cut the power.
+    /// Makes a new folder, without fsync: the test cannot cut the power, so fsync would prove nothing.
     pub fn folder() -> Self {
         let folder = tempfile::tempdir().expect("a temporary folder");
         let store = object_store::local::LocalFileSystem::new_with_prefix(folder.path());
@@ -39,7 +39,7 @@ impl Place {
         }
     }
 
-    /// What a server's prefix holds.
+    /// Returns the place of a server's prefix.
     pub fn in_bucket(server: &s3::Server) -> Self {
         Self {
             store: Arc::clone(&server.store),
@@ -56,7 +56,7 @@ impl Place {
         ObjectsSink::with_store(SinkName::from("logs"), store, self.prefix.clone(), compression)
     }
 
-    /// All keys below the prefix that are data (or links), in order.
+    /// Returns all keys below the prefix that are data (or links), in order.
     pub async fn keys(&self, links: bool) -> Vec<Path> {
         let listing = self.store.list(Some(&self.prefix));
         let objects: Vec<_> = listing.try_collect().await.expect("a listing");
@@ -72,7 +72,7 @@ impl Place {
         found.bytes().await.expect("its bytes")
     }
 
-    /// Every line of every data object, by route.
+    /// Returns every line of every data object, by route.
     pub async fn lines(&self) -> BTreeMap<String, Vec<String>> {
         let mut lines: BTreeMap<String, Vec<String>> = BTreeMap::new();
         for key in self.keys(false).await {
@@ -88,7 +88,7 @@ impl Place {
         lines
     }
 
-    /// The links, by number, as JSON.
+    /// Returns the links as JSON, ordered by number.
     pub async fn links(&self) -> Vec<serde_json::Value> {
         let mut links = Vec::new();
         for key in self.keys(true).await {
@@ -133,7 +133,7 @@ pub fn number(position: Option<&Position>) -> u64 {
     position.map_or(0, |position| position.sequence.as_str().parse().expect("a small number"))
 }
 
-/// The route of a record: every third is filtered.
+/// Returns the route of a record: every third record is filtered.
 pub fn route_of(record: u64) -> Option<&'static str> {
     ["even", "odd"].get((record % 3) as usize).copied()
 }
@@ -142,7 +142,7 @@ pub fn line_of(record: u64) -> String {
     format!("{{\"id\":{record}}}")
 }
 
-/// What the records `1..=last` must have become.
+/// Returns the lines expected for the records `1..=last`.
 pub fn expected(last: u64) -> BTreeMap<String, Vec<String>> {
     let mut lines: BTreeMap<String, Vec<String>> = BTreeMap::new();
     for record in 1..=last {
@@ -154,12 +154,12 @@ pub fn expected(last: u64) -> BTreeMap<String, Vec<String>> {
     lines
 }
 
-/// The commit of the records `from+1..=to`.
+/// Makes the commit of the records `from+1..=to`.
 pub fn commit(from: u64, to: u64) -> Commit {
     commit_of(from, to, |record| line_of(record).into())
 }
 
-/// The same with other payloads.
+/// Like `commit`, with these payloads.
 pub fn commit_of(from: u64, to: u64, payload: impl Fn(u64) -> Bytes) -> Commit {
     let range = PositionRange {
         from_exclusive: (from > 0).then(|| position(from)),
@@ -190,7 +190,7 @@ pub fn commit_of(from: u64, to: u64, payload: impl Fn(u64) -> Bytes) -> Commit {
     Commit { range, rows: Arc::new(rows.collect()), encoded: None, revision: "generation-1".into() }
 }
 
-/// Remembers what was refused, or cannot be written.
+/// Log that remembers the reasons of refused rows, or fails as if its store were unreachable.
 #[derive(Default)]
 pub struct Refusals {
     pub recorded: Mutex<Vec<String>>,
@@ -204,7 +204,7 @@ impl RefusalLog for Refusals {
             let cause = "the dead-letter store is out of reach".into();
             return Err(SinkError::Unavailable { sink: "logs".into(), cause });
         }
-        let mut recorded = self.recorded.lock().expect("no test panics while it holds");
+        let mut recorded = self.recorded.lock().expect("a lock");
         recorded.extend(refusals.iter().map(|refusal| refusal.reason.clone()));
         Ok(())
     }

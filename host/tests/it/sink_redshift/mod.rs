@@ -1,6 +1,6 @@
 //! The Redshift sink against a stand-in: PostgreSQL behind a proxy that loads from an S3 server.
 //!
-//! What the stand-in is and is not, `standin.rs` says.
+//! `standin.rs` says what the stand-in can do and what it cannot.
 
 pub mod standin;
 
@@ -29,12 +29,12 @@ pub struct Cluster {
 }
 
 impl Cluster {
-    /// A provisioned one.
+    /// Makes a provisioned cluster.
     pub async fn new(test: &str) -> Self {
         Self::new_as(test, Kind::default()).await
     }
 
-    /// One of another kind.
+    /// Makes a cluster of another kind.
     pub async fn new_as(test: &str, kind: Kind) -> Self {
         let url = url::Url::parse(&postgres_url()).expect("a URL");
         let (client, connection) =
@@ -59,14 +59,14 @@ impl Cluster {
         self.client.batch_execute(sql).await.expect(sql);
     }
 
-    /// The one value of a query, as text; `NULL` for null.
+    /// Returns the one value of a query, as text; `NULL` for null.
     pub async fn one(&self, query: &str) -> String {
         let row =
             self.client.query_one(&format!("SELECT ({query})::text"), &[]).await.expect(query);
         row.get::<_, Option<String>>(0).unwrap_or_else(|| "NULL".into())
     }
 
-    /// The way to a port.
+    /// Returns the URL of a port.
     fn url(port: u16) -> String {
         let mut url = url::Url::parse(&postgres_url()).expect("a URL");
         url.set_port(Some(port)).expect("a port");
@@ -74,7 +74,7 @@ impl Cluster {
         url.into()
     }
 
-    /// A target in the test's schema.
+    /// Makes a target in the test's schema.
     pub fn target(&self, table: &str, mode: WriteMode) -> RedshiftTarget {
         RedshiftTarget {
             url: Self::url(self.port),
@@ -90,23 +90,23 @@ impl Cluster {
         }
     }
 
-    /// A sink that appends.
+    /// Makes a sink that appends.
     pub fn sink(&self, table: &str) -> RedshiftSink {
         RedshiftSink::new("mart".into(), &self.target(table, WriteMode::Append)).expect("a sink")
     }
 
-    /// The objects in the bucket.
+    /// Returns the number of objects in the bucket.
     async fn objects(&self) -> usize {
         self.s3.store.list(None).try_collect::<Vec<_>>().await.expect("a listing").len()
     }
 }
 
-/// Acquires the one shard.
+/// Acquires the only shard.
 pub async fn acquire(sink: &RedshiftSink) -> Acquired {
     sink.acquire(&shard("shardId-000000000000")).await.expect("acquired")
 }
 
-/// Prepares a sink, and acquires its one shard.
+/// Prepares a sink, and acquires its only shard.
 pub async fn writer(sink: &RedshiftSink) -> Box<dyn SinkWriter> {
     sink.prepare(&[route(&[])]).await.expect("prepared");
     acquire(sink).await.writer
@@ -136,7 +136,7 @@ async fn a_commit_lands_once_however_often_it_is_tried() {
     assert_eq!(place, Some(position(4)));
     assert_eq!(cluster.one("SELECT length(sequence) FROM shardmill_position").await, "129");
     assert_eq!(sink.position(&shard("another")).await.expect("none"), None);
-    assert_eq!(cluster.objects().await, 0, "files that were loaded are removed");
+    assert_eq!(cluster.objects().await, 0, "loaded files are removed");
     log.expect(&[]);
 }
 
@@ -215,16 +215,16 @@ async fn bad_rows_are_refused_alone() {
         (4, "out of range"),
         (5, "U+0000"),
         (6, r#"no column "colour" in table"#),
-        (7, "20 bytes, the column takes 10"),
-        (8, "4 before the point"),
-        (9, "2 behind it"),
-        (10, "a date as"),
+        (7, "expected at most 10 bytes, found 20 bytes"),
+        (8, "4 digits before the point"),
+        (9, "2 after it"),
+        (10, "expected a date"),
         (11, r#"the key "id" twice"#),
         (12, "a JSON object"),
-        (13, "no UTF-8"),
+        (13, "not valid UTF-8"),
         (14, "names no column"),
-        (15, "COPY does not take column"),
-        (16, "COPY takes 4194304 at most"),
+        (15, "COPY does not accept column"),
+        (16, "expected a row of at most 4194304 bytes"),
     ]);
     let shown =
         "SELECT string_agg(concat_ws(',', id, make, price, built), ' ' ORDER BY id) FROM cars";
@@ -232,7 +232,7 @@ async fn bad_rows_are_refused_alone() {
     let default = "SELECT string_agg(coalesce(make, '-'), ' ' ORDER BY id) FROM cars";
     let (log, next) = (Log::default(), commit(18, &[r#"{"id":18}"#]));
     writer.commit(&next, &log).await.expect("committed");
-    assert_eq!(cluster.one(default).await, "Honda - none", "what a row lacks takes its default");
+    assert_eq!(cluster.one(default).await, "Honda - none", "missing fields get their defaults");
 }
 
 #[tokio::test]
@@ -241,11 +241,11 @@ async fn what_cannot_become_a_dead_letter_stops_its_commit() {
     cluster.sql("CREATE TABLE cars (id bigint)").await;
     let mut writer = writer(&cluster.sink("cars")).await;
     let commit = commit(0, &[r#"{"id":1}"#, r#"{"id":"one"}"#]);
-    writer.commit(&commit, &Log::full()).await.expect_err("no room for a letter");
+    writer.commit(&commit, &Log::full()).await.expect_err("no room for a dead letter");
     assert_eq!(cluster.one("SELECT count(*) FROM cars").await, "0");
     let log = Log::default();
     writer.commit(&commit, &log).await.expect("committed");
-    log.expect(&[(1, "an integer is due")]);
+    log.expect(&[(1, "expected an integer")]);
     assert_eq!(cluster.one("SELECT count(*) FROM cars").await, "1");
 }
 
@@ -274,10 +274,10 @@ async fn what_does_not_fit_is_said_before_the_first_row() {
         .await;
     for (table, columns, part) in [
         ("cars", "id bigint", "not every value would fit"),
-        ("cars", "make text", "has no such column, it has id"),
+        ("cars", "make text", "with columns id"),
         ("new", "price numeric", "declare its digits"),
-        ("new", "span interval", "rows cannot fill"),
-        ("own", "id bigint", "begin with shardmill_"),
+        ("new", "span interval", "unsupported column type"),
+        ("own", "id bigint", "the prefix shardmill_"),
     ] {
         let outcome = cluster.sink(table).prepare(&[route(&[columns])]).await;
         expect_unavailable(outcome, part);
@@ -298,7 +298,7 @@ async fn what_is_gone_is_waited_for_and_named() {
     target.staging.iam_role = "arn:aws:iam::123456789012:role/Other".into();
     let sink = RedshiftSink::new("mart".into(), &target).expect("a sink");
     expect_unavailable(writer(&sink).await.commit(&first, &log).await, "Access Denied");
-    assert_eq!(cluster.objects().await, 0, "nor are files left of a load that failed");
+    assert_eq!(cluster.objects().await, 0, "a failed load leaves no files");
 
     let mut target = cluster.target("cars", WriteMode::Append);
     target.staging.options.insert("aws_secret_access_key".into(), "another".into());
@@ -319,7 +319,7 @@ async fn what_is_gone_is_waited_for_and_named() {
     log.expect(&[]);
 }
 
-/// Cuts the connection at each step of a commit and tries again, as a delivery does.
+/// Cuts the connection at each step of a commit and retries, as a delivery does.
 #[tokio::test]
 async fn a_cut_at_any_step_leaves_each_row_once() {
     let cluster = Cluster::new("cut").await;
@@ -360,7 +360,7 @@ async fn a_cut_at_any_step_leaves_each_row_once() {
     assert_eq!(cluster.objects().await, 0);
 }
 
-/// The real binary, killed at random times of a file, and begun again.
+/// Kills the real binary at random moments of a file, and starts it again.
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_run_leaves_each_row_once() {
     const ROWS: u64 = 4_000;

@@ -1,9 +1,9 @@
-//! A stand-in for Amazon Redshift: PostgreSQL behind a small proxy on the wire that loads from S3.
+//! A stand-in for Amazon Redshift: PostgreSQL behind a small proxy for its wire protocol, which loads from S3.
 //!
-//! It understands `COPY … FROM 's3://…' IAM_ROLE … MANIFEST GZIP FORMAT AS JSON 'auto' … MAXERROR n` with
-//! `stl_load_errors`, `pg_last_copy_id()` and `pg_last_copy_count()`, has a type `super`, and refuses
-//! what Redshift does not have. It is no Redshift: no slices, no isolation but PostgreSQL's, and its
-//! types take what PostgreSQL's take.
+//! It supports `COPY … FROM 's3://…' IAM_ROLE … MANIFEST GZIP FORMAT AS JSON 'auto' … MAXERROR n` with
+//! `stl_load_errors`, `pg_last_copy_id()` and `pg_last_copy_count()`, has a type `super`, and refuses what Redshift
+//! does not have. It differs from Redshift: it has no slices, its isolation is PostgreSQL's, and its types accept
+//! what PostgreSQL's accept.
 
 use std::io::Read as _;
 use std::sync::Arc;
@@ -18,7 +18,7 @@ use crate::sql_sinks::proxy::SSL_REQUEST;
 /// The only role that may read the bucket.
 pub const ROLE: &str = "arn:aws:iam::123456789012:role/Loader";
 
-/// What PostgreSQL has and Redshift has not, in lower case.
+/// Words of PostgreSQL that Redshift does not support, in lower case.
 const UNKNOWN: [&str; 14] = [
     "on conflict",
     "savepoint",
@@ -36,21 +36,21 @@ const UNKNOWN: [&str; 14] = [
     "truncate",
 ];
 
-/// What each session of the stand-in begins with.
+/// Statements that begin each session of the stand-in.
 const SESSION: &str = "\
     SET client_min_messages = warning; SET search_path = public; \
     CREATE TEMP TABLE stl_load_errors (query bigint, filename text, line_number bigint, \
         colname text, err_reason text); \
     SET standin.copies = '0'; SET standin.loaded = '0'";
 
-/// The same for Redshift Serverless, which shows load errors elsewhere.
+/// The same for Redshift Serverless, which shows load errors in another view.
 const SERVERLESS_SESSION: &str = "\
     SET client_min_messages = warning; SET search_path = public; \
     CREATE TEMP TABLE sys_load_error_detail (query_id bigint, file_name text, line_number bigint, \
         column_name text, error_message text); \
     SET standin.copies = '0'; SET standin.loaded = '0'";
 
-/// What the stand-in's database has once. `super` takes strings as long as Redshift's.
+/// Objects that the stand-in's database has once. `super` accepts strings as long as Redshift's.
 pub const DATABASE: &str = "\
     SELECT pg_advisory_lock(5439); \
     DO $$ BEGIN CREATE DOMAIN public.super AS jsonb CHECK (jsonb_typeof(VALUE) IS DISTINCT FROM \
@@ -61,27 +61,27 @@ pub const DATABASE: &str = "\
         $$ SELECT current_setting('standin.loaded')::bigint $$; \
     SELECT pg_advisory_unlock(5439)";
 
-/// How a stand-in differs from a provisioned cluster.
+/// Differences of a stand-in from a provisioned cluster.
 #[derive(Clone, Copy, Default)]
 pub struct Kind {
-    /// It is Redshift Serverless.
+    /// Whether it is Redshift Serverless.
     pub serverless: bool,
-    /// Rows that COPY leaves out at most, whatever the statement says.
+    /// Maximum number of rows that COPY leaves out, whatever the statement says.
     pub errors_max: Option<usize>,
 }
 
-/// A running stand-in; it ends with the test's runtime.
+/// Running stand-in; it ends with the test's runtime.
 pub struct Standin {
     pub port: u16,
 }
 
 impl Standin {
-    /// Listens on loopback before `server`, a `host:port` of PostgreSQL, and loads from a store.
+    /// Listens on loopback in front of `server`, a `host:port` of PostgreSQL, and loads from a store.
     pub async fn start(server: String, store: Arc<dyn ObjectStore>, bucket: &'static str) -> Self {
         Self::start_as(server, store, bucket, Kind::default()).await
     }
 
-    /// The same, as another kind.
+    /// Like `start`, as another kind.
     pub async fn start_as(
         server: String,
         store: Arc<dyn ObjectStore>,
@@ -98,7 +98,7 @@ impl Standin {
                 }
                 let (backend, store) = (Backend(backend), store.clone());
                 let session = Session { client, backend, store, bucket, kind };
-                // An error is what a client that goes away looks like from here.
+                // A client that disconnects looks like an error here.
                 tokio::spawn(async move { drop(session.serve().await) });
             }
         });
@@ -106,7 +106,7 @@ impl Standin {
     }
 }
 
-/// One message: its tag and its body.
+/// A message: its tag and its body.
 type Message = (u8, Vec<u8>);
 
 async fn read_message(from: &mut TcpStream) -> std::io::Result<Message> {
@@ -125,7 +125,7 @@ async fn write_message(to: &mut TcpStream, (tag, body): &Message) -> std::io::Re
 struct Backend(TcpStream);
 
 impl Backend {
-    /// Runs statements; their messages, up to ReadyForQuery.
+    /// Runs statements; returns their messages, up to ReadyForQuery.
     async fn ask(&mut self, sql: &str) -> std::io::Result<Vec<Message>> {
         let body = [sql.as_bytes(), b"\0"].concat();
         write_message(&mut self.0, &(b'Q', body)).await?;
@@ -144,7 +144,7 @@ impl Backend {
         }
     }
 
-    /// Runs a statement; why it failed, if it did.
+    /// Runs a statement; returns the error, if it failed.
     async fn try_run(&mut self, sql: &str) -> std::io::Result<Option<String>> {
         let answer = self.ask(sql).await?;
         let error = answer.iter().find(|(tag, _)| *tag == b'E');
@@ -187,7 +187,7 @@ impl Session {
                 b'X' => return Ok(()),
                 b'Q' => {}
                 other => {
-                    panic!("the sink speaks the simple protocol only, not {:?}", char::from(other))
+                    panic!("expected the simple protocol, found {:?}", char::from(other))
                 }
             }
             let sql = String::from_utf8_lossy(&body).trim_end_matches('\0').to_owned();
@@ -206,7 +206,7 @@ impl Session {
         }
     }
 
-    /// Lets the backend fail, so that a transaction is over as well.
+    /// Makes the backend fail too, so that its transaction is aborted.
     async fn fail(&mut self, why: &str) -> std::io::Result<Vec<Message>> {
         let why = why.replace('\'', "''").replace('%', "%%");
         self.backend
@@ -214,7 +214,7 @@ impl Session {
             .await
     }
 
-    /// Loads the files of a manifest, row by row where a file does not go in as a whole.
+    /// Loads the files of a manifest. A file that fails as a whole is loaded row by row.
     async fn copy(&mut self, sql: &str) -> std::io::Result<Result<(), String>> {
         let (table, rest) = sql[5..].split_once(" FROM '").expect("COPY table FROM");
         let (manifest, options) = rest.split_once('\'').expect("a manifest");
@@ -236,7 +236,7 @@ impl Session {
             .await?;
         let (mut loaded, mut errors) = (0, 0);
         for entry in manifest["entries"].as_array().expect("entries") {
-            assert_eq!(entry["mandatory"], true, "a file that is missing must not be passed over");
+            assert_eq!(entry["mandatory"], true, "the manifest must require its files");
             let url = entry["url"].as_str().expect("a URL");
             let bytes = match self.get(url).await {
                 Ok(bytes) => bytes,
@@ -272,7 +272,7 @@ impl Session {
         self.backend.ask(&format!("SET standin.loaded = '{loaded}'")).await?;
         let failed = errors > errors_max;
         if failed {
-            // What a COPY that fails has loaded is gone.
+            // Removes what a failed COPY has loaded.
             self.backend.ask(&format!("DELETE FROM {table}")).await?;
         }
         Ok(if failed { Err("Load failed. Check 'stl_load_errors'".into()) } else { Ok(()) })

@@ -1,4 +1,4 @@
-//! Random rows with keys, and what a table must hold after them.
+//! Random rows with keys, and the expected content of a table after them.
 
 use std::collections::BTreeMap;
 
@@ -9,18 +9,18 @@ use shardmill_core::sink::SinkWriter;
 
 use super::{Log, commit};
 
-/// The table of these tests, in the SQL that both databases share.
+/// Table of these tests, in SQL that both databases support.
 pub const TABLE: &str = "CREATE TABLE cars (id bigint PRIMARY KEY, make text, cents bigint CHECK (cents >= 0), at bigint)";
 
-/// Its rule, for databases that have none.
+/// Constraint of the table, to be removed for databases that have none.
 #[allow(dead_code, reason = "one of the test programs takes it away")]
 pub const CHECK: &str = " CHECK (cents >= 0)";
 
-/// What a table holds: `id make cents at`, by id; `-` is null.
+/// Shows the content of a table: `id make cents at`, ordered by id; `-` is null.
 pub const SHOWN: &str = "SELECT string_agg(line, ';') FROM (SELECT id || ' ' || coalesce(make, '-') \
     || ' ' || coalesce(cents || '', '-') || ' ' || coalesce(at || '', '-') AS line FROM cars ORDER BY id) AS t";
 
-/// Rows of few keys, each with some of the columns. One in twenty is unsound.
+/// Makes rows with few distinct keys, each with some of the columns. One in twenty is invalid.
 fn rows(random: &mut Rng, count: usize) -> Vec<Map<String, Value>> {
     (0..count).map(|_| row(random)).collect()
 }
@@ -45,14 +45,14 @@ fn row(random: &mut Rng) -> Map<String, Value> {
     row
 }
 
-/// The table as it must be.
+/// Expected content of the table.
 #[derive(Default)]
 struct Model {
     rows: BTreeMap<u64, Map<String, Value>>,
 }
 
 impl Model {
-    /// Writes rows; gives the places of those that must be refused.
+    /// Writes rows; returns the indexes of those that must be refused.
     fn write(&mut self, mode: &WriteMode, rows: &[Map<String, Value>], checks: bool) -> Vec<usize> {
         let mut refused = Vec::new();
         for (place, row) in rows.iter().enumerate() {
@@ -74,7 +74,7 @@ impl Model {
         refused
     }
 
-    /// As [`SHOWN`] shows a table.
+    /// Returns the content as [`SHOWN`] shows it.
     fn shown(&self) -> String {
         let text = |row: &Map<String, Value>, column: &str| match row.get(column) {
             None | Some(Value::Null) => "-".to_owned(),
@@ -88,7 +88,7 @@ impl Model {
     }
 }
 
-/// The modes that have a key.
+/// Returns the modes that have a key.
 pub fn modes() -> [WriteMode; 3] {
     let key = vec!["id".to_owned()];
     [
@@ -98,8 +98,8 @@ pub fn modes() -> [WriteMode; 3] {
     ]
 }
 
-/// Commits random rows by a writer, each commit twice as after a lost answer; `shown` is what the
-/// table then holds, by [`SHOWN`]. `checks`: whether the table has its [`CHECK`].
+/// Commits random rows with a writer, each commit twice as after a lost answer. Compares the table's content, which
+/// `shown` returns as [`SHOWN`] shows it, with the model. `checks`: whether the table has its [`CHECK`].
 pub async fn assert_as_the_model(
     mode: &WriteMode,
     seed: u64,

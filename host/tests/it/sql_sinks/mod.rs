@@ -1,4 +1,4 @@
-//! What the tests of the SQL sinks share: commits made of JSON lines, and a log of refusals.
+//! Shared by the tests of the SQL sinks: commits made of JSON lines, and a log of refused rows.
 
 pub mod keyed;
 pub mod proxy;
@@ -12,7 +12,7 @@ use shardmill_core::record::{
 use shardmill_core::record::{BoundRoute, Column};
 use shardmill_core::sink::{Commit, Refusal, RefusalLog, Sink, SinkError};
 
-/// A shard; tests tell their shards apart by name.
+/// Makes a shard; tests give their shards different names.
 pub fn shard(name: &str) -> ShardKey {
     let stream = StreamIdentity {
         name: "test".into(),
@@ -22,13 +22,13 @@ pub fn shard(name: &str) -> ShardKey {
     ShardKey { pipeline: "cars".into(), stream: Arc::new(stream), shard: name.into() }
 }
 
-/// Position `n`, with a sequence number of 129 digits.
+/// Returns position `n`, with a sequence number of 129 digits.
 pub fn position(n: u64) -> Position {
     let sequence = SequenceNumber::parse(&format!("9{n:0128}")).expect("a sequence number");
     Position { sequence, sub_sequence: n % 3 }
 }
 
-/// A commit that begins behind position `from` (0: the beginning) and brings one record per payload.
+/// Makes a commit that begins after position `from` (0: at the beginning) and has one record per payload.
 pub fn commit(from: u64, payloads: &[impl AsRef<[u8]>]) -> Commit {
     let count = payloads.len() as u64;
     let range = PositionRange {
@@ -60,7 +60,7 @@ pub fn commit(from: u64, payloads: &[impl AsRef<[u8]>]) -> Commit {
     Commit { range, rows, encoded: None, revision: "1".into() }
 }
 
-/// A route that carries JSON, with columns written as `name type`; a `?` behind the type: nullable.
+/// Makes a route that carries JSON, with columns written as `name type`; `?` after the type means nullable.
 pub fn route(columns: &[&str]) -> BoundRoute {
     let column = |text: &&str| {
         let (name, data_type) = text.split_once(' ').expect("a name and a type");
@@ -77,7 +77,7 @@ pub fn route(columns: &[&str]) -> BoundRoute {
     }
 }
 
-/// Keeps refusals in memory, or fails.
+/// Log that keeps refused rows in memory, or fails.
 #[derive(Default)]
 pub struct Log {
     recorded: Mutex<Vec<(usize, String)>>,
@@ -85,24 +85,24 @@ pub struct Log {
 }
 
 impl Log {
-    /// A log that holds nothing.
+    /// Makes a log that accepts nothing.
     pub fn full() -> Self {
         Self { is_full: true, ..Self::default() }
     }
 
-    /// What was held since the last call.
+    /// Takes the refused rows since the last call.
     pub fn take(&self) -> Vec<(usize, String)> {
-        std::mem::take(&mut self.recorded.lock().expect("no panic"))
+        std::mem::take(&mut self.recorded.lock().expect("a lock"))
     }
 
-    /// Checks that these rows, and no others, were refused, each with a reason that has this part.
+    /// Asserts that these rows, and no others, were refused, each with a reason that contains this text.
     pub fn expect(&self, expected: &[(usize, &str)]) {
         let recorded = self.take();
         let rows: Vec<usize> = recorded.iter().map(|(row, _)| *row).collect();
         let expected_rows: Vec<usize> = expected.iter().map(|(row, _)| *row).collect();
         assert_eq!(rows, expected_rows, "{recorded:#?}");
         for ((row, reason), (_, part)) in recorded.iter().zip(expected) {
-            assert!(reason.contains(part), "row {row}: {reason:?} does not say {part:?}");
+            assert!(reason.contains(part), "row {row}: {reason:?} does not contain {part:?}");
         }
     }
 }
@@ -115,13 +115,13 @@ impl RefusalLog for Log {
             return Err(SinkError::TooManyRefused { sink: "test".into(), cause });
         }
         let new = refusals.iter().map(|refusal| (refusal.row, refusal.reason.clone()));
-        self.recorded.lock().expect("no panic").extend(new);
+        self.recorded.lock().expect("a lock").extend(new);
         Ok(())
     }
 }
 
-/// Checks that an owner of a shard fences the one before it: the rows 1 and 2 of a column `id` come
-/// from one owner each. `again` is another sink at the same table, as another process has it.
+/// Asserts that a new owner of a shard fences the previous one: the rows 1 and 2 of a column `id` come from one owner
+/// each. `again` is another sink on the same table, as another process would have.
 pub async fn assert_fences(sink: &dyn Sink, again: &dyn Sink) {
     let (shard, log) = (shard("shardId-000000000000"), Log::default());
     let mut zombie = sink.acquire(&shard).await.expect("acquired").writer;
@@ -135,22 +135,22 @@ pub async fn assert_fences(sink: &dyn Sink, again: &dyn Sink) {
     expect_fenced(owner.commit(&commit(5, &[r#"{"id":9}"#]), &log).await);
 }
 
-/// Checks that a call failed with [`SinkError::Unavailable`], with this part.
+/// Asserts that a call failed with [`SinkError::Unavailable`], with this text.
 pub fn expect_unavailable<T>(outcome: Result<T, SinkError>, part: &str) {
     match outcome {
         Err(SinkError::Unavailable { cause, .. }) => {
-            assert!(cause.contains(part), "{cause:?} does not say {part:?}");
+            assert!(cause.contains(part), "{cause:?} does not contain {part:?}");
         }
-        Err(other) => panic!("in place of unavailable ({part}): {other}"),
-        Ok(_) => panic!("in place of unavailable ({part}): success"),
+        Err(other) => panic!("expected unavailable ({part}), found {other}"),
+        Ok(_) => panic!("expected unavailable ({part}), found success"),
     }
 }
 
-/// Checks that a call failed with [`SinkError::Fenced`].
+/// Asserts that a call failed with [`SinkError::Fenced`].
 pub fn expect_fenced<T>(outcome: Result<T, SinkError>) {
     match outcome {
         Err(SinkError::Fenced { .. }) => {}
-        Err(other) => panic!("in place of fenced: {other}"),
-        Ok(_) => panic!("in place of fenced: success"),
+        Err(other) => panic!("expected fenced, found {other}"),
+        Ok(_) => panic!("expected fenced, found success"),
     }
 }

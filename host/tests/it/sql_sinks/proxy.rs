@@ -1,24 +1,24 @@
-//! A proxy before a server that cuts a connection at a chosen word of the client.
+//! A proxy in front of a server that cuts a connection at a chosen word of the client.
 
 use std::sync::{Arc, Mutex};
 
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 
-/// The message by which a client asks for TLS, before its first one.
+/// Message by which a client asks for TLS, before its first one.
 pub const SSL_REQUEST: [u8; 8] = [0, 0, 0, 8, 4, 210, 22, 47];
 
 /// When to cut, once.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Cut {
-    /// The server never sees the message with this word.
+    /// The server never receives the message with this word.
     Before(&'static str),
-    /// The server answers the message with this word; the client never sees the answer.
+    /// The server answers the message with this word; the client never receives the answer.
     After(&'static str),
-    /// Likewise, and new connections are closed until [`Proxy::accept`].
+    /// Like `After`, and new connections are closed until [`Proxy::accept`].
     AfterAndRefuse(&'static str),
-    /// Of a connection on which the client has said the first word: the server answers the message with
-    /// the second; the client never hears another word, and the connection stays open.
+    /// On a connection on which the client has sent the first word, the server answers the message with the second
+    /// word. The client receives nothing more, and the connection stays open.
     Mute(&'static str, &'static str),
 }
 
@@ -37,20 +37,20 @@ impl Cut {
 struct State {
     cut: Option<Cut>,
     refuses: bool,
-    /// Nothing is passed on, on any connection.
+    /// Whether nothing is passed on, on any connection.
     frozen: bool,
-    /// What is counted, and how often the clients have said it.
+    /// Word that is counted, and how often clients have sent it.
     counted: Option<(&'static str, usize)>,
 }
 
-/// The proxy; it ends with the test's runtime.
+/// Running proxy; it ends with the test's runtime.
 pub struct Proxy {
     pub port: u16,
     state: Arc<Mutex<State>>,
 }
 
 impl Proxy {
-    /// Listens on loopback and passes on to `server`, a `host:port`.
+    /// Listens on loopback and passes everything on to `server`, a `host:port`.
     pub async fn start(server: String) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let port = listener.local_addr().expect("an address").port();
@@ -58,7 +58,7 @@ impl Proxy {
         let shared = Arc::clone(&state);
         tokio::spawn(async move {
             while let Ok((client, _)) = listener.accept().await {
-                if !shared.lock().expect("no panic").refuses {
+                if !shared.lock().expect("a lock").refuses {
                     let server = TcpStream::connect(&server).await.expect("the server");
                     tokio::spawn(pass(client, server, Arc::clone(&shared)));
                 }
@@ -67,40 +67,39 @@ impl Proxy {
         Self { port, state }
     }
 
-    /// Cuts the next connection on which the client says the word.
+    /// Cuts the next connection on which the client sends the word.
     pub fn cut(&self, cut: Cut) {
-        self.state.lock().expect("no panic").cut = Some(cut);
+        self.state.lock().expect("a lock").cut = Some(cut);
     }
 
     /// Whether the last [`Proxy::cut`] has happened.
     pub fn has_cut(&self) -> bool {
-        self.state.lock().expect("no panic").cut.is_none()
+        self.state.lock().expect("a lock").cut.is_none()
     }
 
-    /// Passes nothing on any more, as in front of a server that was stopped: its kernel still accepts
-    /// connections.
+    /// Stops passing anything on, as in front of a stopped server: its kernel still accepts connections.
     pub fn freeze(&self) {
-        self.state.lock().expect("no panic").frozen = true;
+        self.state.lock().expect("a lock").frozen = true;
     }
 
-    /// Passes on again.
+    /// Resumes passing on.
     pub fn thaw(&self) {
-        self.state.lock().expect("no panic").frozen = false;
+        self.state.lock().expect("a lock").frozen = false;
     }
 
-    /// Counts how often clients say a word from now on.
+    /// Counts from now on how often clients send a word.
     pub fn count(&self, word: &'static str) {
-        self.state.lock().expect("no panic").counted = Some((word, 0));
+        self.state.lock().expect("a lock").counted = Some((word, 0));
     }
 
-    /// How often they have said it.
+    /// Returns how often they have sent it.
     pub fn counted(&self) -> usize {
-        self.state.lock().expect("no panic").counted.expect("counted").1
+        self.state.lock().expect("a lock").counted.expect("counted").1
     }
 
-    /// Takes new connections again.
+    /// Accepts new connections again.
     pub fn accept(&self) {
-        self.state.lock().expect("no panic").refuses = false;
+        self.state.lock().expect("a lock").refuses = false;
     }
 }
 
@@ -114,7 +113,7 @@ async fn pass(mut client: TcpStream, mut server: TcpStream, state: Arc<Mutex<Sta
             read = client.read(&mut said) => {
                 let Ok(length @ 1..) = read else { return };
                 while_frozen(&state).await;
-                // What is said later must be readable here.
+                // Refuses TLS: the proxy must be able to read what follows.
                 if said[..length] == SSL_REQUEST {
                     if client.write_all(b"N").await.is_err() {
                         return;
@@ -149,16 +148,16 @@ async fn pass(mut client: TcpStream, mut server: TcpStream, state: Arc<Mutex<Sta
 }
 
 async fn while_frozen(state: &Mutex<State>) {
-    while state.lock().expect("no panic").frozen {
+    while state.lock().expect("a lock").frozen {
         tokio::time::sleep(std::time::Duration::from_millis(10)).await;
     }
 }
 
-/// The cut, if its word is in what the client says. `before`: whether the word that must come before it
-/// was said.
+/// Takes the cut if the client's bytes contain its word. `before`: whether the word that must come before it was
+/// sent.
 fn take_cut(state: &Mutex<State>, said: &[u8], before: &mut bool) -> Option<Cut> {
     let has = |word: &str| said.windows(word.len()).any(|window| window == word.as_bytes());
-    let mut state = state.lock().expect("no panic");
+    let mut state = state.lock().expect("a lock");
     if let Some((word, times)) = &mut state.counted {
         let word = word.as_bytes();
         *times += said.windows(word.len()).filter(|window| *window == word).count();

@@ -1,8 +1,8 @@
-//! Makes aggregated records, written from the format's description, independently of the reader.
+//! Makes aggregated records. It is written from the description of the format, independently of the reader.
 
 use md5::{Digest as _, Md5};
 
-/// An aggregate of (partition key, payload).
+/// Makes an aggregate of pairs (partition key, payload).
 pub fn aggregate(records: &[(String, Vec<u8>)]) -> Vec<u8> {
     let mut body = Vec::new();
     for (key, _) in records {

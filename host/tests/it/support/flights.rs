@@ -1,8 +1,8 @@
-//! The flights as a multiset of lines, from the CSV and from each kind of sink.
+//! The flights as a multiset of lines, read from the CSV and from each kind of sink.
 
 use std::path::Path;
 
-/// The columns, in the CSV's order.
+/// Columns, in the CSV's order.
 pub const COLUMNS: [&str; 19] = [
     "year",
     "month",
@@ -24,16 +24,16 @@ pub const COLUMNS: [&str; 19] = [
     "minute",
     "time_hour",
 ];
-/// The tables.
+/// Tables that the flights go to.
 pub const TABLES: [&str; 3] = ["newark", "kennedy", "laguardia"];
 
-/// The CSV's lines, without its header.
+/// Returns the CSV's lines, without its header.
 pub fn from_csv(csv: &Path) -> Vec<String> {
     let text = std::fs::read_to_string(csv).expect("the flights");
     sorted(text.lines().skip(1).map(str::to_owned).collect())
 }
 
-/// The rows of the three tables, as CSV lines.
+/// Returns the rows of the three tables, as CSV lines.
 pub fn in_sqlite(file: &Path) -> Vec<String> {
     let database = rusqlite::Connection::open(file).expect("the data mart");
     let mut lines = Vec::new();
@@ -46,7 +46,7 @@ pub fn in_sqlite(file: &Path) -> Vec<String> {
     sorted(lines)
 }
 
-/// The rows of the three tables of a schema, as CSV lines.
+/// Returns the rows of the three tables of a schema, as CSV lines.
 pub fn in_postgres(schema: &str) -> Vec<String> {
     let mut lines = Vec::new();
     for table in TABLES {
@@ -62,7 +62,7 @@ pub fn in_postgres(schema: &str) -> Vec<String> {
     sorted(lines)
 }
 
-/// The lines of all objects below a folder, as CSV lines.
+/// Returns the lines of all objects below a folder, as CSV lines.
 pub fn in_objects(folder: &Path) -> Vec<String> {
     let mut lines = Vec::new();
     let mut folders = vec![folder.to_owned()];
@@ -82,7 +82,7 @@ pub fn in_objects(folder: &Path) -> Vec<String> {
     sorted(lines)
 }
 
-/// A JSON row as the CSV line that it came from.
+/// Returns a JSON row as the CSV line that it was made from.
 fn csv_line(json: &str) -> String {
     let row: serde_json::Value = serde_json::from_str(json).expect("a JSON row");
     let fields = COLUMNS.map(|column| match &row[column] {
@@ -98,7 +98,7 @@ fn sorted(mut lines: Vec<String>) -> Vec<String> {
     lines
 }
 
-/// Both hold the same lines equally often; shows the first that differ.
+/// Asserts that both have the same lines equally often; shows the first lines that differ.
 pub fn same_multiset(place: &str, expected: &[String], found: &[String]) {
     if expected == found {
         println!("{place}: {} records, each exactly once", found.len());
@@ -107,7 +107,7 @@ pub fn same_multiset(place: &str, expected: &[String], found: &[String]) {
     let differs = expected.iter().zip(found).position(|(one, two)| one != two);
     let at = differs.unwrap_or(expected.len().min(found.len()));
     panic!(
-        "{place}: {} records where {} are due; sorted, they differ at {at}: {:?} where {:?} is due",
+        "{place}: {} records, expected {}; sorted, at {at}: found {:?}, expected {:?}",
         found.len(),
         expected.len(),
         found.get(at),

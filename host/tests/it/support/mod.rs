@@ -1,4 +1,4 @@
-//! What the tests share: the real binary, its processes, and throw-away places.
+//! Shared by the tests: the real binary, its processes, and temporary places.
 
 pub mod aggregate;
 pub mod flights;
@@ -14,19 +14,19 @@ use std::process::{Child, Command, ExitStatus, Output, Stdio};
 use std::sync::mpsc;
 use std::time::{Duration, Instant};
 
-/// How long any run may take: many times what the longest one does, which compiles a plugin's dependencies
-/// from nothing beside other tests.
+/// Time limit of any run: many times what the longest one takes, which compiles a plugin's dependencies from scratch
+/// beside other tests.
 const RUN_MAX: Duration = Duration::from_secs(900);
-/// How long a test waits for what must come: many times what it takes on a machine that is idle.
+/// Time limit for anything that a test waits for: many times what it takes on an idle machine.
 const WAIT_MAX: Duration = Duration::from_secs(180);
 
-/// The repository's root.
+/// Returns the repository's root.
 pub fn root() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("a workspace").to_owned()
 }
 
-/// Every Rust source under `host/`, tests too, with its path from the root. The templates of plugins and
-/// the plugins of the tests are none of the host's.
+/// Returns every Rust source under `host/`, including tests, with its path from the root. The templates of plugins
+/// and the plugins of the tests are not sources of the host.
 pub fn host_sources() -> Vec<(PathBuf, String)> {
     let mut sources = Vec::new();
     let mut folders = vec![root().join("host")];
@@ -47,12 +47,12 @@ pub fn host_sources() -> Vec<(PathBuf, String)> {
     sources
 }
 
-/// A prebuilt plugin's path.
+/// Returns a prebuilt plugin's path.
 pub fn plugin(name: &str) -> String {
     root().join("plugins/prebuilt").join(format!("{name}.wasm")).display().to_string()
 }
 
-/// The binary, as a command.
+/// Returns the binary as a command.
 pub fn shardmill(arguments: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_shardmill"));
     command.args(arguments).stdin(Stdio::null());
@@ -67,7 +67,7 @@ pub fn run(arguments: &[&str]) -> Output {
     output(&mut shardmill(arguments))
 }
 
-/// Runs a command to its end; one that hangs is killed and fails its test, not all of them.
+/// Runs a command to its end. A command that hangs is killed and fails its own test, not all of them.
 pub fn output(command: &mut Command) -> Output {
     let child = command.stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().expect("it starts");
     output_of(child, command)
@@ -90,7 +90,7 @@ fn signal(name: &str, pid: &str) {
     assert!(Command::new("kill").args([name, pid]).status().expect("kill").success());
 }
 
-/// Runs the binary; it must succeed. Gives its standard output.
+/// Runs the binary, which must succeed; returns its standard output.
 pub fn run_ok(arguments: &[&str]) -> String {
     let output = run(arguments);
     let error = String::from_utf8_lossy(&output.stderr);
@@ -109,13 +109,13 @@ impl Drop for Process {
 }
 
 impl Process {
-    /// SIGTERM, then waits for the end; gives the exit code.
+    /// Sends SIGTERM and waits for the end; returns the exit code.
     pub fn terminate(mut self) -> Option<i32> {
         self.ask_to_end();
         self.wait().code()
     }
 
-    /// SIGTERM.
+    /// Sends SIGTERM.
     pub fn ask_to_end(&self) {
         signal("-TERM", &self.0.id().to_string());
     }
@@ -133,9 +133,9 @@ impl Process {
     }
 }
 
-/// Runs a command again and again until it ends by itself and well, and kills it each time before, after
-/// a pause by seed that grows: so a fast machine and a slow one are both met at work. Gives the number of
-/// kills.
+/// Runs a command repeatedly until it succeeds, and kills every run before that. The pauses before the kills are
+/// drawn from the seed and grow, so that the kills hit the command at work on fast and on slow machines. Returns the
+/// number of kills.
 pub fn kill_until_it_ends(seed: u64, command: impl Fn() -> Command) -> u32 {
     const PAUSE_MAX_MS: f64 = 100.0;
     const GROWTH: f64 = 1.3;
@@ -148,13 +148,13 @@ pub fn kill_until_it_ends(seed: u64, command: impl Fn() -> Command) -> u32 {
         std::thread::sleep(Duration::from_millis(random.u64(20..pause_max_ms as u64)));
         if let Some(status) = run.0.try_wait().expect("a state") {
             assert!(status.success(), "{status}");
-            assert!(kills > 1, "it was killed {kills} times only");
+            assert!(kills > 1, "the command was killed only {kills} times");
             return kills;
         }
         pause_max_ms *= GROWTH;
-        assert!(pause_max_ms < RUN_MAX.as_millis() as f64, "it does not come to its end");
+        assert!(pause_max_ms < RUN_MAX.as_millis() as f64, "the command never ends by itself");
     }
-    unreachable!("it ends before")
+    unreachable!("the loop returns at the end")
 }
 
 /// Serves the embedded stream from a state folder.
@@ -169,7 +169,7 @@ pub fn serve_stream(state_dir: &Path) -> Process {
     Process(child)
 }
 
-/// Tells a command where the compilers are, and the binary.
+/// Sets variables that name the compilers and the binary for a command.
 pub fn with_tools(command: &mut Command) -> &mut Command {
     let tools = std::env::var_os("SHARDMILL_TEST_TOOLS")
         .expect("SHARDMILL_TEST_TOOLS names the folders of compilers: run `cargo xtask test`");
@@ -177,7 +177,7 @@ pub fn with_tools(command: &mut Command) -> &mut Command {
     path.extend(Path::new(env!("CARGO_BIN_EXE_shardmill")).parent().map(Path::to_owned));
     path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
     command.env("PATH", std::env::join_paths(path).expect("folders"));
-    // One for all, so that dependencies are compiled once.
+    // One folder for all tests, so that dependencies are compiled once.
     command.env("CARGO_TARGET_DIR", root().join("target/plugins-in-tests"));
     if let Some(rustc) = std::env::var_os("SHARDMILL_TEST_WASM_RUSTC") {
         command.env("RUSTC", rustc);
@@ -185,14 +185,14 @@ pub fn with_tools(command: &mut Command) -> &mut Command {
     command
 }
 
-/// A SQLite database that a run may be writing to.
+/// Opens a SQLite database that a run may be writing to.
 pub fn sqlite(path: &Path) -> rusqlite::Connection {
     let database = rusqlite::Connection::open(path).expect("a database");
     database.busy_timeout(Duration::from_secs(20)).expect("set");
     database
 }
 
-/// Waits until `done`, at most [`WAIT_MAX`].
+/// Waits until `done` returns true, at most [`WAIT_MAX`].
 pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !done() {
@@ -201,21 +201,21 @@ pub fn wait_for(what: &str, mut done: impl FnMut() -> bool) {
     }
 }
 
-/// A port of loopback that nobody listens at.
+/// Returns a port on loopback that nobody listens on.
 pub fn free_port() -> u16 {
     let free = TcpListener::bind("127.0.0.1:0").expect("a port");
     free.local_addr().expect("an address").port()
 }
 
-/// The token of the admin ports of the tests.
+/// Token of the admin ports of the tests.
 pub const ADMIN_TOKEN: &str = "token-of-the-tests";
 
-/// `[admin]` on a port, with the token that [`http_get`] sends.
+/// Returns `[admin]` with a port and the token that [`http_get`] sends.
 pub fn admin(port: u16) -> String {
     format!("[admin]\nlisten = \"127.0.0.1:{port}\"\ntoken = \"{ADMIN_TOKEN}\"")
 }
 
-/// A bare HTTP GET with the token of the tests; empty while nobody answers.
+/// Sends an HTTP GET with the token of the tests; returns an empty text while nobody answers.
 pub fn http_get(port: u16, path: &str) -> String {
     let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) else {
         return String::new();
@@ -231,20 +231,20 @@ pub fn http_get(port: u16, path: &str) -> String {
     answer
 }
 
-/// A throw-away PostgreSQL that `cargo xtask test` has started.
+/// Returns the URL of the throw-away PostgreSQL that `cargo xtask test` has started.
 pub fn postgres_url() -> String {
     std::env::var("SHARDMILL_TEST_POSTGRES")
         .expect("SHARDMILL_TEST_POSTGRES names a throw-away PostgreSQL: run `cargo xtask test`")
 }
 
-/// The flights that `cargo xtask data flights` has fetched.
+/// Returns the flights that `cargo xtask data flights` has downloaded.
 pub fn flights_csv() -> PathBuf {
     let path = root().join("data/flights.csv");
     assert!(path.exists(), "{} is missing: run `cargo xtask data flights`", path.display());
     path
 }
 
-/// Every fourth of the flights, with the header, in a folder: for tests whose subject is not their number.
+/// Writes every fourth flight, with the header, into a folder: for tests that do not depend on the number of flights.
 pub fn some_flights_csv(folder: &Path) -> PathBuf {
     let text = std::fs::read_to_string(flights_csv()).expect("the flights");
     let some: String = text.split_inclusive('\n').step_by(4).collect();
@@ -253,12 +253,12 @@ pub fn some_flights_csv(folder: &Path) -> PathBuf {
     path
 }
 
-/// Runs statements on the throw-away PostgreSQL; gives the first column of what they return.
+/// Runs statements on the throw-away PostgreSQL; returns the first column of their results.
 pub fn postgres(sql: &str) -> Vec<String> {
     postgres_at(&postgres_url(), sql)
 }
 
-/// The same on any server.
+/// Like `postgres`, on any server.
 pub fn postgres_at(url: &str, sql: &str) -> Vec<String> {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     runtime.block_on(async {

@@ -1,15 +1,15 @@
-//! The builder of pipeline files: tables in the order in which a test adds them, with short pauses.
+//! Builder of pipeline files: it writes tables in the order in which a test adds them, with short pauses.
 
 use std::path::{Path, PathBuf};
 
-/// Pauses that a test can wait for. `[timing]` of every file that [`PipelineToml`] writes.
+/// `[timing]` of every file that [`PipelineToml`] writes: pauses that are short enough for a test.
 pub const SHORT_PAUSES: &str = r#"
 retry_pause = "50 ms"
 shard_sync = "200 ms"
 checkpoint = "50 ms"
 "#;
 
-/// A pipeline's file in the making. Each method adds a table or lines; [`PipelineToml::write`] writes it.
+/// Builder of a pipeline's file. Each method adds a table or lines; [`PipelineToml::write`] writes the file.
 #[derive(Clone)]
 pub struct PipelineToml {
     folder: PathBuf,
@@ -20,7 +20,7 @@ pub struct PipelineToml {
 }
 
 impl PipelineToml {
-    /// A pipeline called `name`, its file and its state (`state/`) in `folder`.
+    /// Makes a pipeline called `name`, with its file and its state (`state/`) in `folder`.
     pub fn new(folder: &Path, name: &str) -> Self {
         Self {
             folder: folder.to_owned(),
@@ -31,19 +31,19 @@ impl PipelineToml {
         }
     }
 
-    /// Further lines of `[pipeline]`.
+    /// Adds lines to `[pipeline]`.
     pub fn pipeline(mut self, lines: &str) -> Self {
         self.pipeline += &format!("{lines}\n");
         self
     }
 
-    /// `[timing]` in place of [`SHORT_PAUSES`].
+    /// Replaces [`SHORT_PAUSES`] as the content of `[timing]`.
     pub fn timing(mut self, lines: &str) -> Self {
         self.timing = lines.to_owned();
         self
     }
 
-    /// Reads a Kinesis stream at `endpoint`: `embedded`, or a URL. `lines` are further ones of `[source]`.
+    /// Reads a Kinesis stream at `endpoint`: `embedded`, or a URL. `lines` are further lines of `[source]`.
     pub fn stream(self, stream: &str, endpoint: &str, lines: &str) -> Self {
         self.table(&format!(
             "[source]\ntype = \"kinesis\"\nstream = \"{stream}\"\nendpoint = \"{endpoint}\"\n{lines}"
@@ -56,7 +56,7 @@ impl PipelineToml {
         self.table(&format!("[source]\ntype = \"file\"\npath = \"{path}\"\n{lines}"))
     }
 
-    /// A stage with a prebuilt plugin or a component's path; `lines` has the rest, its routes too.
+    /// Adds a stage with a prebuilt plugin or a component's path; `lines` are its other lines, including its routes.
     pub fn stage(self, name: &str, plugin: &str, lines: &str) -> Self {
         let path = match plugin.contains('/') {
             true => plugin.to_owned(),
@@ -65,26 +65,26 @@ impl PipelineToml {
         self.table(&format!("[[stage]]\nname = \"{name}\"\nplugin = \"{path}\"\n{lines}"))
     }
 
-    /// A stage that lets JSON rows through as they are, to these sinks.
+    /// Adds a stage that passes JSON rows on unchanged, to these sinks.
     pub fn route_all_to(self, sinks: &[&str]) -> Self {
         let lines =
             format!("config = {{ default = \"all\", rules = [] }}\nroutes = {{ all = {sinks:?} }}");
         self.stage("route", "route-json", &lines)
     }
 
-    /// A sink that commits after 50 ms. `lines` has its type and the rest, sub-tables such as
-    /// `[sink.commit]` excepted.
+    /// Adds a sink that commits after 50 ms. `lines` are its type and other keys, without sub-tables such as
+    /// `[sink.commit]`.
     pub fn sink(self, name: &str, lines: &str) -> Self {
         let quick = "[sink.commit]\nlinger = \"50 ms\"";
         self.table(&format!("[[sink]]\nname = \"{name}\"\n{lines}\n{quick}"))
     }
 
-    /// A sink that commits as it does by default, or as sub-tables in `lines` say.
+    /// Adds a sink that commits by default, or as the sub-tables in `lines` say.
     pub fn plain_sink(self, name: &str, lines: &str) -> Self {
         self.table(&format!("[[sink]]\nname = \"{name}\"\n{lines}"))
     }
 
-    /// Rows into a table of the SQLite file `mart.db` in the folder.
+    /// Adds a sink into a table of the SQLite file `mart.db` in the folder.
     pub fn sqlite(self, name: &str, table: &str) -> Self {
         let path = self.folder.join("mart.db");
         let lines =
@@ -92,24 +92,24 @@ impl PipelineToml {
         self.sink(name, &lines)
     }
 
-    /// Rows into a table of the throw-away PostgreSQL.
+    /// Adds a sink into a table of the throw-away PostgreSQL.
     pub fn postgres(self, name: &str, table: &str) -> Self {
         let url = super::postgres_url();
         self.sink(name, &format!("type = \"postgres\"\nurl = \"{url}\"\ntable = \"{table}\""))
     }
 
-    /// Further lines of the table that was added last, unless that ends with a sub-table.
+    /// Adds lines to the table that was added last, unless it ends with a sub-table.
     pub fn lines(self, lines: &str) -> Self {
         self.table(lines)
     }
 
-    /// A table as it stands.
+    /// Adds a table as written.
     pub fn table(mut self, text: &str) -> Self {
         self.tables += &format!("{text}\n");
         self
     }
 
-    /// The file's text.
+    /// Returns the file's text.
     pub fn text(&self) -> String {
         let Self { folder, name, pipeline, timing, tables } = self;
         let state = folder.join("state");
@@ -119,7 +119,7 @@ impl PipelineToml {
         )
     }
 
-    /// Writes `pipeline.toml` into the folder; gives its path.
+    /// Writes `pipeline.toml` into the folder; returns its path.
     pub fn write(&self) -> String {
         let path = self.folder.join("pipeline.toml");
         std::fs::write(&path, self.text()).expect("written");

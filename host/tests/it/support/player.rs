@@ -1,4 +1,4 @@
-//! A server that plays STS or Kinesis: it answers as the test says and keeps what it was asked.
+//! A server that plays STS or Kinesis: it answers as the test says, and remembers its requests.
 
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
@@ -10,29 +10,29 @@ use hyper::{Request, Response, StatusCode};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 
-/// A request as it came.
+/// A received request.
 #[derive(Clone, Debug)]
 pub struct Seen {
-    /// The operation, as the header `X-Amz-Target` has it.
+    /// Operation, from the header `X-Amz-Target`.
     pub target: String,
-    /// The header `Authorization`.
+    /// Header `Authorization`.
     pub authorization: String,
-    /// The header `X-Amz-Security-Token`.
+    /// Header `X-Amz-Security-Token`.
     pub token: String,
-    /// The body, as text.
+    /// Body, as text.
     pub body: String,
 }
 
-/// A server that plays another; it ends with its runtime.
+/// A server that plays another one; it ends with its runtime.
 pub struct Player {
-    /// Where it listens.
+    /// URL that it listens on.
     pub url: String,
     seen: Arc<Mutex<Vec<Seen>>>,
     _runtime: tokio::runtime::Runtime,
 }
 
 impl Player {
-    /// Answers every request as `answer` says.
+    /// Answers every request with the result of `answer`.
     pub fn start(answer: fn(&Seen) -> (StatusCode, &'static str)) -> Self {
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).expect("a port");
@@ -47,7 +47,7 @@ impl Player {
                         let log = log.clone();
                         async move {
                             let seen = read(request).await;
-                            log.lock().expect("no panic").push(seen.clone());
+                            log.lock().expect("a lock").push(seen.clone());
                             let (status, body) = answer(&seen);
                             let mut response = Response::new(Full::new(Bytes::from(body)));
                             *response.status_mut() = status;
@@ -55,7 +55,7 @@ impl Player {
                         }
                     });
                     let connection = TokioIo::new(connection);
-                    // An error is a client that went away.
+                    // A client that disconnects looks like an error here.
                     let _ = hyper::server::conn::http1::Builder::new()
                         .serve_connection(connection, service)
                         .await;
@@ -65,9 +65,9 @@ impl Player {
         Self { url, seen, _runtime: runtime }
     }
 
-    /// The requests so far, in order.
+    /// Returns the requests so far, in order.
     pub fn seen(&self) -> Vec<Seen> {
-        self.seen.lock().expect("no panic").clone()
+        self.seen.lock().expect("a lock").clone()
     }
 }
 

@@ -1,5 +1,5 @@
-//! A proxy in front of a Kinesis server that injects faults: throttles, server errors, broken
-//! connections, slow and silent answers, trimmed records. Faults are drawn by seed.
+//! A proxy in front of a Kinesis server that injects faults: throttling, server errors, broken connections, slow and
+//! silent answers, trimmed records. Faults are drawn from a seed.
 
 use std::convert::Infallible;
 use std::sync::{Arc, Mutex};
@@ -17,45 +17,45 @@ use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use tokio::net::{TcpListener, TcpStream};
 
-/// What happens to one request.
+/// Fault of one request.
 #[derive(Clone, Debug)]
 pub enum Fault {
-    /// Nothing.
+    /// No fault.
     None,
-    /// ProvisionedThroughputExceededException.
+    /// Answers with ProvisionedThroughputExceededException.
     Throttled,
-    /// ResourceInUseException.
+    /// Answers with ResourceInUseException.
     InUse,
-    /// HTTP 500.
+    /// Answers with HTTP 500.
     ServerError,
-    /// The connection breaks before the server sees the request.
+    /// Breaks the connection before the server receives the request.
     Reset,
-    /// The connection breaks after the server has done its work.
+    /// Breaks the connection after the server has done its work.
     ResetAfter,
-    /// The answer comes late.
+    /// Delays the answer.
     Slow(Duration),
-    /// The body goes silent after this time, and the connection stays open. Zero: only the head comes.
+    /// Sends nothing more of the body after this time, and keeps the connection open. Zero: only the head is sent.
     Silent(Duration),
-    /// Records before this sequence number are taken out of the answer: the stream dropped them.
+    /// Removes records before this sequence number from the answer, as if the stream had dropped them.
     Trim(String),
-    /// The payload of every record in the answer becomes this.
+    /// Replaces the payload of every record in the answer.
     Swell(Bytes),
-    /// The server's clock is this much slow, in the answers' dates, the records' times of arrival, and
-    /// the times at which it is asked to begin.
+    /// Makes the server's clock slow by this much: in the answers' dates, in the records' arrival times, and in the
+    /// times at which it is asked to begin.
     SlowClock(Duration),
-    /// The answer has no date.
+    /// Removes the date from the answer.
     NoDate,
-    /// The answer lists none of these shards.
+    /// Removes these shards from the answer.
     Unlisted(Vec<String>),
 }
 
 type Choose = Box<dyn FnMut(&str, &mut fastrand::Rng) -> Fault + Send>;
 
-/// A running proxy; it ends with its runtime.
+/// Running proxy; it ends with its runtime.
 pub struct Proxy {
-    /// Where it listens.
+    /// URL that it listens on.
     pub url: String,
-    /// Requests so far, by operation, in order, with the fault that each met.
+    /// Requests so far, in order: the operation, and the fault that the request met.
     pub seen: Arc<Mutex<Vec<(String, Fault)>>>,
     choose: Arc<Mutex<Choose>>,
     runtime: tokio::runtime::Runtime,
@@ -89,14 +89,14 @@ impl Proxy {
                         let target = target.and_then(|it| it.to_str().ok()).unwrap_or_default();
                         let operation = target.rsplit('.').next().unwrap_or_default().to_owned();
                         let fault = {
-                            let mut choose = chosen.lock().expect("no panic");
-                            choose(&operation, &mut random.lock().expect("no panic"))
+                            let mut choose = chosen.lock().expect("a lock");
+                            choose(&operation, &mut random.lock().expect("a lock"))
                         };
-                        log.lock().expect("no panic").push((operation, fault.clone()));
+                        log.lock().expect("a lock").push((operation, fault.clone()));
                         answer(upstream.clone(), request, fault)
                     });
                     let connection = TokioIo::new(connection);
-                    // An error is what a fault looks like from here.
+                    // A fault looks like an error here.
                     let _ = hyper::server::conn::http1::Builder::new()
                         .serve_connection(connection, service)
                         .await;
@@ -106,18 +106,18 @@ impl Proxy {
         Self { url, seen, choose, runtime }
     }
 
-    /// Chooses otherwise from now on.
+    /// Chooses faults with this function from now on.
     pub fn choose(&self, choose: impl FnMut(&str, &mut fastrand::Rng) -> Fault + Send + 'static) {
-        *self.choose.lock().expect("no panic") = Box::new(choose);
+        *self.choose.lock().expect("a lock") = Box::new(choose);
     }
 
-    /// How many requests of an operation met a fault that `is` one.
+    /// Returns how many requests of an operation met a fault for which `is` returns true.
     pub fn count(&self, operation: &str, is: impl Fn(&Fault) -> bool) -> usize {
-        let seen = self.seen.lock().expect("no panic");
+        let seen = self.seen.lock().expect("a lock");
         seen.iter().filter(|(name, fault)| name == operation && is(fault)).count()
     }
 
-    /// The runtime, for a client of the test's own.
+    /// Returns the runtime, for a client of the test's own.
     pub fn runtime(&self) -> &tokio::runtime::Runtime {
         &self.runtime
     }
@@ -200,7 +200,7 @@ async fn answer(
             Ok(Response::from_parts(head, body.map_err(std::io::Error::other).boxed_unsync()))
         }
         Fault::NoDate => {
-            // This server would add one.
+            // Without this, the proxy's own HTTP server would add a date.
             head.headers.insert("date", "unknown".parse().expect("a header"));
             Ok(Response::from_parts(head, body.map_err(std::io::Error::other).boxed_unsync()))
         }
@@ -235,7 +235,7 @@ async fn answer(
     }
 }
 
-/// Puts a time in seconds back, if there is one.
+/// Moves a time in seconds back, if there is one.
 fn put_back(time: Option<&mut serde_json::Value>, by_s: f64) {
     if let Some(time) = time
         && let Some(at_s) = time.as_f64()

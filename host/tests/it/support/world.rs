@@ -1,5 +1,5 @@
-//! A small world to read a stream in: a served stream, a pipeline of JSON rows into a table, and
-//! the questions that every test of reading asks of that table.
+//! Small world for tests of reading: a served stream, a pipeline of JSON rows into a table, and the questions that
+//! each of these tests asks about that table.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -17,22 +17,22 @@ use shardmill_kinesis::{client, served, stream};
 use super::pipeline::{PipelineToml, SHORT_PAUSES};
 use super::{Process, serve_stream, shardmill, wait_for};
 
-/// The stream of every world.
+/// Stream of every world.
 pub const STREAM: &str = "test";
 
 /// A folder, a served stream and a client.
 pub struct World {
-    /// Where everything lies.
+    /// Folder of all files.
     pub folder: tempfile::TempDir,
-    /// The server's address, such as `127.0.0.1:4567`.
+    /// Address of the server, such as `127.0.0.1:4567`.
     pub address: String,
-    /// A client of the server.
+    /// Client of the server.
     pub client: Client,
     runtime: tokio::runtime::Runtime,
     server: Option<Process>,
 }
 
-/// What a pipeline does otherwise than the plain one.
+/// Differences of a pipeline from the plain one.
 #[derive(Clone)]
 pub struct Pipeline {
     /// `embedded`, or a proxy's URL.
@@ -41,11 +41,11 @@ pub struct Pipeline {
     pub settings: String,
     /// Further lines of `[source]`.
     pub source: String,
-    /// The lines of the one stage, whose route is `all`; `None`: it routes rows as they are.
+    /// Lines of the only stage, whose route is `all`; `None`: it passes rows on unchanged.
     pub stage: Option<String>,
-    /// The PostgreSQL table that the rows go to; `None`: the world's SQLite table.
+    /// PostgreSQL table for the rows; `None`: the world's SQLite table.
     pub postgres_table: Option<String>,
-    /// Further lines of the pipeline after the sink's.
+    /// Further lines of the pipeline, after the sink's.
     pub sink: String,
     /// Further lines of `[timing]`.
     pub timing: String,
@@ -75,7 +75,7 @@ impl World {
         Self::at(folder, url.as_str(), Some(server), shards)
     }
 
-    /// The stream lies on a server that is there already.
+    /// Uses a stream on a server that is already running.
     pub fn at(folder: tempfile::TempDir, url: &str, server: Option<Process>, shards: u32) -> Self {
         let runtime = tokio::runtime::Runtime::new().expect("a runtime");
         let url = url::Url::parse(url).expect("a URL");
@@ -89,15 +89,15 @@ impl World {
         world
     }
 
-    /// An empty stream on a server of another make. All tests share that server, and all streams have one
-    /// name: the world is the test's own while it holds the guard.
+    /// Makes an empty stream on a server of another implementation. All tests share that server, and all streams have
+    /// one name: the world belongs to the test while it holds the guard.
     pub fn on_other_server(shards: u32) -> (MutexGuard<'static, ()>, Self) {
         static ALONE: Mutex<()> = Mutex::new(());
         let alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
         let url = std::env::var("SHARDMILL_TEST_KINESIS_LOCAL")
             .expect("SHARDMILL_TEST_KINESIS_LOCAL names a second server: run `cargo xtask test`");
         let world = Self::at(tempfile::tempdir().expect("a folder"), &url, None, shards);
-        // A test that failed leaves its stream.
+        // A failed test leaves its stream.
         world.delete();
         world.create(shards);
         (alone, world)
@@ -116,8 +116,8 @@ impl World {
         self.active();
     }
 
-    /// Deletes the stream and waits until it is gone, and until the second is over: the server keeps whole
-    /// seconds, so two streams of one second would be one to whoever reads them.
+    /// Deletes the stream and waits until it is gone and until the current second is over. The server stores creation
+    /// times in whole seconds, so a reader could not distinguish two streams created within one second.
     pub fn delete(&self) {
         let wait = Duration::from_secs(20);
         self.runtime.block_on(stream::delete(&self.client, &stream_ref(), wait)).expect("deleted");
@@ -152,7 +152,7 @@ impl World {
         });
     }
 
-    /// The shards that take records.
+    /// Returns the shards that accept records.
     pub fn open_shards(&self) -> Vec<Shard> {
         let listed = self.client.list_shards().stream_name(STREAM).send();
         let listed = self.runtime.block_on(listed).expect("listed");
@@ -162,7 +162,7 @@ impl World {
         listed.shards.unwrap_or_default().into_iter().filter(is_open).collect()
     }
 
-    /// Runs a call on the server.
+    /// Runs a call to the server.
     pub fn block_on<T>(&self, call: impl Future<Output = T>) -> T {
         self.runtime.block_on(call)
     }
@@ -184,7 +184,7 @@ impl World {
         self.active();
     }
 
-    /// Writes the pipeline's file; gives its path.
+    /// Writes the pipeline's file; returns its path.
     pub fn pipeline(&self, pipeline: &Pipeline) -> String {
         let data = self.folder.path();
         let Pipeline { endpoint, settings, source, stage, postgres_table, sink, timing } = pipeline;
@@ -206,7 +206,7 @@ impl World {
         file.table(sink).write()
     }
 
-    /// Runs a pipeline until it has caught up. Gives standard error; the run must succeed.
+    /// Runs a pipeline until it has caught up, which must succeed. Returns standard error.
     pub fn catch_up(&self, pipeline: &Pipeline) -> String {
         let path = self.pipeline(pipeline);
         let output = super::run(&["run", &path, "--until-caught-up", "-v"]);
@@ -226,28 +226,28 @@ impl World {
         run
     }
 
-    /// The log of the run that was started last.
+    /// Returns the path of the log of the run that was started last.
     pub fn log(&self) -> PathBuf {
         self.folder.path().join("run.log")
     }
 
-    /// Whether that log holds a text.
+    /// Whether that log contains a text.
     pub fn logged(&self, text: &str) -> bool {
         std::fs::read_to_string(self.log()).unwrap_or_default().contains(text)
     }
 
-    /// The data mart.
+    /// Opens the data mart.
     pub fn mart(&self) -> rusqlite::Connection {
         super::sqlite(&self.folder.path().join("mart.db"))
     }
 
-    /// The pipeline's state.
+    /// Opens the pipeline's state.
     pub fn state(&self) -> rusqlite::Connection {
         let path = self.folder.path().join("state/reading/state.db");
         rusqlite::Connection::open(path).expect("the state")
     }
 
-    /// Rows so far.
+    /// Returns the number of rows so far.
     pub fn rows(&self) -> u64 {
         self.mart().query_row("SELECT count(*) FROM rows", (), |row| row.get(0)).expect("a count")
     }
@@ -257,7 +257,8 @@ impl World {
         wait_for(&format!("{count} rows"), || self.rows() >= count);
     }
 
-    /// Each id of `0..count` is there once, and each key's rows are in the order of the stream.
+    /// Asserts that each id of `0..count` is there once, and that the rows of each key are in the order of the
+    /// stream.
     pub fn assert_each_once_in_order(&self, count: u64) {
         let mart = self.mart();
         let mut query = mart.prepare("SELECT id, key, n FROM rows ORDER BY rowid").expect("sql");
@@ -268,7 +269,7 @@ impl World {
     }
 }
 
-/// The same for rows (id, key, n) in the order in which they were written.
+/// The same assertion for rows (id, key, n) in the order in which they were written.
 pub fn assert_once_in_order(rows: Vec<(u64, String, u64)>, count: u64) {
     let mut last_of_key: HashMap<String, u64> = HashMap::new();
     let mut seen = vec![0u32; count as usize];
@@ -280,20 +281,20 @@ pub fn assert_once_in_order(rows: Vec<(u64, String, u64)>, count: u64) {
     }
     let lost = seen.iter().filter(|times| **times == 0).count();
     let doubled = seen.iter().filter(|times| **times > 1).count();
-    assert_eq!((lost, doubled), (0, 0), "lost and doubled of {count}");
+    assert_eq!((lost, doubled), (0, 0), "lost and duplicated of {count}");
 }
 
-/// One row.
+/// Returns one row.
 pub fn row(id: u64, keys: u64) -> Vec<u8> {
     format!(r#"{{"id":{id},"key":"key-{}","n":{id}}}"#, id % keys).into_bytes()
 }
 
-/// The stream, as the library calls it.
+/// Returns the stream's reference for calls of the library.
 pub fn stream_ref() -> StreamRef {
     StreamRef::parse(STREAM).expect("a name")
 }
 
-/// A shard's range of hashes.
+/// Returns a shard's range of hash keys.
 pub fn hashes(shard: &Shard) -> (u128, u128) {
     let range = shard.hash_key_range().expect("a range");
     let parse = |text: &str| text.parse().expect("a hash");

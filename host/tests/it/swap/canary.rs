@@ -1,4 +1,4 @@
-//! A new version for some of the keys.
+//! Canaries: a new version runs for some of the keys.
 
 use std::collections::HashMap;
 
@@ -17,7 +17,7 @@ fn a_canary_keeps_the_order_of_each_key_and_can_be_promoted() {
     let rows = fixture.rows();
     let of_canary = rows.iter().filter(|row| row.version == "v2").count();
     assert!((400..=2_000).contains(&of_canary), "{of_canary} of 4,000 with 30 %");
-    // A key is of one side, and its rows are in the order in which they were put.
+    // All rows of a key have the same version, and are in the order in which they were put.
     let mut sides: HashMap<&str, &str> = HashMap::new();
     let mut last: HashMap<&str, u64> = HashMap::new();
     for row in &rows {
@@ -27,12 +27,12 @@ fn a_canary_keeps_the_order_of_each_key_and_can_be_promoted() {
             assert_eq!(*side, row.version, "{row:?}");
         }
     }
-    // Killed and begun again, it still is one.
+    // A restart after a kill keeps the canary.
     fixture.kill();
     fixture.start();
     fixture.world.put(5_000..6_000, 200);
     fixture.wait_rows(6_000);
-    // For all keys, by the digest of what ran.
+    // Promotes the canary to all keys, named by the digest of its component.
     let digest = report["after"]["digest"].as_str().expect("a digest")[..12].to_owned();
     let promoted = fixture.swap(&digest, &[]);
     assert_eq!(promoted["percent"], 100);

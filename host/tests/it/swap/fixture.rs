@@ -1,4 +1,4 @@
-//! A stream, a pipeline of one stage that stamps its version into rows, and a table of them.
+//! A stream, a pipeline with one stage that stamps its version into rows, and a table of these rows.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
@@ -11,7 +11,7 @@ use crate::support::pipeline::PipelineToml;
 use crate::support::world::World;
 use crate::support::{Process, plugin, postgres, postgres_url, run, shardmill, wait_for};
 
-/// A row of the table, in the order of its shard.
+/// Row of the table, ordered by its shard.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Stamped {
     pub id: u64,
@@ -26,20 +26,20 @@ pub struct Fixture {
     pub world: World,
     pub table: String,
     run: Option<Process>,
-    /// The lines of `[timing]`.
+    /// Lines of `[timing]`.
     pub timing: String,
     /// Further lines of the pipeline's file.
     pub more: String,
     /// Further lines of its stage.
     pub stage: String,
-    /// How rows go into the table.
+    /// Lines for the sink's write mode.
     pub mode: String,
-    /// The sinks that rows go to.
+    /// Sinks that get the rows.
     pub routes: String,
 }
 
 impl Fixture {
-    /// With a stage of version `v1`, whose plugin's file is the world's `stage.wasm`.
+    /// Makes a rig whose stage has version `v1`; its plugin's file is the world's `stage.wasm`.
     pub fn new(shards: u32) -> Self {
         static TABLES: AtomicU64 = AtomicU64::new(0);
         let number = TABLES.fetch_add(1, Ordering::Relaxed);
@@ -62,13 +62,13 @@ impl Fixture {
         self.world.folder.path().join("stage.wasm")
     }
 
-    /// The pipeline's name. Streams of two tests may be made within one millisecond, and their positions
-    /// are in one database.
+    /// Returns the pipeline's name, which is unique: two tests may create their streams in the same millisecond, and
+    /// keep their positions in one database.
     pub fn name(&self) -> String {
         format!("swap-{}", self.table.replace('_', "-"))
     }
 
-    /// Writes the pipeline's file; gives its path.
+    /// Writes the pipeline's file; returns its path.
     pub fn write_pipeline(&self) -> String {
         let Self { table, timing, more, stage, mode, routes, .. } = self;
         let stage = format!("routes = {{ all = {routes} }}\n{stage}");
@@ -118,7 +118,7 @@ impl Fixture {
         std::fs::read_to_string(self.world.log()).unwrap_or_default()
     }
 
-    /// A component with this mark, as a file.
+    /// Writes a component with this mark; returns its file.
     pub fn version(&self, mark: &str) -> String {
         let name = mark.replace(' ', "-");
         self.file(&format!("{name}.wasm"), &stamp(mark))
@@ -130,12 +130,12 @@ impl Fixture {
         path.display().to_string()
     }
 
-    /// The path of the pipeline's file.
+    /// Returns the path of the pipeline's file.
     pub fn pipeline_file(&self) -> String {
         self.world.folder.path().join("pipeline.toml").display().to_string()
     }
 
-    /// Runs a command about the pipeline.
+    /// Runs a command with the pipeline's file.
     pub fn command(&self, arguments: &[&str]) -> Output {
         let pipeline = self.pipeline_file();
         let mut all = arguments.to_vec();
@@ -147,7 +147,7 @@ impl Fixture {
         run(&all)
     }
 
-    /// Swaps; gives the report.
+    /// Runs a swap, which must succeed; returns the report.
     pub fn swap(&self, file: &str, more: &[&str]) -> Value {
         let arguments = [&["plugin", "swap", "stamp", file], more].concat();
         let output = self.command(&arguments);
@@ -156,7 +156,7 @@ impl Fixture {
         serde_json::from_slice(&output.stdout).expect("a report")
     }
 
-    /// Swaps what must be refused; gives the error.
+    /// Runs a swap, which must be refused; returns the error.
     pub fn refused(&self, file: &str, more: &[&str]) -> String {
         let arguments = [&["plugin", "swap", "stamp", file], more].concat();
         let output = self.command(&arguments);
@@ -164,7 +164,7 @@ impl Fixture {
         String::from_utf8_lossy(&output.stderr).into_owned()
     }
 
-    /// The changes, the newest first.
+    /// Returns the changes, newest first.
     pub fn history(&self) -> Vec<Value> {
         let output = self.command(&["plugin", "history"]);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
@@ -180,7 +180,7 @@ impl Fixture {
         });
     }
 
-    /// The rows, by shard and sequence.
+    /// Returns the rows, ordered by shard and sequence.
     pub fn rows(&self) -> Vec<Stamped> {
         let sql = format!(
             "SELECT concat_ws('|', id, key, shardmill_shard, shardmill_sequence, shardmill_digest,
@@ -203,7 +203,7 @@ impl Fixture {
         postgres(&sql).into_iter().map(row).collect()
     }
 
-    /// Each of these ids is there once, and each by the version that the ledger says.
+    /// Asserts that each of these ids is there once, written by the version that the ledger says.
     pub fn assert_each_once_as_the_ledger_says(&self, ids: std::ops::Range<u64>) {
         let rows = self.rows();
         let mut found: Vec<u64> = rows.iter().map(|row| row.id).collect();
@@ -216,7 +216,7 @@ impl Fixture {
         }
     }
 
-    /// The revision ledger, as the state database has it.
+    /// Returns the revision ledger from the state database.
     pub fn ledger(&self) -> Ledger {
         let path = self.world.folder.path().join("state").join(self.name()).join("state.db");
         let state = crate::support::sqlite(&path);
@@ -236,7 +236,7 @@ impl Fixture {
         Ledger { shards, versions: self.versions() }
     }
 
-    /// The versions that files of the world have, by digest.
+    /// Returns the versions of the world's component files, by digest.
     fn versions(&self) -> BTreeMap<String, String> {
         use sha2::Digest as _;
         let mut versions = BTreeMap::new();
@@ -262,19 +262,19 @@ impl Drop for Fixture {
     }
 }
 
-/// Which version ran where.
+/// Ledger: the version that ran each part of each shard.
 pub struct Ledger {
     shards: BTreeMap<String, Vec<(String, Value)>>,
     versions: BTreeMap<String, String>,
 }
 
 impl Ledger {
-    /// The version that a record was due to be run by.
+    /// Returns the version that the ledger gives for a record.
     pub fn version_of(&self, row: &Stamped) -> String {
         self.versions[&self.digest_of(row)].clone()
     }
 
-    /// The digest of that version.
+    /// Returns the digest of that version.
     fn digest_of(&self, row: &Stamped) -> String {
         let padded = format!("{:0>129}", row.sequence);
         let segments = &self.shards[&row.shard];
@@ -291,7 +291,7 @@ impl Ledger {
     }
 }
 
-/// What precedes a mark's text in the component's bytes, and the text's length.
+/// Bytes before a mark's text in the component; the text has `MARK_BYTES`.
 const MARK: &[u8] = b"shardmill-stamp|";
 const MARK_BYTES: usize = 80 - MARK.len();
 
@@ -299,7 +299,7 @@ fn mark_in(bytes: &[u8]) -> Option<usize> {
     bytes.windows(MARK.len()).position(|window| window == MARK).map(|at| at + MARK.len())
 }
 
-/// The component with a mark written over its own.
+/// Returns the component with another mark in place of its own.
 pub fn stamp(mark: &str) -> Vec<u8> {
     let mut bytes = std::fs::read(plugin("stamp")).expect("the prebuilt component");
     let at = mark_in(&bytes).expect("a mark");

@@ -1,4 +1,8 @@
-//! A process that is killed at each step of a swap: the next one has one version, as the ledger says.
+//! A process is killed at each step of a swap: the next one runs one version, as the ledger says.
+//!
+//! One write to the state makes a swap durable. It lies between the log lines "its components are kept" and "it is
+//! noted". The next process runs the old version if the kill comes before that write, and the new version if it
+//! comes after. A kill follows its log line a moment later, so shortly before the write both are possible.
 
 use std::io::Read as _;
 use std::time::{Duration, Instant};
@@ -9,7 +13,7 @@ use crate::support::run;
 const SEED: u64 = 2014;
 const RANDOM_KILLS: u64 = 12;
 
-/// Which version the next process is to have.
+/// Version that the next process is expected to run.
 #[derive(Debug, Clone, Copy, PartialEq)]
 enum Expected {
     Old,
@@ -17,7 +21,7 @@ enum Expected {
     Either,
 }
 
-/// What the log says when a step begins, in order, and what a kill there leaves.
+/// Log text at the beginning of each step, in order, and the version that a kill there leaves.
 const STEPS: [(&str, Expected); 11] = [
     ("a change step=fetch", Expected::Old),
     ("a change step=pin", Expected::Old),
@@ -27,8 +31,8 @@ const STEPS: [(&str, Expected); 11] = [
     ("a change step=promote", Expected::Either),
     ("its components are kept", Expected::Either),
     ("it is noted; the lanes change", Expected::New),
-    ("the ledger is told", Expected::New),
-    ("another generation", Expected::New),
+    ("writing the change to the ledger", Expected::New),
+    ("another revision runs", Expected::New),
     ("the lanes have changed", Expected::New),
 ];
 
@@ -45,7 +49,7 @@ fn a_kill_at_each_step_of_a_swap_leaves_one_version() {
         };
         assert!(
             is_expected,
-            "killed at {step:?}: {found} runs, {expected:?} of {old} and {new} was due"
+            "killed at {step:?}: expected {expected:?} of {old} and {new}, found {found}"
         );
     }
     kills.end();
@@ -68,7 +72,7 @@ fn a_kill_at_any_time_of_a_swap_leaves_one_version() {
     kills.end();
 }
 
-/// A pipeline that is killed again and again.
+/// Pipeline that is killed repeatedly.
 struct Kills {
     fixture: Fixture,
     put: u64,
@@ -88,8 +92,8 @@ impl Kills {
         self.put += records;
     }
 
-    /// Swaps to a version that never ran while records flow, and kills the pipeline when `until` returns.
-    /// Gives the old version and the new one.
+    /// Swaps to a version that never ran while records flow, and kills the pipeline when `until` returns. Returns the
+    /// old version and the new one.
     fn swap(&mut self, until: impl FnOnce(&Fixture)) -> (String, String) {
         self.put(300);
         self.number += 1;
@@ -106,7 +110,7 @@ impl Kills {
         (self.running.clone(), new)
     }
 
-    /// Starts the pipeline again; gives the one version that runs then.
+    /// Restarts the pipeline; returns the one version that it runs.
     fn version_after(&mut self) -> String {
         self.fixture.start();
         let first = self.put;
@@ -132,7 +136,7 @@ impl Kills {
     }
 }
 
-/// Waits until the log says this, and looks often: a step may take less than a millisecond.
+/// Waits until the log contains this text. Polls often: a step may take less than a millisecond.
 fn at_step(fixture: &Fixture, says: &str) {
     let mut log = std::fs::File::open(fixture.world.log()).expect("a log");
     let (mut seen, begun) = (Vec::new(), Instant::now());
@@ -141,7 +145,7 @@ fn at_step(fixture: &Fixture, says: &str) {
         if is_new && String::from_utf8_lossy(&seen).contains(says) {
             return;
         }
-        assert!(begun.elapsed() < Duration::from_secs(30), "never at {says:?}: {}", fixture.log());
+        assert!(begun.elapsed() < Duration::from_secs(30), "no {says:?} in: {}", fixture.log());
         std::thread::sleep(Duration::from_micros(200));
     }
 }

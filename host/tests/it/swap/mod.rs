@@ -1,6 +1,5 @@
-//! Changes of a running pipeline, by the real binary: swaps, refusals, rollbacks, canaries, reloads, and
-//! kills in the middle of them. Whatever happens, each record is there once, by the version that the
-//! ledger says.
+//! Changes of a running pipeline, through the real binary: swaps, refusals, rollbacks, canaries, reloads, and kills
+//! during any of them. Whatever happens, each record is there once, written by the version that the ledger says.
 
 mod canary;
 pub mod fixture;

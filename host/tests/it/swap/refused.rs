@@ -1,4 +1,4 @@
-//! Candidates that must not take over, or not for long: the incumbent serves all along.
+//! Candidates that must not be promoted, or must be rolled back: the incumbent serves all along.
 
 use super::fixture::{Fixture, stamp};
 use crate::support::{plugin, wait_for};
@@ -10,14 +10,15 @@ fn bad_candidates_are_refused_and_the_incumbent_serves() {
     fixture.start();
     fixture.world.put(1..1_500, 50);
     fixture.wait_rows(1_499);
-    // Of a busy stage not every batch is kept for trials: the record that all misdeeds are about comes alone.
+    // While a stage is busy, not every batch is kept for trials. The record that makes candidates misbehave is
+    // therefore put alone.
     fixture.world.put(0..1, 1);
     fixture.wait_rows(1_500);
     let good = stamp("v2 none");
     let empty = wat::parse_str("(component)").expect("a component");
     let module = wat::parse_str("(module)").expect("a module");
     for (bytes, step, cause) in [
-        (&b"no component"[..], "compile", "is no WebAssembly"),
+        (&b"no component"[..], "compile", "is not WebAssembly"),
         (&good[..good.len() / 2], "compile", "does not compile"),
         (&module, "compile", "a core WebAssembly module"),
         (&empty, "compile", "does not export shardmill:plugin/stage"),
@@ -25,8 +26,8 @@ fn bad_candidates_are_refused_and_the_incumbent_serves() {
         (&stamp("v2 columns"), "check", "colour"),
         (&stamp("v2 configure-trap"), "check", "configure"),
         (&stamp("v2 nonsense"), "check", "the mark has no nonsense"),
-        (&stamp("v2 trap 1000"), "trial", "traps or goes over a limit on"),
-        (&stamp("v2 loop 1000"), "trial", "traps or goes over a limit on"),
+        (&stamp("v2 trap 1000"), "trial", "traps or exceeds a limit on"),
+        (&stamp("v2 loop 1000"), "trial", "traps or exceeds a limit on"),
         (&stamp("v2 leak 1"), "trial", "calls"),
         (&stamp("v2 shard-trap"), "trial", "configure trapped"),
     ] {
@@ -41,7 +42,7 @@ fn bad_candidates_are_refused_and_the_incumbent_serves() {
         assert!(error.contains("refused at step trial") && error.contains(gate), "{error}");
     }
     assert!(fixture.refused("no-such-file.wasm", &[]).contains("no-such-file.wasm"));
-    assert!(fixture.refused("abcdef12", &[]).contains("no component abcdef12"));
+    assert!(fixture.refused("abcdef12", &[]).contains("unknown component abcdef12"));
     fixture.world.put(1_500..2_000, 50);
     fixture.wait_rows(2_000);
     fixture.stop();
@@ -50,7 +51,8 @@ fn bad_candidates_are_refused_and_the_incumbent_serves() {
     assert!(fixture.history().iter().filter(|change| change["outcome"] == "refused").count() >= 14);
 }
 
-/// Without records to try it on, a bad candidate takes over; then it is rolled back by itself.
+/// Swaps to a bad candidate while there are no records for a trial. The candidate is promoted, and then rolled back
+/// by itself.
 fn rolled_back(mark: &str, why: &str) {
     let mut fixture = Fixture::new(2);
     fixture.more = "[reload.probation]\nwindow = \"60 s\"".into();
@@ -60,7 +62,7 @@ fn rolled_back(mark: &str, why: &str) {
     wait_for("the rollback", || fixture.world.logged("is rolled back"));
     wait_for("the change back", || fixture.history()[0]["kind"] == "rollback");
     fixture.world.put(600..800, 50);
-    // Of both shards: one may be far behind the other.
+    // Waits for the rows of both shards: one may lag far behind the other.
     wait_for(&format!("the last rows: {}", fixture.log()), || {
         fixture.rows().iter().filter(|row| row.id >= 600).count() >= 200
     });
@@ -69,7 +71,7 @@ fn rolled_back(mark: &str, why: &str) {
     let undone =
         history.iter().find(|change| change["outcome"] == "rolled-back").expect("a change");
     assert!(undone["reason"].as_str().expect("text").contains(why), "{undone}");
-    // What the bad version did not take is in the dead letters, everything else is there once.
+    // Records that the bad version rejected are dead letters; all others are there once.
     let output = fixture.command(&["dlq", "list", "--limit", "1000"]);
     let dead_letters = String::from_utf8(output.stdout).expect("text").lines().count();
     let rows = fixture.rows();
@@ -102,18 +104,18 @@ fn a_version_that_blocks_its_lanes_is_rolled_back() {
 #[test]
 fn a_slow_version_is_rolled_back() {
     let mut fixture = Fixture::new(2);
-    // On a machine that is busy the version before seems slower than it is.
+    // A low limit: on a busy machine the previous version seems slower than it is.
     fixture.more = "[reload.probation]\nslower = 2".into();
     fixture.start();
-    // Enough for the speed of the version before to be known.
+    // Enough records to measure the speed of the previous version.
     fixture.world.put(0..100_000, 50);
     fixture.wait_rows(100_000);
-    // A trial says how long it takes, and lets it pass.
+    // The trial reports how long the candidate takes, and passes.
     let report = fixture.swap(&fixture.version("v2 slow 1"), &[]);
     let ns = |name: &str| report["trial"][name].as_f64().expect("a number");
     assert!(ns("candidate_ns_per_record") > 5.0 * ns("incumbent_ns_per_record"), "{report}");
     fixture.world.put(100_000..105_000, 50);
-    wait_for("the rollback", || fixture.world.logged("ns per record, the version before took"));
+    wait_for("the rollback", || fixture.world.logged("ns per record, the earlier version"));
     fixture.wait_rows(105_000);
     fixture.stop();
     fixture.assert_each_once_as_the_ledger_says(0..105_000);

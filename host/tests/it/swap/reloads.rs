@@ -30,15 +30,15 @@ fn sinks_and_stages_come_and_go() {
     let diff = run(&["check", &path.display().to_string(), "--diff"]);
     let diff = String::from_utf8_lossy(&diff.stdout).into_owned();
     assert!(diff.contains("+ sink copy") && diff.contains("~ stage stamp: routes"), "{diff}");
-    assert!(diff.contains("taken over anew"), "{diff}");
+    assert!(diff.contains("acquired again"), "{diff}");
     assert!(
         Command::new("kill").args(["-HUP", &fixture.process_id().to_string()]).status().is_ok()
     );
-    wait_for("the reload", || fixture.world.logged("reloaded, generation"));
+    wait_for("the reload", || fixture.world.logged("reloaded, revision"));
     fixture.world.put(500..1_000, 20);
     fixture.wait_rows(1_000);
 
-    // A stage in front, and a plugin's configuration: in place.
+    // Adds a stage in front, and changes a plugin's configuration, in place.
     let router = crate::support::plugin("route-json");
     let first = format!(
         "[[stage]]\nname = \"first\"\nplugin = \"{router}\"\nconfig = {{ default = \"all\", rules = [] }}\n"
@@ -84,7 +84,7 @@ fn what_cannot_change_in_place_is_refused_with_the_reason() {
     let path = fixture.write_pipeline();
     let plain = std::fs::read_to_string(&path).expect("the file");
     for (from, to, why) in [
-        ("name = \"swap", "name = \"other", "does not run"),
+        ("name = \"swap", "name = \"other", "is not running"),
         ("poll_interval = \"200 ms\"", "poll_interval = \"300 ms\"", "lanes are reading from it"),
         ("[timing]", "[timing]\nretry_pause = \"2 s\"", "[timing] cannot change"),
         ("table = ", "tabel = ", "tabel"),
@@ -110,7 +110,7 @@ fn watched_files_are_loaded_when_they_are_whole() {
     fixture.world.put(0..500, 20);
     fixture.wait_rows(500);
     let (v1, v2) = (fixture.version("v1 none"), fixture.version("v2 none"));
-    // Written in two halves with a pause between them: the first half is never run.
+    // A file that is written in two halves with a pause between them: the first half alone is never loaded.
     let bytes = std::fs::read(&v2).expect("a component");
     let (half, rest) = bytes.split_at(bytes.len() / 2);
     std::fs::write(fixture.stage_file(), half).expect("written");
@@ -121,7 +121,7 @@ fn watched_files_are_loaded_when_they_are_whole() {
     wait_for("the whole to be loaded", || fixture.world.logged("the files have changed: reloaded"));
     fixture.world.put(600..1_000, 20);
     fixture.wait_rows(1_000);
-    // Put in its place by a rename; and one that traps, which the trial refuses.
+    // A file that is replaced by a rename; and one whose plugin traps, which the trial refuses.
     let draft = fixture.file("draft", &stamp("v3 trap 1"));
     std::fs::rename(draft, fixture.stage_file()).expect("renamed");
     wait_for("the third to be refused", || fixture.world.logged("refused at step trial"));
@@ -135,7 +135,7 @@ fn watched_files_are_loaded_when_they_are_whole() {
     assert!(rows.iter().filter(|row| row.id < 600).all(|row| row.version == "v1"));
 }
 
-/// A sink's other name changes no stage: the swap before it stays the last change, which a rollback undoes.
+/// Renaming a sink changes no stage: the swap before it is still the last change, and a rollback undoes it.
 #[test]
 fn fault_13_a_rollback_after_a_rename_undoes_the_swap_before_it() {
     let mut fixture = Fixture::new(1);
@@ -160,7 +160,7 @@ fn fault_13_a_rollback_after_a_rename_undoes_the_swap_before_it() {
     fixture.wait_rows(300);
     let nothing = fixture.command(&["plugin", "rollback", "stamp"]);
     let error = String::from_utf8_lossy(&nothing.stderr).into_owned();
-    assert!(error.contains("stage stamp has no swap that is in force"), "{error}");
+    assert!(error.contains("stage stamp has no swap in force"), "{error}");
     fixture.stop();
     let rows = fixture.rows();
     for (ids, version) in [(100..200, "v2"), (200..300, "v1")] {
@@ -188,19 +188,19 @@ fn fault_13_a_rollback_past_a_change_of_sinks_is_refused() {
         assert_eq!(output.status.code(), Some(1), "{said}");
         assert!(said.contains(cause) && said.contains("shardmill reload"), "{said}");
     };
-    // A sink more: before, it had no rows.
+    // Adds a sink, which the earlier revision gives no rows.
     std::fs::write(&path, plain.replace("[\"mart\"]", "[\"mart\", \"copy\"]") + &copy)
         .expect("written");
     let (done, printed) = reload(&fixture);
     assert!(done, "{printed}");
-    rolled_back("knows no sink copy");
-    // Another sink in its place: the one of before is gone.
+    rolled_back("sends no rows to sink copy");
+    // Replaces the sink: the previous one is gone.
     let (before, mart) = plain.split_once("[[sink]]").expect("the sink");
     assert!(mart.contains("mart"));
     std::fs::write(&path, before.replace("[\"mart\"]", "[\"copy\"]") + &copy).expect("written");
     let (done, printed) = reload(&fixture);
     assert!(done, "{printed}");
-    rolled_back("some to sink mart");
+    rolled_back("sends rows to sink mart");
     fixture.world.put(100..200, 20);
     let copied = || {
         let copy = crate::support::sqlite(&fixture.world.folder.path().join("copy.db"));

@@ -1,4 +1,4 @@
-//! What a bad version had done, done again by the one before it.
+//! Rollback with replay: the output of a bad version is made again by the version before it.
 
 use super::fixture::Fixture;
 use crate::support::{postgres, sqlite};
@@ -7,7 +7,7 @@ use crate::support::{postgres, sqlite};
 fn what_a_bad_version_wrote_is_rerun() {
     let mut fixture = Fixture::new(3);
     fixture.mode = "mode = \"upsert\"\nkey = [\"id\"]\nnewest_by = \"id\"".into();
-    // A second sink that appends: it gets a table beside.
+    // A second sink that appends: its rows go to another table.
     let folder = fixture.world.folder.path().display().to_string();
     fixture.more = format!(
         "[[sink]]\nname = \"copy\"\ntype = \"sqlite\"\npath = \"{folder}/copy.db\"\n\

@@ -1,4 +1,4 @@
-//! Swaps that go well.
+//! Swaps that succeed.
 
 use std::thread;
 
@@ -13,10 +13,7 @@ fn lanes_change_at_a_recorded_place_and_back() {
     fixture.wait_rows(2_000);
     let report = fixture.swap(&fixture.version("v2 none"), &[]);
     assert_eq!((&report["number"], report["lanes"].as_array().map(Vec::len)), (&1.into(), Some(4)));
-    assert_eq!(
-        report["trial"]["changed"], report["trial"]["records"],
-        "the version is in each row"
-    );
+    assert_eq!(report["trial"]["changed"], report["trial"]["records"], "each row has the version");
     let diff = report["trial"]["differences"][0]["diff"].as_str().expect("text");
     assert!(
         diff.lines().any(|it| it.starts_with('+') && it.contains("\"version\": \"v2\"")),
@@ -30,7 +27,7 @@ fn lanes_change_at_a_recorded_place_and_back() {
     fixture.wait_rows(6_000);
     let nothing = fixture.command(&["plugin", "rollback", "stamp"]);
     let error = String::from_utf8_lossy(&nothing.stderr).into_owned();
-    assert!(error.contains("stage stamp has no swap that is in force"), "{error}");
+    assert!(error.contains("stage stamp has no swap in force"), "{error}");
     fixture.stop();
 
     fixture.assert_each_once_as_the_ledger_says(0..6_000);
@@ -50,7 +47,7 @@ fn lanes_change_at_a_recorded_place_and_back() {
         printed[1..],
         [(&"rollback".into(), &"promoted".into()), (&"swap".into(), &"rolled-back".into())]
     );
-    // Which version ran a record, by the command.
+    // The command reports which version ran a record.
     let rows = fixture.rows();
     let row = rows.iter().find(|row| row.id == 2_500).expect("a row");
     let record = format!("{}:{}", row.shard, row.sequence);
@@ -78,7 +75,7 @@ fn a_swap_lasts_until_the_file_changes() {
     fixture.world.put(200..400, 20);
     fixture.wait_rows(400);
     fixture.stop();
-    // The old file still says v1; a new one counts.
+    // The old file still contains v1; the new file counts.
     fixture.version("v1 none");
     std::fs::copy(fixture.version("v3 none"), fixture.stage_file()).expect("written");
     fixture.start();

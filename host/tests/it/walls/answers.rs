@@ -1,4 +1,4 @@
-//! Servers that answer without end, or a byte now and then: what they say is bounded, and so is the time for it.
+//! Servers that answer without end, or one byte now and then: both the answer and the time for it are bounded.
 
 use std::collections::HashMap;
 use std::io::{BufReader, Read as _, Write as _};
@@ -14,12 +14,13 @@ use super::memory::{MIB, assert_below, assert_peak_below, output_and_peak};
 use crate::support::pipeline::PipelineToml;
 use crate::support::{Process, shardmill, wait_for};
 
-/// What a process may hold while a server floods it: an answer of 128 MiB, once more as what is made of it, and itself.
+/// Memory limit of a process that a server floods: an answer of 128 MiB, its parsed form of the same size, and the
+/// process itself.
 const PEAK_MAX: u64 = 400 * MIB;
-/// What a flood brings, so that it ends where nobody ends it.
+/// Size of a flood, so that it ends even if nobody cuts it off.
 const FLOOD_BYTES: usize = 2 << 30;
 
-/// A server on loopback that does this with each connection.
+/// Starts a server on loopback that calls `serve` for each connection; returns its port.
 fn server(serve: impl Fn(TcpStream) + Clone + Send + 'static) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let port = listener.local_addr().expect("an address").port();
@@ -32,7 +33,7 @@ fn server(serve: impl Fn(TcpStream) + Clone + Send + 'static) -> u16 {
     port
 }
 
-/// Reads the head of an HTTP request; gives what its body has.
+/// Reads the head of an HTTP request; returns the length of its body.
 fn read_head(reader: &mut impl std::io::BufRead) -> usize {
     let mut length = 0;
     loop {
@@ -46,7 +47,7 @@ fn read_head(reader: &mut impl std::io::BufRead) -> usize {
     }
 }
 
-/// A server that answers each request with a body of `bytes`, `piece` by `piece`.
+/// Starts a server that answers each request with a body of `bytes`, `piece` by `piece`.
 fn http(piece: Vec<u8>, bytes: usize, pause: Duration) -> u16 {
     server(move |mut connection| {
         let mut reader = BufReader::new(connection.try_clone().expect("cloned"));
@@ -64,7 +65,7 @@ fn http(piece: Vec<u8>, bytes: usize, pause: Duration) -> u16 {
     })
 }
 
-/// A server that answers each request with this status and body.
+/// Starts a server that answers each request with this status and body.
 fn refusing(status: &'static str, body: Vec<u8>) -> u16 {
     server(move |mut connection| {
         let mut reader = BufReader::new(connection.try_clone().expect("cloned"));
@@ -75,29 +76,30 @@ fn refusing(status: &'static str, body: Vec<u8>) -> u16 {
              content-length: {}\r\nconnection: close\r\n\r\n",
             body.len()
         );
-        // Fails where the client has read enough.
+        // Fails once the client has read enough and closed the connection.
         let _ = connection.write_all(head.as_bytes());
         let _ = connection.write_all(&body);
     })
 }
 
-/// A message of PostgreSQL.
+/// Encodes a message of PostgreSQL.
 fn message(kind: u8, body: &[u8]) -> Vec<u8> {
     let length = (body.len() as u32 + 4).to_be_bytes();
     [&[kind][..], &length, body].concat()
 }
 
-/// A setting that PostgreSQL reports.
+/// Encodes a setting that PostgreSQL reports.
 fn setting(name: &str, value: &str) -> Vec<u8> {
     message(b'S', format!("{name}\0{value}\0").as_bytes())
 }
 
-/// A server that speaks as PostgreSQL does up to the first query, with `flood` in the place of an answer.
+/// Starts a server that speaks PostgreSQL's protocol up to the first query, and then calls `flood` instead of
+/// answering.
 fn postgres(flood: impl Fn(&mut TcpStream) + Clone + Send + 'static) -> u16 {
     login(Vec::new(), flood)
 }
 
-/// The same with `greeting` before the server is ready.
+/// Like `postgres`, with `greeting` before the server is ready.
 fn login(greeting: Vec<u8>, flood: impl Fn(&mut TcpStream) + Clone + Send + 'static) -> u16 {
     server(move |mut connection| {
         let read = |connection: &mut TcpStream| {
@@ -106,7 +108,7 @@ fn login(greeting: Vec<u8>, flood: impl Fn(&mut TcpStream) + Clone + Send + 'sta
             let mut rest = vec![0; u32::from_be_bytes(length) as usize - 4];
             connection.read_exact(&mut rest).ok()
         };
-        // The question for TLS, then the names of user and database.
+        // Reads the request for TLS, then the names of user and database.
         if read(&mut connection).is_none() {
             return;
         }
@@ -124,12 +126,12 @@ fn login(greeting: Vec<u8>, flood: impl Fn(&mut TcpStream) + Clone + Send + 'sta
         }
         let _ = connection.write_all(b"Z\0\0\0\x05I");
         flood(&mut connection);
-        // It goes on to listen, so that who is bounded by nothing waits.
+        // Keeps the connection open, so that a client without a limit would wait.
         let _ = connection.read(&mut [0; 1]);
     })
 }
 
-/// A pipeline with one row for a sink of these lines; the command that checks or runs it.
+/// Makes a pipeline with one row for a sink with these lines; returns the command that checks or runs it.
 fn command(folder: &Path, arguments: &[&str], sink: &str) -> Command {
     let rows = folder.join("rows.ndjson");
     std::fs::write(&rows, "{\"id\":1}\n").expect("written");
@@ -145,7 +147,7 @@ fn command(folder: &Path, arguments: &[&str], sink: &str) -> Command {
     command
 }
 
-/// Runs a command against a flood; asserts that it fails for this reason and holds little.
+/// Runs a command against a flood; asserts that it fails for this reason and uses little memory.
 #[track_caller]
 fn assert_given_up(arguments: &[&str], sink: &str, cause: &str) {
     let folder = tempfile::tempdir().expect("a folder");
@@ -186,7 +188,7 @@ fn wall_02_a_list_of_a_store_without_end_is_given_up() {
 
 #[test]
 fn wall_02_an_answer_of_postgresql_without_end_is_given_up() {
-    // One message says that it has 2 GiB, and is sent.
+    // One message of 2 GiB, as its length says and as it is sent.
     let one = postgres(|connection| {
         let _ = connection.read(&mut [0; 1_024]);
         let _ = connection.write_all(b"D\x7f\xff\xff\xff");
@@ -228,11 +230,11 @@ fn wall_02_settings_of_postgresql_at_the_start_of_a_connection_are_bounded() {
     }
 }
 
-/// Words of servers here: an end of a line with what looks like a line of ours, and much more.
+/// Error text of the servers here: a line break followed by a forged line of ours. Much more text follows.
 const FORGED: &str = "no\nerror: forged";
 
-/// Runs a command against a server that words [`FORGED`] and much more; asserts that it fails, and that it says the
-/// beginning of them, in one line.
+/// Runs a command against a server whose error text is [`FORGED`] and much more; asserts that the command fails, and
+/// that it prints the beginning of that text in one line.
 #[track_caller]
 fn assert_cut(arguments: &[&str], sink: &str) {
     let folder = tempfile::tempdir().expect("a folder");
@@ -243,13 +245,13 @@ fn assert_cut(arguments: &[&str], sink: &str) {
     assert!(said.contains(r"no\nerror: forged"), "{said:.2000}");
     assert!(said.contains("bytes in all)"), "{said:.2000}");
     assert!(!said.lines().any(|line| line.starts_with("error: forged")), "{said:.2000}");
-    assert!(said.len() < 128 << 10, "{} bytes are said", said.len());
+    assert!(said.len() < 128 << 10, "{} bytes are printed", said.len());
     assert_peak_below(peak, PEAK_MAX, "a long text");
 }
 
 #[test]
 fn wall_02_a_text_of_kinesis_is_cut_and_one_line() {
-    // Near the most that is read of what says that a call failed.
+    // Almost the maximum that is read of the answer of a failed call.
     let text = format!("{FORGED}{}", "x".repeat(1_000 << 10)).replace('\n', "\\n");
     let body = format!(r#"{{"__type":"ValidationException","message":"{text}"}}"#);
     let port = refusing("400 Bad Request", body.into_bytes());
@@ -300,10 +302,11 @@ fn wall_02_informational_heads_of_kinesis_without_end_are_given_up() {
 #[test]
 fn wall_02_an_answer_of_which_a_byte_comes_now_and_then_is_given_up() {
     let port = http(vec![b' '], 10_000, Duration::from_millis(100));
-    assert_given_up(&["check"], &kinesis_sink(port), "said nothing, or too little, for 2s");
+    assert_given_up(&["check"], &kinesis_sink(port), "sent nothing, or too little, for 2s");
 }
 
-/// To learn of a type the client asks for it; and the answer has a column of one that it does not know either.
+/// To learn a type, the client queries it. The answer has a column of another type that the client does not know
+/// either.
 #[test]
 fn wall_02_a_server_that_names_unknown_types_without_end_is_given_up() {
     let port = postgres(|connection| {
@@ -315,7 +318,7 @@ fn wall_02_a_server_that_names_unknown_types_without_end_is_given_up() {
             column
         };
         let mut kind = 99_999_999;
-        // Each question ends with a Sync.
+        // Each query ends with a Sync.
         while connection.read(&mut asked).is_ok_and(|bytes| bytes > 0) {
             kind += 1;
             let answer =
@@ -339,10 +342,10 @@ fn wall_02_an_answer_of_kinesis_with_values_without_end_is_given_up() {
 /// Shards that are read at the same time.
 const LANES: usize = 16;
 
-/// The answers that were taken whole, of each shard.
+/// Number of complete answers that were sent, by shard.
 type Taken = Arc<Mutex<HashMap<String, usize>>>;
 
-/// A call of the Kinesis API and what it says; `None`: the connection has ended.
+/// Reads a call of the Kinesis API; returns its operation and body, or `None` when the connection has ended.
 fn read_call(reader: &mut impl std::io::BufRead) -> Option<(String, Value)> {
     let (mut call, mut length) = (String::new(), 0);
     loop {
@@ -367,8 +370,8 @@ fn read_call(reader: &mut impl std::io::BufRead) -> Option<(String, Value)> {
     Some((call, serde_json::from_slice(&body).unwrap_or_default()))
 }
 
-/// A server of a stream that answers each GetRecords with all of these records, however few it is asked for.
-/// `says_length`: before each answer.
+/// Starts a server of a stream that answers each GetRecords with all of these records, whatever limit the request
+/// has. `says_length`: whether each answer has a Content-Length.
 fn large_stream(records: Arc<str>, says_length: bool, taken: Taken) -> u16 {
     let shard = |index: usize| {
         let hash = |index: usize| (index as u128 * 10_u128.pow(36)).to_string();
@@ -421,7 +424,7 @@ fn large_stream(records: Arc<str>, says_length: bool, taken: Taken) -> u16 {
                 return;
             }
             if is_read {
-                *taken.lock().expect("ok").entry(name("ShardIterator")).or_default() += 1;
+                *taken.lock().expect("a lock").entry(name("ShardIterator")).or_default() += 1;
             }
             if is_read && !says_length {
                 return;
@@ -430,7 +433,7 @@ fn large_stream(records: Arc<str>, says_length: bool, taken: Taken) -> u16 {
     })
 }
 
-/// Records of this number and size, as they are in an answer.
+/// Encodes this many records of this size, as in an answer.
 fn records(count: usize, bytes: usize) -> Arc<str> {
     use base64::Engine as _;
     let data = base64::prelude::BASE64_STANDARD.encode(vec![b'x'; bytes]);
@@ -443,8 +446,8 @@ fn records(count: usize, bytes: usize) -> Arc<str> {
     Value::from((0..count).map(record).collect::<Vec<_>>()).to_string().into()
 }
 
-/// A server that gives each of many lanes more than it was asked for: the most that a call of AWS may give, the most
-/// that is taken at all, and many records without bytes.
+/// A server that gives each of many lanes more than it requested: the most that a call of AWS may return, the most
+/// that is accepted at all, and many records without bytes.
 #[test]
 fn wall_02_answers_of_many_lanes_stay_within_the_printed_bound() {
     for (what, count, bytes, says_length) in [
@@ -470,9 +473,9 @@ fn wall_02_answers_of_many_lanes_stay_within_the_printed_bound() {
         let command = command.stdout(file("out")).stderr(file("log"));
         let run = Process(command.spawn().expect("it starts"));
         let said = |name: &str| std::fs::read_to_string(folder.path().join(name)).expect("text");
-        // More than once, so that those that were read first are read together with others.
+        // Several answers per lane, so that lanes that read first also read together with the others.
         wait_for(&format!("{what}, of all lanes"), || {
-            let taken = taken.lock().expect("ok");
+            let taken = taken.lock().expect("a lock");
             taken.len() == LANES && taken.values().all(|answers| *answers >= 3)
         });
         let printed = said("out");

@@ -14,12 +14,12 @@ use crate::support::world::{Pipeline, World, row};
 use crate::support::{Process, free_port, run, serve_stream, shardmill, wait_for};
 use crate::walls::memory::{LIMITS, assert_below, bound};
 
-/// Far below the deadlines by default, and far above what an answer takes.
+/// Far below the default deadlines, and far above the time of an answer.
 const SOON: Duration = Duration::from_secs(8);
-/// Deadlines that a test can wait for.
+/// Deadlines that are short enough for a test.
 const SHORT: &str = "http_head = \"300 ms\"\nhttp_body = \"400 ms\"\nhttp_idle = \"600 ms\"\n";
 
-/// A running pipeline with an admin port and an intake.
+/// Running pipeline with an admin port and an intake.
 struct Ports {
     world: World,
     run: Process,
@@ -28,12 +28,12 @@ struct Ports {
 }
 
 impl Ports {
-    /// Starts it with further lines of `[admin]`, `[intake]` and `[timing]`.
+    /// Starts a pipeline with these lines of `[admin]`, `[intake]` and `[timing]`.
     fn start(admin_lines: &str, intake_lines: &str, timing: &str) -> Self {
         Self::start_with(admin_lines, intake_lines, timing, None, "")
     }
 
-    /// The same with another stage than the one that lets rows through, below limits of the shell's `ulimit`.
+    /// Like `start`, with another stage than the one that passes rows on, and under limits of the shell's `ulimit`.
     fn start_with(
         admin_lines: &str,
         intake_lines: &str,
@@ -70,8 +70,8 @@ impl Ports {
         Self { world, run, admin, intake }
     }
 
-    /// Asserts that the run has stayed below the bound on its memory: what may be in flight and what
-    /// connections have is not in the formula, so these must fit into what the process has.
+    /// Asserts that the run has stayed below its memory bound. The bound's formula does not count requests in flight
+    /// and connections, so these must fit into the allowance for the process itself.
     fn assert_memory(&self) {
         assert_below(&self.run, bound(8, 8, 1, 1));
     }
@@ -84,14 +84,14 @@ impl Ports {
         self.world.folder.path().join("pipeline.toml").display().to_string()
     }
 
-    /// The token that the run has written, as a header.
+    /// Returns the token that the run has written, as a header.
     fn token(&self) -> String {
         let token = std::fs::read_to_string(self.folder().join("admin.token")).expect("a token");
         bearer(token.trim())
     }
 }
 
-/// A stage that lets rows through.
+/// Returns a stage that passes rows on unchanged.
 fn through() -> String {
     let plugin = crate::support::plugin("route-json");
     format!("plugin = \"{plugin}\"\nconfig = {{ default = \"all\", rules = [] }}\n{LIMITS}")
@@ -108,7 +108,7 @@ fn open(port: u16) -> TcpStream {
     stream
 }
 
-/// Sends one request, to `localhost` unless the headers have a `Host`; gives the whole answer, or nothing.
+/// Sends one request, to `localhost` unless the headers contain a `Host`; returns the whole answer, or an empty text.
 fn ask(port: u16, method: &str, path: &str, headers: &str, body: &[u8]) -> String {
     let host = if headers.contains("Host:") { "" } else { "Host: localhost\r\n" };
     let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) else { return String::new() };
@@ -136,7 +136,7 @@ fn post(port: u16, body: &[u8]) -> String {
     ask(port, "POST", "/events", "Content-Type: application/json\r\n", body)
 }
 
-/// Opens a connection that declares a body and sends the beginning of it.
+/// Opens a connection that announces a body and sends the beginning of it.
 fn declare(port: u16, declared: usize, sent: usize) -> TcpStream {
     let mut stream = open(port);
     let head =
@@ -146,7 +146,7 @@ fn declare(port: u16, declared: usize, sent: usize) -> TcpStream {
     stream
 }
 
-/// Whether a connection is closed from the other end within a time.
+/// Whether the other end closes a connection within this time.
 fn is_closed_within(stream: &mut TcpStream, time: Duration) -> bool {
     stream.set_read_timeout(Some(time)).expect("set");
     let mut bytes = [0; 4_096];
@@ -171,9 +171,9 @@ fn wall_03_idle_connections_use_up_no_descriptors() {
     let mut idle = Vec::new();
     for port in [ports.admin, ports.intake, control.port()] {
         idle.extend((0..400).map(|_| open(port)));
-        // Half a head each, as well.
+        // Some of them send half a head, too.
         for stream in idle.iter_mut().rev().take(100) {
-            // Those that made room are closed.
+            // The server has closed some of these connections to make room, so this may fail.
             let _ = stream.write_all(b"GET / HTTP/1.1\r\nHost: x");
         }
     }
@@ -183,7 +183,8 @@ fn wall_03_idle_connections_use_up_no_descriptors() {
         assert_eq!(status(&answer), "200", "{path}: {answer}");
     }
     assert!(begun.elapsed() < SOON, "{:?}", begun.elapsed());
-    // The pipeline goes on, and the ports serve: what waits longest for its peer makes room.
+    // The pipeline goes on and the ports serve: the connection that has waited longest for its client is closed to
+    // make room.
     wait_for("an event to be taken", || status(&post(ports.intake, &row(0, 1))) == "200");
     ports.world.wait_rows(1);
     wait_for("the metrics", || status(&ask(ports.admin, "GET", "/metrics", "", b"")) == "200");
@@ -241,13 +242,13 @@ fn wall_03_clients_that_ask_all_the_time_leave_room_for_others() {
     let mut answered = 0;
     wait_for("room for another client", || {
         for connection in &mut asking {
-            // One that made room is closed.
+            // The server may have closed this connection to make room.
             let _ = connection.write_all(b"GET /health/live HTTP/1.1\r\nHost: localhost\r\n\r\n");
             answered += connection.read(&mut [0; 1_024]).unwrap_or(0);
         }
         status(&ask(ports.admin, "GET", "/metrics", "", b"")) == "200"
     });
-    assert!(answered > 0, "they were not asking");
+    assert!(answered > 0, "none of them was answered");
 }
 
 #[test]
@@ -260,7 +261,7 @@ fn wall_03_a_body_that_is_declared_and_not_sent_occupies_nothing() {
     ports.assert_memory();
 }
 
-/// Two hundred bodies of a mebibyte of which the last byte is missing, and 4 MiB may be in flight.
+/// Two hundred bodies of one mebibyte, each without its last byte, while only 4 MiB may be in flight.
 #[test]
 fn wall_03_bodies_that_stall_occupy_no_more_than_may_be_in_flight() {
     const BODY: usize = 1 << 20;
@@ -269,7 +270,7 @@ fn wall_03_bodies_that_stall_occupy_no_more_than_may_be_in_flight() {
         let mut stream = open(ports.intake);
         let head =
             format!("POST /events HTTP/1.1\r\nHost: localhost\r\nContent-Length: {BODY}\r\n\r\n");
-        // Those that do not fit are answered and closed before all is sent.
+        // Bodies that do not fit are answered, and their connections closed, before everything is sent.
         let _ = stream.write_all(head.as_bytes());
         let _ = stream.write_all(&vec![b'x'; BODY - 1]);
         stream
@@ -290,22 +291,22 @@ fn wall_03_a_body_that_stalls_gives_its_bytes_back() {
     wait_for("room for another body", || {
         status(&ask(ports.intake, "POST", "/events", "", &large)) == "200"
     });
-    // Their deadline is 30 s.
+    // Their deadline is 30 s, so they were closed earlier, to make room.
     assert!(begun.elapsed() < 2 * SOON, "{:?}", begun.elapsed());
-    // Whichever gave way gets an answer.
+    // Each closed connection gets an answer.
     let gave_way = stalled.iter_mut().filter_map(|stream| {
         stream.set_read_timeout(Some(Duration::from_millis(100))).expect("set");
         let mut answer = [0; 12];
         stream.read_exact(&mut answer).ok().map(|()| answer)
     });
     let answers: Vec<_> = gave_way.collect();
-    assert!(!answers.is_empty(), "none was told");
+    assert!(!answers.is_empty(), "none got an answer");
     assert!(answers.iter().all(|answer| answer == b"HTTP/1.1 429"), "{answers:?}");
     ports.assert_memory();
 }
 
-/// Writes a byte to each connection now and then: far less than the slowest pace, and more often than a wait
-/// counts as one.
+/// Writes a byte to each connection now and then: far slower than the minimum pace, but without a pause long enough
+/// to count as a wait.
 struct Drip {
     connections: Vec<TcpStream>,
     last: Instant,
@@ -320,7 +321,7 @@ impl Drip {
         if self.last.elapsed() > Duration::from_millis(200) {
             self.last = Instant::now();
             for connection in &mut self.connections {
-                // Those that gave way are closed.
+                // Some of these connections were closed to make room.
                 let _ = connection.write_all(b"x");
             }
         }
@@ -338,7 +339,7 @@ fn wall_03_a_body_of_which_a_byte_comes_now_and_then_gives_its_bytes_back() {
         drip.a_byte();
         status(&ask(ports.intake, "POST", "/events", "", &large)) == "200"
     });
-    // Their deadline is 30 s.
+    // Their deadline is 30 s, so they were closed earlier, to make room.
     assert!(begun.elapsed() < 2 * SOON, "{:?}", begun.elapsed());
     ports.assert_memory();
 }
@@ -364,28 +365,28 @@ fn wall_03_every_wait_for_a_client_ends() {
         let mut half = open(port);
         half.write_all(b"GET /health/live HTTP/1.1\r\nHost: x\r\nContent-Le").expect("sent");
         assert!(is_closed_within(&mut half, SOON), "half a head to {port}");
-        // Answers that nobody reads.
+        // Answers that the client does not read.
         let mut unread = open(port);
         let request = b"GET /health/live HTTP/1.1\r\nHost: x\r\n\r\n".repeat(100);
         let begun = Instant::now();
         while unread.write_all(&request).is_ok() {
-            assert!(begun.elapsed() < 2 * SOON, "{port} waits for a client that reads nothing");
+            assert!(begun.elapsed() < 2 * SOON, "{port} keeps a client that reads nothing");
         }
         assert!(begun.elapsed() < SOON, "{port}: {:?}", begun.elapsed());
     }
-    // A byte now and then does not keep a body.
+    // A byte now and then does not extend the deadline of a body.
     let mut slow = declare(ports.intake, 1_000, 1);
     let begun = Instant::now();
     let mut answer = [0; 12];
     slow.set_read_timeout(Some(Duration::from_millis(50))).expect("set");
     while slow.read_exact(&mut answer).is_err() {
-        assert!(begun.elapsed() < SOON, "a slow body is waited for");
+        assert!(begun.elapsed() < SOON, "a slow body keeps its connection");
         let _ = slow.write_all(b"x");
     }
     assert_eq!(&answer, b"HTTP/1.1 408");
 }
 
-/// A stage that rejects everything, so that its lane blocks with a cause.
+/// Returns a stage that rejects everything, so that its lane blocks with a cause.
 fn rejecting() -> Option<String> {
     let plugin = crate::support::plugin("hostile");
     Some(format!(
@@ -409,7 +410,7 @@ fn wall_05_health_names_no_cause_without_the_token() {
     }
     assert!(ready(&ports.token()).contains("rejected_in_a_row"), "{}", ready(&ports.token()));
 
-    // The read token opens two routes, by any name, and nothing that changes anything.
+    // The read token gives access to two routes, under any host name, and to nothing that changes anything.
     let named = format!("{read}Host: evil.example\r\n");
     for path in ["/metrics", "/status"] {
         for (headers, code) in [
@@ -423,7 +424,7 @@ fn wall_05_health_names_no_cause_without_the_token() {
             assert_eq!(status(&answer), code, "{path} {headers}: {answer}");
         }
     }
-    // Causes may quote records, which the read token does not open.
+    // Causes may quote records, which the read token must not show.
     for (headers, is_cause_shown) in [(&read, false), (&ports.token(), true)] {
         let answer = ask(ports.admin, "GET", "/status", headers, b"");
         assert!(answer.contains("\"blocked\":{\""), "{answer}");
@@ -432,7 +433,7 @@ fn wall_05_health_names_no_cause_without_the_token() {
     for (method, path) in CHANGES {
         let answer = ask(ports.admin, method, path, &read, b"");
         assert_eq!(status(&answer), "403", "{path}: {answer}");
-        assert!(answer.contains("/metrics and /status only"), "{answer}");
+        assert!(answer.contains("permits only /metrics and /status"), "{answer}");
     }
 }
 
@@ -476,7 +477,7 @@ fn wall_05_the_intake_takes_events_of_configured_pages_only() {
     let answer = send("Origin: https://app.example\r\n", 0);
     assert_eq!(status(&answer), "200", "{answer}");
     assert!(answer.contains("access-control-allow-origin: https://app.example"), "{answer}");
-    // A program sends no origin; a proxy has any name.
+    // A program sends no `Origin`; a proxy may have any host name.
     assert_eq!(status(&send("Host: events.example\r\n", 1)), "200");
     for (origin, code) in [("https://app.example", "204"), ("https://evil.example", "403")] {
         let headers = format!("Origin: {origin}\r\nAccess-Control-Request-Method: POST\r\n");
@@ -490,7 +491,7 @@ fn wall_05_the_intake_takes_events_of_configured_pages_only() {
     assert_eq!(body(&health), "ready\n", "{health}");
 }
 
-/// Routes that change something, or show what records hold.
+/// Routes that change something, or that show the content of records.
 const CHANGES: [(&str, &str); 5] = [
     ("POST", "/reload"),
     ("POST", "/reload?dry_run=true"),
@@ -515,7 +516,7 @@ fn wall_15_changes_need_the_token_that_is_written_for_the_owner() {
     }
     let answer = ask(ports.admin, "POST", "/reload?dry_run=true", &ports.token(), b"");
     assert_eq!(status(&answer), "200", "{answer}");
-    // The commands find it themselves.
+    // Commands find the token themselves.
     let (file, plugin) = (ports.file(), crate::support::plugin("route-json"));
     for arguments in [
         &["reload", &file, "--dry-run"][..],
@@ -531,7 +532,7 @@ fn wall_15_changes_need_the_token_that_is_written_for_the_owner() {
     }
 }
 
-/// The file that a killed process has left names a port that another user may have by now.
+/// The file that a killed process has left names a port that may belong to another user now.
 #[test]
 fn wall_15_commands_ask_no_port_of_a_pipeline_that_was_killed() {
     let ports = Ports::start("", "", "");
@@ -545,13 +546,14 @@ fn wall_15_commands_ask_no_port_of_a_pipeline_that_was_killed() {
     other.set_nonblocking(true).expect("set");
     let output = crate::support::run(&["reload", &file]);
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(!output.status.success() && said.contains("does not run"), "{said}");
+    assert!(!output.status.success() && said.contains("is not running"), "{said}");
     let asked = other.accept();
-    assert!(asked.is_err_and(|error| error.kind() == ErrorKind::WouldBlock), "it was asked");
+    assert!(asked.is_err_and(|error| error.kind() == ErrorKind::WouldBlock), "it got a request");
     drop(world);
 }
 
-/// A file of another user would send commands, and what they bring, to a port of that user.
+/// Another user could have written this file. Commands would then send requests, with their content, to a port of
+/// that user.
 #[test]
 fn wall_15_an_address_that_others_could_have_written_is_not_used() {
     let ports = Ports::start("", "", "");
@@ -562,12 +564,12 @@ fn wall_15_an_address_that_others_could_have_written_is_not_used() {
         String::from_utf8_lossy(&output.stderr).into_owned()
     };
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).expect("set");
-    assert!(refused().contains("control.json is not used"), "{}", refused());
+    assert!(refused().contains("control.json: "), "{}", refused());
     let elsewhere = ports.world.folder.path().join("elsewhere.json");
     std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o600)).expect("set");
     std::fs::rename(&path, &elsewhere).expect("moved");
     std::os::unix::fs::symlink(&elsewhere, &path).expect("linked");
-    assert!(refused().contains("control.json is not used"), "{}", refused());
+    assert!(refused().contains("control.json: "), "{}", refused());
 }
 
 /// Asks the embedded stream for its streams.
@@ -580,7 +582,7 @@ fn list_streams(headers: &str) -> String {
     )
 }
 
-/// The port of a stream whose process was killed may be another user's.
+/// The port of a stream whose process was killed may belong to another user.
 #[test]
 fn wall_15_a_run_sends_nothing_to_who_takes_the_port_of_its_stream() {
     let mut ports = Ports::start("", "", "");
@@ -589,14 +591,14 @@ fn wall_15_a_run_sends_nothing_to_who_takes_the_port_of_its_stream() {
     ports.world.kill_server();
     let other = TcpListener::bind(&ports.world.address).expect("the port");
     other.set_nonblocking(true).expect("set");
-    // No answer may come within the deadline of this client: the intake waits for the stream.
+    // An answer may take longer than this client waits: the intake waits for the stream.
     let answer = post(ports.intake, &row(1, 1));
     assert_ne!(status(&answer), "200", "{answer}");
     wait_for("lanes and the intake to say so", || {
-        ports.world.logged("the intake cannot put") && ports.world.logged("has ended")
+        ports.world.logged("the intake failed to put records") && ports.world.logged("has ended")
     });
     let asked = other.accept();
-    assert!(asked.is_err_and(|error| error.kind() == ErrorKind::WouldBlock), "it was asked");
+    assert!(asked.is_err_and(|error| error.kind() == ErrorKind::WouldBlock), "it got a request");
 }
 
 #[test]
@@ -623,8 +625,8 @@ fn wall_15_the_embedded_stream_is_its_owners() {
         assert!(status(&answer) == "403" && !answer.contains("StreamNames"), "{answer}");
     }
 
-    // Only root can act for another user.
-    // SAFETY: a question that cannot fail.
+    // Only root can act as another user.
+    // SAFETY: the call cannot fail.
     if unsafe { libc::geteuid() } != 0 {
         return;
     }

@@ -1,4 +1,4 @@
-//! Calls of plugins to the host, and what plugins name themselves.
+//! Calls of plugins to the host, and names that plugins give themselves.
 
 mod arguments;
 mod asking;

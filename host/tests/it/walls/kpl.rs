@@ -1,4 +1,4 @@
-//! Aggregates and the memory that records keep alive.
+//! Aggregates of the Kinesis Producer Library, and the memory that records keep alive.
 
 mod aggregates;
 mod memory;
@@ -14,7 +14,7 @@ use md5::{Digest as _, Md5};
 use crate::support::world::{STREAM, World, hashes};
 use crate::support::{ADMIN_TOKEN, Process, shardmill};
 
-/// An aggregate of so many user records that all name one key.
+/// Makes an aggregate of user records that all have one key.
 fn one_key(key: &str, payloads: impl Iterator<Item = Vec<u8>>) -> Vec<u8> {
     let mut body = Vec::new();
     field(&mut body, 1, key.as_bytes());
@@ -37,7 +37,7 @@ fn field(message: &mut Vec<u8>, number: u8, bytes: &[u8]) {
     message.extend_from_slice(bytes);
 }
 
-/// A partition key that belongs to a shard: one whose hash is in its range.
+/// Returns a partition key whose hash belongs to a shard's range.
 fn key_of(shard: &Shard) -> String {
     let (first, last) = hashes(shard);
     let keys = (0..).map(|number| format!("key-{number}"));
@@ -65,8 +65,8 @@ fn start(world: &World, path: &str) -> Process {
     Process(run.expect("the binary starts"))
 }
 
-/// A GET with the token of the tests that must be answered in time; `None`: nobody listens yet, or no answer
-/// came.
+/// Sends a GET with the token of the tests, which must be answered in time; `None` if nobody listens yet, or if there
+/// was no answer.
 fn get(port: u16, path: &str, time_max: Duration) -> Option<String> {
     let mut stream = TcpStream::connect(("127.0.0.1", port)).ok()?;
     stream.set_read_timeout(Some(time_max)).expect("set");
@@ -80,7 +80,7 @@ fn get(port: u16, path: &str, time_max: Duration) -> Option<String> {
     Some(answer)
 }
 
-/// The sum of a metric's series.
+/// Returns the sum of a metric's series.
 fn metric(port: u16, name: &str) -> f64 {
     let text = get(port, "/metrics", Duration::from_secs(10)).unwrap_or_default();
     let lines = text

@@ -1,4 +1,4 @@
-//! Walls: hostile events, hostile plugins and other users of the machine hurt nobody else.
+//! Walls: hostile events, hostile plugins and other users of the machine harm nobody else.
 //!
 //! A test is named after the case that it was made for: `wall_NN_what_is_right`.
 

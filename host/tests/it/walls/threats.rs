@@ -1,14 +1,14 @@
-//! The book's page on security: each wall that it names is shown by tests that exist.
+//! The book's page on security: existing tests show each wall that it names.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::support::{host_sources, root};
 
-/// The heading of a table's column that names tests.
+/// Heading of the table's column that names tests.
 const SHOWN_BY: &str = "shown by";
 
-/// The tests that a table's row names, for each row about a wall.
+/// Returns the tests that a table's row names, for each row about a wall.
 fn rows(page: &str) -> Vec<(String, Vec<String>)> {
     let mut rows = Vec::new();
     let mut column = None;
@@ -46,7 +46,7 @@ fn page() -> String {
     fs::read_to_string(root().join("docs/src/security.md")).expect("the page")
 }
 
-/// Whether a source has a test of this name: a function below an attribute of tests.
+/// Whether a source has a test of this name: a function below a test attribute.
 fn is_test_in(source: &str, name: &str) -> bool {
     let lines: Vec<&str> = source.lines().map(str::trim).collect();
     let begins = [format!("fn {name}("), format!("async fn {name}(")];
@@ -70,12 +70,12 @@ fn wall_21_each_wall_is_shown_by_tests_that_exist() {
     assert!(rows.len() > 30, "{} walls", rows.len());
     let mut missing = Vec::new();
     for (wall, tests) in rows {
-        assert!(!tests.is_empty(), "no test is named: {wall}");
+        assert!(!tests.is_empty(), "no test for: {wall}");
         missing.extend(
             tests.into_iter().filter(|test| !code.iter().any(|code| is_test_in(code, test))),
         );
     }
-    assert!(missing.is_empty(), "security.md names tests that are not there: {missing:?}");
+    assert!(missing.is_empty(), "security.md names missing tests: {missing:?}");
 }
 
 #[test]
@@ -101,7 +101,7 @@ fn a_row_without_a_test_is_found() {
     assert!(!is_test_in("#[cfg(test)]\nfn t1() {", "t1"), "neither is one for tests alone");
 }
 
-/// Every file of a corpus is small, or nobody would read what it shows.
+/// Every file of a corpus is small: nobody would read a large one.
 #[test]
 fn wall_20_corpora_are_small() {
     let corpora = root().join("fuzz/corpus");

@@ -1,4 +1,4 @@
-//! Asks the host for what it asks others for: lookup, http.
+//! Calls the capabilities that ask other servers: lookup, http.
 
 use serde::Deserialize;
 use shardmill_sdk::http::{self, Request};
@@ -30,7 +30,7 @@ impl BatchPlugin for Far {
         for ((record, name), row) in batch.records().zip(names).zip(rows) {
             match row {
                 Some(row) => out.at(&record).emit(OUT, row),
-                // What fails, fails the batch: the host tries it again, or finds the guilty record.
+                // An error here fails the whole batch: the host retries it, or searches for the culprit.
                 None => out.at(&record).emit(OUT, self.ask(&record, name)?),
             }
         }

@@ -1,4 +1,4 @@
-//! Dead letters, replays and swaps: what runs again runs once.
+//! Dead letters, replays and swaps: a rerun record takes effect once.
 
 mod redrives;
 mod replays;
@@ -11,14 +11,14 @@ use serde_json::Value;
 
 use crate::support::{Process, output, postgres_url, shardmill, sqlite};
 
-/// A pipeline in a folder of its own.
+/// Pipeline in a folder of its own.
 struct Folder {
     folder: tempfile::TempDir,
     name: String,
 }
 
 impl Folder {
-    /// With a name that no other test has: positions of several lie in one database.
+    /// Uses a name that no other test has, because several tests keep positions in one database.
     fn new(test: &str) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         Self { folder, name: format!("{test}-{}", std::process::id()) }
@@ -32,12 +32,12 @@ impl Folder {
         self.path().join("pipeline.toml")
     }
 
-    /// A table's name that no other test has.
+    /// Returns a table name that no other test has.
     fn table(&self, name: &str) -> String {
         format!("{}_{name}", self.name.replace('-', "_"))
     }
 
-    /// Changes the pipeline's file.
+    /// Edits the pipeline's file.
     fn replace(&self, old: &str, new: &str) {
         let text = std::fs::read_to_string(self.file()).expect("read");
         assert!(text.contains(old), "{old}: {text}");
@@ -57,7 +57,7 @@ impl Folder {
         String::from_utf8_lossy(&done.stdout).into_owned()
     }
 
-    /// A command that must fail; gives its error.
+    /// Runs a command that must fail; returns its error.
     fn refused(&self, arguments: &[&str]) -> String {
         let done: Output = output(&mut self.command(arguments));
         let said = String::from_utf8_lossy(&done.stdout);
@@ -70,14 +70,14 @@ impl Folder {
         serde_json::from_str(said.lines().last().unwrap_or_default()).expect("JSON")
     }
 
-    /// What `dlq redrive` reports: letters, failed again, left.
+    /// Runs `dlq redrive`; returns how many dead letters were redriven, failed again, and are left.
     fn redriven(&self, arguments: &[&str]) -> (u64, u64, u64) {
         let report = self.report(&[&["dlq", "redrive"], arguments].concat());
         let count = |name: &str| report[name].as_u64().unwrap_or_default();
         (count("letters"), count("failed_again"), count("left"))
     }
 
-    /// The places of the letters, sorted.
+    /// Returns the places (stage or sink) of the dead letters, sorted.
     fn dead_letters(&self) -> Vec<String> {
         let listed = self.ok(&["dlq", "list", "--json", "--limit", "10000"]);
         let place = |line: &str| {
@@ -99,13 +99,13 @@ impl Folder {
         sqlite(&self.path().join("state").join(&self.name).join("state.db"))
     }
 
-    /// A number that SQL gives of the state.
+    /// Runs an SQL query on the state; returns the number.
     fn count_in_state(&self, sql: &str) -> u64 {
         self.state().query_row(sql, [], |row| row.get(0)).expect(sql)
     }
 }
 
-/// A table that nobody else can use until this is dropped.
+/// Lock on a table: nobody else can use the table until this is dropped.
 pub(super) struct Locked {
     runtime: tokio::runtime::Runtime,
     client: Option<tokio_postgres::Client>,
@@ -131,7 +131,7 @@ impl Locked {
 impl Drop for Locked {
     fn drop(&mut self) {
         if let Some(client) = self.client.take() {
-            // The lock is gone on return, not some time later.
+            // The lock is released before this returns, not some time later.
             let ended = self.runtime.block_on(client.batch_execute("ROLLBACK"));
             if !std::thread::panicking() {
                 ended.expect("unlocked");

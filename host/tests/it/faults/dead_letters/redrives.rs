@@ -1,4 +1,4 @@
-//! Redrives that are broken off, or run beside a pipeline whose files say something else.
+//! Redrives that are interrupted, or that run beside a pipeline whose files have changed.
 
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
@@ -8,10 +8,10 @@ use crate::support::pipeline::PipelineToml;
 use crate::support::{postgres, sqlite, wait_for};
 use crate::swap::fixture::{Fixture, stamp};
 
-/// Lines of `[pipeline]` that let any share of records fail.
+/// Lines of `[pipeline]` that allow any share of records to fail.
 const ANY_SHARE: &str = "rejected_of_last_1000 = 1000\nrejected_in_a_row = 100000";
 
-/// A stage that traps on records with a word.
+/// Returns a stage that traps on records that contain a word.
 fn trap_on(word: &str) -> String {
     format!("config = {{ trap_on = \"{word}\", format = \"application/json\" }}")
 }
@@ -47,14 +47,14 @@ fn fault_10_copies_go_on_beside_a_redrive_that_was_broken_off() {
     };
     assert_eq!(copied(), ["stage:check", "stage:check"]);
 
-    // Mended: one letter becomes a row, which the table takes later, the other fails at the next stage.
+    // Now fixed: one dead letter becomes a row that the table accepts later, the other fails at the next stage.
     cars.replace("trap_on = \"trap\"", "trap_on = \"nothing\"");
     let lock = Locked::table(&table);
     let redrive = cars.start(&["dlq", "redrive", "--all"]);
     wait_for("the redrive to fail again", || {
         cars.count_in_state("SELECT count(*) FROM dead_letter WHERE stream GLOB 'letters:*'") == 1
     });
-    // As a crash does.
+    // Kills the process, as a crash does.
     drop(redrive);
     drop(lock);
     assert_eq!(cars.dead_letters(), ["stage:check", "stage:check"]);
@@ -71,10 +71,11 @@ fn fault_10_copies_go_on_beside_a_redrive_that_was_broken_off() {
     postgres(&format!("DROP TABLE {table}"));
 }
 
-/// How many records a redrive has that is killed: enough that the first rows are seen before all are written.
+/// Number of records of a redrive that is killed: enough for the first rows to appear before all are written.
 const HALF_OF: u64 = 600;
 
-/// Letters of two sinks, each for the same records; both take rows by now, but `b` waits for a lock.
+/// Leaves dead letters of two sinks for the same records, with a redrive killed halfway: both sinks accept rows now,
+/// but `b` waits for a lock.
 fn half_redriven(test: &str) -> (Folder, String) {
     let cars = Folder::new(test);
     let b = cars.table("b");
@@ -102,13 +103,13 @@ fn half_redriven(test: &str) -> (Folder, String) {
     let redrive = cars.start(&["dlq", "redrive", "--all"]);
     let begun = Instant::now();
     while rows_of(&cars) < 3 {
-        assert!(begun.elapsed() < Duration::from_secs(60), "no row comes");
+        assert!(begun.elapsed() < Duration::from_secs(60), "no row is written");
         std::thread::sleep(Duration::from_millis(1));
     }
-    // As a crash does.
+    // Kills the process, as a crash does.
     drop(redrive);
     drop(lock);
-    assert!(rows_of(&cars) < HALF_OF, "it was broken off in the middle");
+    assert!(rows_of(&cars) < HALF_OF, "the redrive ended before the kill");
     (cars, b)
 }
 
@@ -140,7 +141,7 @@ fn fault_24_a_redrive_that_ran_half_is_finished_without_a_sink_that_is_gone() {
     assert_eq!(cars.redriven(&["--without", "b"]), (HALF_OF, 0, HALF_OF));
     assert_each_once(&cars);
     assert!(cars.dead_letters().iter().all(|place| place == "sink:b"));
-    // What is left waits for nobody else.
+    // The dead letters that are left wait for no other sink.
     assert_eq!(cars.redriven(&["--all"]), (0, 0, 0));
 
     // The sink is back: it has each row once as well.
@@ -160,7 +161,10 @@ fn fault_25_a_redrive_that_ran_half_waits_for_a_renamed_sink_and_goes_on_as_it()
     cars.replace("[\"a\", \"b\"]", "[\"c\", \"b\"]");
     cars.replace("name = \"a\"", "name = \"c\"");
     let refused = cars.refused(&["dlq", "redrive", "--all"]);
-    assert!(refused.contains("sink c is new where sink a has written"), "{refused}");
+    assert!(
+        refused.contains("sink c is new at a destination to which sink a has written"),
+        "{refused}"
+    );
     cars.replace("name = \"c\"", "name = \"c\"\nrenamed_from = \"a\"");
     let refused = cars.refused(&["dlq", "redrive", "--all"]);
     assert!(refused.contains("start it once"), "{refused}");
@@ -209,7 +213,7 @@ fn fault_24_a_redrive_that_nothing_of_has_run_is_cancelled() {
     cars.replace("table = \"b\"", "table = \"c\"");
     cars.replace("[\"a\", \"b\"]", "[\"a\", \"c\"]");
     let said = cars.refused(&["dlq", "redrive", "--all"]);
-    assert!(said.contains("sink:b is not in the pipeline any more"), "{said}");
+    assert!(said.contains("sink:b is no longer in the pipeline"), "{said}");
     assert_eq!(cars.redriven(&["--sink", "a"]), (2, 2, 0));
     assert_eq!(cars.dead_letters().len(), 4);
 }
@@ -237,7 +241,8 @@ fn fault_24_dead_letters_of_a_stage_that_is_gone_stay_dead_letters() {
     wait_for("the redrive to run", || {
         cars.count_in_state("SELECT count(*) FROM shard WHERE stream GLOB 'letters:*'") > 0
     });
-    // It is a redrive that runs, not the pipeline: under another name or state folder there are no such letters.
+    // The message names a redrive, not the pipeline, and does not suggest another name or state folder: those would
+    // have no such dead letters.
     let said = cars.refused(&["dlq", "redrive", "--all"]);
     let running =
         format!("another redrive or replay of pipeline {} is running, as process", cars.name);
@@ -250,7 +255,7 @@ fn fault_24_dead_letters_of_a_stage_that_is_gone_stay_dead_letters() {
     assert!(said.contains("--without check"), "{said}");
     let (dead_letters, failed_again, _) = cars.redriven(&["--without", "check"]);
     assert_eq!(failed_again, 0);
-    // Back under its name: what was not delivered before is now.
+    // With the old name restored, the rest is delivered.
     cars.replace("name = \"verify\"", "name = \"check\"");
     assert_eq!(cars.redriven(&["--all"]), (2 - dead_letters, 0, 0));
     let counts = format!("SELECT count(*) || ' ' || count(DISTINCT id) FROM {table}");
@@ -269,7 +274,7 @@ fn fault_28_a_redrive_beside_a_pipeline_runs_what_runs_and_notes_nothing() {
     let change = fixture.swap(&fixture.version("v2 none"), &[]);
     assert_eq!(change["number"], 1);
 
-    // Nobody has loaded what the files say by now.
+    // The running pipeline has not loaded what the files say now.
     std::fs::write(fixture.stage_file(), stamp("v3 other 1")).expect("written");
     fixture.stage = "[stage.limits]\nrecord_time = \"300 ms\"".into();
     fixture.write_pipeline();
@@ -310,7 +315,7 @@ fn fault_28_a_redrive_is_refused_where_a_sink_was_changed_in_the_file_alone() {
     fixture.wait_rows(9);
     let table = fixture.table.clone();
     fixture.table = format!("{table}_other");
-    // The name of the pipeline stays.
+    // The name of the pipeline stays the same.
     let text = std::fs::read_to_string(fixture.pipeline_file()).expect("read");
     let text = text.replace(&format!("table = \"{table}\""), "table = \"elsewhere\"");
     std::fs::write(fixture.pipeline_file(), text).expect("written");
@@ -318,7 +323,7 @@ fn fault_28_a_redrive_is_refused_where_a_sink_was_changed_in_the_file_alone() {
     let redriven = fixture.command(&["dlq", "redrive", "--all"]);
     let said = String::from_utf8_lossy(&redriven.stderr).into_owned();
     assert!(
-        !redriven.status.success() && said.contains("sink mart is not as the running"),
+        !redriven.status.success() && said.contains("sink mart differs from the sink of"),
         "{said}"
     );
     fixture.stop();
@@ -335,7 +340,7 @@ fn fault_11_a_rollback_replays_records_of_the_stream_alone() {
     fixture.swap(&fixture.version("v2 other 1"), &[]);
     fixture.world.put(51..101, 10);
     fixture.wait_rows(95);
-    // By the bad version, beside the pipeline: a shard of the ledger that no stream has.
+    // The bad version redrives beside the pipeline: the ledger has a shard for the redrive that no stream has.
     let redriven = fixture.command(&["dlq", "redrive", "--all"]);
     assert!(redriven.status.success(), "{}", String::from_utf8_lossy(&redriven.stderr));
     fixture.wait_rows(100);

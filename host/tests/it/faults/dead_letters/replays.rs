@@ -1,4 +1,5 @@
-//! Replays that replace rows: of their own sink alone, and each record once whatever is redriven after.
+//! Replays that replace rows: only rows of their own sink, and each record once, whatever was redriven before or is
+//! redriven later.
 
 use std::time::Duration;
 
@@ -11,7 +12,7 @@ use crate::swap::fixture::stamp;
 const COLUMNS: &str = "shardmill_pipeline text, shardmill_shard text, shardmill_sequence numeric, \
                        shardmill_arrived_at timestamptz";
 
-/// A stream of records that a pipeline has run, and the times between which they arrived.
+/// Stream whose records a pipeline has run, and the times between which they arrived.
 struct Ran {
     cars: Folder,
     table: String,
@@ -21,7 +22,7 @@ struct Ran {
 }
 
 impl Ran {
-    /// With further columns in the table and further sinks that rows go to.
+    /// Adds columns to the table, and sinks that also get the rows.
     fn new(test: &str, columns: &str, sinks: &[(&str, String)], records: u64) -> Self {
         Self::by(test, columns, sinks, records, &postgres_url())
     }
@@ -72,13 +73,13 @@ impl Ran {
         [&["replay"], &window[..], more].concat()
     }
 
-    /// Rows and distinct ids of the table.
+    /// Returns the number of rows and of distinct ids in the table.
     fn rows(&self) -> String {
         let counts = format!("SELECT count(*) || ' ' || count(DISTINCT id) FROM {}", self.table);
         postgres(&counts).remove(0)
     }
 
-    /// Another version of the stage from now on.
+    /// Replaces the stage's version.
     fn runs(&self, mark: &str) {
         std::fs::write(self.cars.path().join("stage.wasm"), stamp(mark)).expect("written");
     }
@@ -108,17 +109,21 @@ fn fault_17_rows_of_another_sink_are_not_replaced() {
     ran.runs("v2 none");
     assert_eq!(ran.rows(), "18 9");
     let said = ran.cars.refused(&ran.replay(&["--with-dead-letters"]));
-    assert!(said.contains("sink other writes table") && said.contains("shardmill_sink"), "{said}");
+    assert!(
+        said.contains("sink other also writes table") && said.contains("shardmill_sink"),
+        "{said}"
+    );
     assert_eq!(ran.rows(), "18 9");
 
-    // The way out that it names: rows that are there say it by hand, new ones by themselves.
+    // The way out that the message names: a new column names the sink. Existing rows get it by hand, new rows by
+    // themselves.
     let (table, sink) = (&ran.table, "shardmill_sink");
     postgres(&format!(
         "ALTER TABLE {table} ADD COLUMN {sink} text;
          UPDATE {table} SET {sink} = 'mart' WHERE ctid IN (SELECT min(ctid) FROM {table} GROUP BY id)"
     ));
     let said = ran.cars.refused(&ran.replay(&[]));
-    assert!(said.contains("sink other writes table"), "rows that say nothing: {said}");
+    assert!(said.contains("sink other also writes table"), "rows that say nothing: {said}");
     postgres(&format!("UPDATE {table} SET {sink} = 'other' WHERE {sink} IS NULL"));
     let report = ran.cars.report(&ran.replay(&[]));
     assert_eq!(report["swapped"], serde_json::json!([9, 10]), "{report}");
@@ -163,7 +168,7 @@ fn fault_17_a_sink_that_was_there_once_may_have_written_the_table() {
     assert_eq!(ran.rows(), "18 9");
 }
 
-/// Gives the sink another name, which a start has not seen.
+/// Renames the sink. No start has seen the new name.
 fn renamed(ran: &Ran) -> Vec<&str> {
     ran.cars.replace("name = \"mart\"", "name = \"shop\"\nrenamed_from = \"mart\"");
     ran.cars.replace("[\"mart\"]", "[\"shop\"]");
@@ -177,7 +182,7 @@ fn fault_25_a_replay_takes_no_position_away_from_a_sink_that_is_to_be_renamed() 
     let said = ran.cars.refused(&replay);
     assert!(said.contains("start it once"), "{said}");
     ran.cars.ok(&["run", "--until-caught-up"]);
-    assert_eq!(ran.rows(), "9 9", "it went on where it was");
+    assert_eq!(ran.rows(), "9 9", "the run continues at its position");
     ran.cars.ok(&replay);
     ran.cars.ok(&["run", "--until-caught-up"]);
     assert_eq!(ran.rows(), "9 9");
@@ -212,17 +217,17 @@ fn fault_23_dead_letters_of_a_replayed_window_are_redriven_to_the_other_sinks_on
         (ran.rows(), copied(), ran.cars.dead_letters().len()),
         ("36 36".into(), (36, 36), 4)
     );
-    // One record fails in the replay as well: it is among the letters for both sinks.
+    // One record also fails in the replay: it has a dead letter for each of the two sinks.
     ran.runs("v2 reject 20");
     let refused = ran.cars.refused(&ran.replay(&[]));
-    assert!(refused.contains("2 records are not among the new rows"), "{refused}");
+    assert!(refused.contains("2 records of the window became dead letters"), "{refused}");
     ran.cars.report(&ran.replay(&["--with-dead-letters"]));
     assert_eq!(ran.rows(), "38 38");
     ran.runs("v3 none");
     assert_eq!(ran.cars.redriven(&["--all"]), (4, 0, 0));
     assert_eq!((ran.rows(), copied()), ("40 40".into(), (40, 40)));
     assert_eq!(ran.cars.dead_letters(), Vec::<String>::new());
-    // Whatever was redriven, a replay makes each record once.
+    // Whatever was redriven, a replay writes each record once.
     ran.cars.report(&ran.replay(&[]));
     assert_eq!(ran.rows(), "40 40");
 }
@@ -233,7 +238,7 @@ fn fault_23_a_dead_letter_that_fails_again_elsewhere_is_not_for_the_replayed_sin
     ran.runs("v2 none");
     ran.cars.report(&ran.replay(&[]));
     assert_eq!(ran.rows(), "20 20");
-    // It still fails in the stage, then passes: the marks stay with the letters.
+    // The record fails in the stage again, then passes: the marks stay with the dead letters.
     ran.runs("v3 reject 10");
     assert_eq!(ran.cars.redriven(&["--all"]), (2, 2, 0));
     ran.runs("v4 none");
@@ -241,7 +246,7 @@ fn fault_23_a_dead_letter_that_fails_again_elsewhere_is_not_for_the_replayed_sin
     assert_eq!(ran.rows(), "20 20");
 }
 
-/// The connection is cut at the COMMIT of the swap.
+/// Cuts the connection at the COMMIT that swaps the rows.
 fn unknown_commit(test: &str, cut: Cut) {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let url = url::Url::parse(&postgres_url()).expect("a URL");
@@ -263,7 +268,7 @@ fn unknown_commit(test: &str, cut: Cut) {
         }
         _ => {
             assert_eq!(replayed.status.success(), !refuses, "{said}");
-            assert!(!refuses || said.contains("finds it out"), "{said}");
+            assert!(!refuses || said.contains("resolves it"), "{said}");
             assert_eq!(ran.rows(), "20 20");
         }
     }
@@ -292,8 +297,8 @@ fn fault_23_a_replay_of_an_unknown_end_is_resolved_by_the_redrive() {
     );
 }
 
-/// A whole second that has just begun, more than one after all that was before: times of arrival are whole
-/// seconds in the embedded stream.
+/// Waits until a second begins that is more than one second after everything before; returns its time. The embedded
+/// stream stores arrival times in whole seconds.
 fn next_second() -> String {
     let begun = chrono::Utc::now().timestamp();
     let now = || chrono::Utc::now().timestamp();

@@ -1,4 +1,4 @@
-//! The HTTP sink against a server that answers in odd ways.
+//! The HTTP sink against a server whose answers are unusual.
 
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
@@ -11,15 +11,16 @@ use crate::support::pipeline::PipelineToml;
 use crate::support::world::{STREAM, World};
 use crate::support::{Process, run_ok, shardmill, wait_for};
 
-/// What a server does with a request that it has read: it writes to the connection. False: it closes.
+/// Server's reaction to a request that it has read: it writes to the connection. If it returns false, the connection
+/// is closed.
 type Answer = dyn Fn(usize, &str, &mut TcpStream) -> bool + Send + Sync;
 
-/// An endpoint whose answers are given by a function of the request's number and body.
+/// Endpoint whose answers come from a function of the request's number and body.
 #[derive(Clone)]
 struct Endpoint {
     port: u16,
     connections: Arc<AtomicUsize>,
-    /// When each request came, and its body.
+    /// Arrival time and body of each request.
     requests: Arc<Mutex<Vec<(Instant, String)>>>,
     answer: Arc<Answer>,
 }
@@ -45,7 +46,7 @@ impl Endpoint {
         let mut reader = BufReader::new(connection.try_clone().expect("cloned"));
         while let Some(body) = read_request(&mut reader) {
             let number = {
-                let mut requests = self.requests.lock().expect("whole");
+                let mut requests = self.requests.lock().expect("a lock");
                 requests.push((Instant::now(), body.clone()));
                 requests.len() - 1
             };
@@ -55,9 +56,9 @@ impl Endpoint {
         }
     }
 
-    /// The rows of all requests.
+    /// Returns the rows of all requests.
     fn rows(&self) -> Vec<String> {
-        let requests = self.requests.lock().expect("whole");
+        let requests = self.requests.lock().expect("a lock");
         let rows = |(_, body): &(Instant, String)| -> Vec<String> {
             let rows: Vec<serde_json::Value> = serde_json::from_str(body).expect("an array");
             rows.iter().map(ToString::to_string).collect()
@@ -73,7 +74,7 @@ impl Endpoint {
     }
 }
 
-/// Reads a request's head and body; `None`: there is none.
+/// Reads a request's head and body; `None` if the connection has ended.
 fn read_request(reader: &mut BufReader<TcpStream>) -> Option<String> {
     let mut length = 0;
     let mut line = String::new();
@@ -94,12 +95,12 @@ fn read_request(reader: &mut BufReader<TcpStream>) -> Option<String> {
     Some(String::from_utf8(body).expect("text"))
 }
 
-/// Writes as much as the other end takes.
+/// Writes as much as the client accepts.
 fn say(connection: &mut TcpStream, text: &str) {
     let _ = connection.write_all(text.as_bytes());
 }
 
-/// Starts a run in the background, and gives its log's path.
+/// Starts a run in the background; returns its log's path too.
 fn start(lines: &Lines) -> (Process, std::path::PathBuf) {
     let log = lines.at("run.log");
     let mut command = shardmill(&["run", &lines.path()]);
@@ -130,7 +131,7 @@ fn fault_27_a_2xx_head_is_the_answer_whatever_its_body() {
             "a body that never comes",
             Box::new(|_, _, to: &mut TcpStream| {
                 say(to, "HTTP/1.1 201 Created\r\ncontent-length: 9\r\n\r\n");
-                // Until the client goes away.
+                // Blocks until the client closes the connection.
                 let _ = to.read(&mut [0]);
                 false
             }),
@@ -212,7 +213,7 @@ fn fault_27_success_before_the_request_was_sent_is_none() {
             let mut to = connection.try_clone().expect("cloned");
             let mut reader = BufReader::new(connection);
             if number == 0 {
-                // The head alone is read. Bytes on the way are lost when it is closed.
+                // Reads the head only. Closing the connection then loses the bytes that are still on their way.
                 let mut line = String::new();
                 while reader.read_line(&mut line).is_ok_and(|read| read > 2) {
                     line.clear();
@@ -221,7 +222,7 @@ fn fault_27_success_before_the_request_was_sent_is_none() {
                 continue;
             }
             while let Some(body) = read_request(&mut reader) {
-                takes.lock().expect("whole").push(body);
+                takes.lock().expect("a lock").push(body);
                 say(&mut to, "HTTP/1.1 200 OK\r\ncontent-length: 0\r\n\r\n");
             }
         }
@@ -240,7 +241,7 @@ fn fault_27_success_before_the_request_was_sent_is_none() {
         .route_all_to(&["out"])
         .table(&sink);
     let log = Lines { folder, file: pipeline }.run();
-    let taken = taken.lock().expect("whole");
+    let taken = taken.lock().expect("a lock");
     let found: usize = taken.iter().map(|body| body.matches("\"id\":").count()).sum();
     assert_eq!(found, 40, "{log}");
     assert!(log.contains("before the whole request was sent") || log.contains("blocked"), "{log}");
@@ -264,7 +265,7 @@ fn fault_27_retry_after_is_obeyed_in_both_forms() {
                 true
             });
             let log = endpoint.lines(&ids(3), "").run();
-            let requests = endpoint.requests.lock().expect("whole");
+            let requests = endpoint.requests.lock().expect("a lock");
             assert_eq!(requests.len(), 2, "{log}");
             let pause = requests[1].0 - requests[0].0;
             assert!(pause >= Duration::from_millis(1_900), "{status}: {pause:?}");
@@ -273,7 +274,8 @@ fn fault_27_retry_after_is_obeyed_in_both_forms() {
     }
 }
 
-/// The drain is for the end that somebody asks for. A run that ends by itself ends once all is committed.
+/// The deadline `drain` applies to a stop that somebody requests. A run that ends by itself ends once everything is
+/// committed.
 #[test]
 fn fault_01_a_run_until_caught_up_waits_for_its_sinks() {
     const REFUSED: usize = 60;
@@ -287,14 +289,14 @@ fn fault_01_a_run_until_caught_up_waits_for_its_sinks() {
     let sink =
         format!("type = \"http\"\nprivate = true\nurl = \"http://127.0.0.1:{}/x\"", endpoint.port);
     let file = PipelineToml::new(world.folder.path(), "patient")
-        // Of the requests before the first that is taken, the drain has time for a third.
+        // The drain lasts for only a third of the requests that fail before the first one is taken.
         .timing("drain = \"1 s\"\nretry_pause = \"50 ms\"\ncheckpoint = \"50 ms\"\n")
         .stream(STREAM, "embedded", "poll_interval = \"200 ms\"")
         .route_all_to(&["mart"])
         .sink("mart", &sink)
         .write();
     run_ok(&["run", &file, "--until-caught-up"]);
-    let requests = endpoint.requests.lock().expect("whole");
+    let requests = endpoint.requests.lock().expect("a lock");
     let taken: usize =
         requests.iter().skip(REFUSED).map(|(_, body)| body.matches("\"id\":").count()).sum();
     assert_eq!(taken, 10);
@@ -306,7 +308,7 @@ fn fault_27_other_answers_keep_the_rows_waiting_and_say_why() {
         (301, "Location: https://elsewhere.example/events)"),
         (308, "redirects are not followed"),
         (404, "set `url`"),
-        (405, "takes POST"),
+        (405, "accepts POST"),
         (409, "refuse = [409]"),
         (207, "207"),
         (500, "answered 500"),

@@ -1,4 +1,4 @@
-//! Objects, SQLite and HTTP: odd rows, answers and files that break off.
+//! Objects, SQLite and HTTP sinks: unusual rows and answers, and files that are cut short.
 
 mod http;
 mod objects;
@@ -11,14 +11,14 @@ use std::process::{Command, Output};
 use crate::support::pipeline::PipelineToml;
 use crate::support::{output, run, run_ok, shardmill};
 
-/// A pipeline over the lines of a file into one sink.
+/// Pipeline that reads the lines of a file into one sink.
 struct Lines {
     folder: tempfile::TempDir,
     file: PipelineToml,
 }
 
 impl Lines {
-    /// Rows as JSON lines into a sink called `out`.
+    /// Writes rows as JSON lines, with a sink called `out`.
     fn new(rows: &[String], sink: impl Fn(&Path) -> String) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         let lines = folder.path().join("rows.ndjson");
@@ -34,12 +34,12 @@ impl Lines {
         self.file.write()
     }
 
-    /// A path in the folder.
+    /// Returns a path in the folder.
     fn at(&self, name: &str) -> PathBuf {
         self.folder.path().join(name)
     }
 
-    /// Runs to the end of the file, which must succeed; gives the log.
+    /// Runs to the end of the file, which must succeed; returns the log.
     fn run(&self) -> String {
         let output = run(&["run", &self.path()]);
         let log = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -47,7 +47,7 @@ impl Lines {
         log
     }
 
-    /// The reasons of all dead letters.
+    /// Returns the reasons of all dead letters.
     fn reasons(&self) -> Vec<String> {
         let listed = run_ok(&["dlq", "list", "--pipeline", &self.path(), "--json"]);
         let reason = |line: &str| -> String {
@@ -57,15 +57,15 @@ impl Lines {
         listed.lines().map(reason).collect()
     }
 
-    /// `check`: whether it is content, and all that it said.
+    /// Runs `check`; returns whether it succeeded, and its output.
     fn check(&self, options: &[&str]) -> (bool, String) {
         said(&run(&[&["check", &self.path()], options].concat()))
     }
 
-    /// `check` by a user without rights.
+    /// Runs `check` as a user without rights.
     fn check_as_nobody(&self) -> (bool, String) {
         let path = self.path();
-        // What `check` itself needs: to read the file, and to keep compiled plugins.
+        // `check` itself needs to read the file and to store compiled plugins.
         let state = self.at("state");
         std::fs::create_dir_all(&state).expect("a folder");
         for (place, mode) in [(self.folder.path(), 0o755), (&*state, 0o1777)] {
@@ -80,7 +80,7 @@ fn said(output: &Output) -> (bool, String) {
     (output.status.success(), String::from_utf8_lossy(&text).into_owned())
 }
 
-/// The command without the rights of root, which no file mode binds.
+/// Drops the rights of root from a command: root ignores file modes.
 fn as_nobody(command: Command) -> Command {
     let is_root = std::fs::metadata("/proc/self").expect("a process").uid() == 0;
     if !is_root {
@@ -92,12 +92,12 @@ fn as_nobody(command: Command) -> Command {
     nobody
 }
 
-/// `{"id":0}` and so on.
+/// Returns `{"id":0}` and so on.
 fn ids(count: u64) -> Vec<String> {
     (0..count).map(|id| format!("{{\"id\":{id}}}")).collect()
 }
 
-/// Every file below a folder.
+/// Returns every file below a folder.
 fn files(folder: &Path) -> Vec<PathBuf> {
     let mut found = Vec::new();
     let mut folders = vec![folder.to_owned()];

@@ -1,4 +1,4 @@
-//! The objects sink: names that are too long, logs that cannot go on, and files of writers that were killed.
+//! The objects sink: names that are too long, claim logs that cannot continue, and files that killed writers left.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use crate::sink_objects::support::{Refusals, commit, number, shard};
 use crate::support::world::World;
 use crate::support::{kill_until_it_ends, run, shardmill, wait_for};
 
-/// A pipeline into a folder `logs`.
+/// Makes a pipeline into the folder `logs`.
 fn lines(rows: &[String], sink: &str) -> Lines {
     Lines::new(rows, |folder| {
         let url = folder.join("logs");
@@ -19,7 +19,7 @@ fn lines(rows: &[String], sink: &str) -> Lines {
     })
 }
 
-/// All rows in data files, sorted.
+/// Returns all rows in data files, sorted.
 fn rows(folder: &Path) -> Vec<String> {
     let data =
         files(folder).into_iter().filter(|file| !file.display().to_string().contains("_shardmill"));
@@ -105,7 +105,7 @@ async fn fault_08_a_claim_log_under_a_long_path_is_refused_before_the_first_row(
     }
 }
 
-/// A claim of an earlier version, which bounded nothing.
+/// A claim of an earlier version, which did not limit lengths.
 #[tokio::test]
 async fn fault_08_a_claim_that_can_never_be_kept_has_a_way_out() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -139,7 +139,7 @@ async fn fault_08_a_claim_that_can_never_be_kept_has_a_way_out() {
     assert!(blocked.to_string().contains("objects give-up"), "{blocked}");
     let done = sink().give_up(&shard(), None).await.expect("given up");
     assert_eq!((number(done.to.as_ref()), done.objects_removed.len()), (9, 1));
-    // Once more, as after a crash between the two steps.
+    // A second call, as after a crash between the two steps, finds nothing to remove.
     assert_eq!(sink().give_up(&shard(), None).await.expect("again").objects_removed.len(), 0);
     let mut owner = sink().acquire(&shard()).await.expect("acquired");
     assert_eq!((number(owner.position.as_ref()), owner.must_cut_at), (9, None));
@@ -169,7 +169,7 @@ fn fault_12_a_log_is_not_fenced_again_while_another_sink_is_out_of_reach() {
     world.wait_rows(10);
     let links =
         || files(&logs).iter().filter(|file| file.extension().is_some_and(|e| e == "json")).count();
-    // The table's shard is taken away, and cannot be taken back.
+    // Another owner acquires the shard in the table of the SQLite sink, and the pipeline cannot acquire it again.
     world
         .mart()
         .execute_batch(
@@ -188,9 +188,9 @@ fn fault_12_a_log_is_not_fenced_again_while_another_sink_is_out_of_reach() {
         restarts.map_or(0, |count| count.trim().parse().expect("a number"))
     };
     let tried = tries();
-    wait_for("a few more tries", || tries() > tried + 3);
+    wait_for("a few more retries", || tries() > tried + 3);
     assert_eq!(links(), before, "links while the table is out of reach");
-    world.mart().execute_batch("DROP TRIGGER held").expect("let go");
+    world.mart().execute_batch("DROP TRIGGER held").expect("dropped");
     world.wait_rows(20);
     assert_eq!(run.terminate(), Some(0));
     world.assert_each_once_in_order(20);
@@ -216,7 +216,7 @@ fn fault_29_a_folder_that_is_moved_away_is_noticed_and_goes_on_when_it_is_back()
     std::fs::rename(&logs, &away).expect("moved");
     world.put(10..20, 3);
     wait_for("the move to be noticed", || world.logged("was moved, deleted or replaced"));
-    assert!(!logs.exists(), "no other folder is made in its place");
+    assert!(!logs.exists(), "no other folder is created in its place");
     std::fs::rename(&away, &logs).expect("moved back");
     wait_for("all rows", || rows(&logs).len() == 20);
     assert_eq!(run.terminate(), Some(0));
@@ -227,7 +227,7 @@ fn fault_29_a_folder_that_is_moved_away_is_noticed_and_goes_on_when_it_is_back()
 #[test]
 fn fault_22_a_log_that_lost_its_last_object_goes_on_at_the_checkpoint() {
     let lines = lines(&ids(10), "");
-    // Two claims, so that the log stands within the shard when the last object is gone.
+    // Two claims, so that the log's position lies within the shard when the last object is deleted.
     let file = lines.file.text().replace("linger = \"50 ms\"", "linger = \"50 ms\"\nrows = 5");
     let file = file.replacen("[[stage]]", "[source.batch]\nrecords = 5\n[[stage]]", 1);
     let path = lines.at("pipeline.toml");
@@ -239,7 +239,7 @@ fn fault_22_a_log_that_lost_its_last_object_goes_on_at_the_checkpoint() {
         files(&lines.at("logs")).into_iter().filter(is_data).collect::<Vec<_>>()
     };
     assert_eq!(data().len(), 2);
-    data().iter().for_each(|file| std::fs::remove_file(file).expect("removed by a rule"));
+    data().iter().for_each(|file| std::fs::remove_file(file).expect("removed"));
     let (ran, text) = said(&run(&["run", &path]));
     assert!(!ran, "{text}");
     let shard = shard_of(&lines);
@@ -247,7 +247,7 @@ fn fault_22_a_log_that_lost_its_last_object_goes_on_at_the_checkpoint() {
     let (done, text) = said(&run(&[&["objects", "skip", &path], &log[..]].concat()));
     assert!(done, "{text}");
     crate::support::run_ok(&["run", &path]);
-    assert!(data().is_empty(), "nothing comes twice");
+    assert!(data().is_empty(), "nothing is written twice");
     let (_, text) = said(&run(&["objects", "verify", &path]));
     assert!(text.contains("hole") && text.contains("90 days"), "{text}");
     let (done, text) = said(&run(&[&["objects", "skip", &path], &log[..]].concat()));
@@ -260,23 +260,23 @@ fn fault_22_a_log_that_is_gone_goes_on_at_the_checkpoint() {
         let lines = lines(&ids(10), "");
         lines.run();
         let shard = shard_of(&lines);
-        // Fences only are left, or nothing at all.
+        // Deletes everything but the fences, or everything.
         lines.run();
         for file in files(&lines.at("logs")) {
             let text = std::fs::read_to_string(&file).unwrap_or_default();
             if !(kept && text.contains("\"claim\": null")) {
-                std::fs::remove_file(&file).expect("removed by a rule");
+                std::fs::remove_file(&file).expect("removed");
             }
         }
         let log = ["--sink", "out", "--shard", &shard];
         let (done, text) = objects(&lines, "skip", &log);
         assert!(done, "{text}");
         lines.run();
-        assert!(rows(&lines.at("logs")).is_empty(), "nothing comes twice");
+        assert!(rows(&lines.at("logs")).is_empty(), "nothing is written twice");
     }
 }
 
-/// The only shard of a pipeline's log.
+/// Returns the only shard of a pipeline's log.
 fn shard_of(lines: &Lines) -> String {
     let log = files(&lines.at("logs")).into_iter().find(|file| file.ends_with("000000000001.json"));
     let folder = log.expect("a link").parent().expect("a folder").to_owned();
@@ -305,11 +305,11 @@ async fn fault_31_check_writes_nothing_on_s3() {
     assert!(warnings[0].contains("--write"), "{warnings:?}");
     let place = crate::sink_objects::support::Place::in_bucket(&server);
     assert_eq!((place.keys(true).await, place.keys(false).await), (Vec::new(), Vec::new()));
-    *server.refusal.lock().expect("no panic") = Some(("AccessDenied", 403));
+    *server.refusal.lock().expect("a lock") = Some(("AccessDenied", 403));
     assert!(sink.check(&[]).await.is_err());
 }
 
-/// Files that are no objects, outside of the folder for them.
+/// Returns files that are not objects: those with a `#` in the name, and those in `_shardmill/.tmp/`.
 fn odd(folder: &Path) -> Vec<PathBuf> {
     let is_odd = |file: &PathBuf| {
         let name = file.file_name().and_then(|name| name.to_str()).unwrap_or_default();
@@ -338,9 +338,9 @@ fn fault_42_leftovers_are_named_and_removed() {
     std::fs::write(&foreign, "not ours").expect("written");
     let (sound, text) = objects(&lines, "verify", &[]);
     assert!(!sound && text.matches("leftover: ").count() == 3, "{text}");
-    assert!(text.contains("notes#1") && text.contains("1 files are being written"), "{text}");
+    assert!(text.contains("notes#1") && text.contains("1 temporary files"), "{text}");
     lines.run();
-    wait_for("leftovers to go", || odd(&logs) == [foreign.clone()]);
+    wait_for("leftovers to be removed", || odd(&logs) == [foreign.clone()]);
 }
 
 #[test]
@@ -356,13 +356,14 @@ fn fault_42_nothing_is_left_where_readers_look_by_writers_that_are_killed() {
         assert_eq!(beside(), 0, "files beside the data");
         shardmill(&["run", &path])
     });
-    wait_for("leftovers to go", || odd(&logs).is_empty());
+    wait_for("leftovers to be removed", || odd(&logs).is_empty());
     assert_eq!(rows(&logs), sorted(rows_expected));
     let (sound, text) = objects(&lines, "verify", &["--content"]);
     assert!(sound, "{text}");
 }
 
-/// By a name or at a place that no start has seen there is no log, and the command would begin one beside the true one.
+/// A sink with a name or place that no start has seen has no log yet. The command would begin a second log beside the
+/// real one.
 #[test]
 fn fault_22_no_log_is_begun_for_a_sink_that_a_start_has_not_resolved() {
     let all: Vec<String> = (0..20).map(|id| format!("{{\"id\":{id}}}")).collect();
@@ -394,8 +395,8 @@ fn fault_22_no_log_is_begun_for_a_sink_that_a_start_has_not_resolved() {
     assert_eq!(rows(&lines.at("logs")), sorted(all));
 }
 
-/// The claims of a file's lines lie in a folder that is called by the file's path: by the key of its positions alone,
-/// `check` looked for them in another one.
+/// The claims of a file's lines lie in a folder named after the file's path. Regression: `check` used only the key of
+/// the sink's positions, and looked in another folder.
 #[test]
 fn fault_31_check_finds_the_claims_of_a_file() {
     let mut some = ids(10);
@@ -407,18 +408,18 @@ fn fault_31_check_finds_the_claims_of_a_file() {
     let lines = Lines { folder, file };
     lines.run();
     assert_eq!(lines.reasons().len(), 1);
-    wait_for("the copied letter", || files(&dead_letters).len() > 1);
+    wait_for("the copied dead letter", || files(&dead_letters).len() > 1);
     let (sound, said) = lines.check(&[]);
-    assert!(sound && !said.contains("is behind"), "{said}");
-    // So do the commands that write into the log of copies, whose positions are in a state of their own.
+    assert!(sound && !said.contains("an earlier position"), "{said}");
+    // The commands that write to the log of the copies find it too; positions of copies are in a state of their own.
     let log = ["--sink", "copies", "--shard", "letters-000000000000"];
     let (_, said) = objects(&lines, "skip", &log);
     assert!(!said.contains("has no checkpoint"), "{said}");
-    // It is asked at the right place: what is gone there is said.
+    // `check` looks in the right folder: it reports when the claims there are deleted.
     for (folder, sink) in [(lines.at("logs"), "out"), (dead_letters, "copies")] {
         let claims = folder.join("_shardmill");
         std::fs::remove_dir_all(&claims).expect("removed");
         let (_, said) = lines.check(&[]);
-        assert!(said.contains(&format!("sink {sink} is behind")), "{said}");
+        assert!(said.contains(&format!("sink {sink} has an earlier position")), "{said}");
     }
 }

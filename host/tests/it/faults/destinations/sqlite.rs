@@ -1,4 +1,4 @@
-//! The SQLite sink: texts that SQLite would alter, files that move, and tables that take no rows.
+//! The SQLite sink: texts that SQLite would alter, files that move, and tables that refuse rows.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::Path;
@@ -51,7 +51,7 @@ fn fault_29_texts_that_sqlite_would_make_numbers_of_are_dead_letters() {
     assert!(reasons.iter().all(|reason| reason.contains("TEXT keeps it")), "{reasons:?}");
 }
 
-/// Opens the mart, reads and closes it, as any other program does.
+/// Opens the data mart, reads it and closes it, as any other program does.
 fn rows_that_python_reads(world: &World) -> u64 {
     let script = "import sqlite3, sys
 mart = sqlite3.connect(sys.argv[1])
@@ -63,9 +63,10 @@ mart.close()";
     printed.trim().parse().unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&read.stderr)))
 }
 
-/// A look at the database from within the process that writes to it. A descriptor of the file that is opened and
-/// closed beside SQLite's own ends all its locks; whoever opens the file next then takes itself for the last one,
-/// and deletes the log with rows that are in it alone.
+/// Commands that look at the database from within the process that writes to it. POSIX file locks end when the
+/// process closes any descriptor of the file, even one that SQLite did not open. The next program that opens the
+/// database would then believe that it is the last user, and would delete the write-ahead log with rows that exist
+/// only there.
 #[test]
 fn fault_29_a_look_at_an_open_database_leaves_its_locks() {
     let world = World::new(1);
@@ -106,7 +107,7 @@ fn fault_29_a_file_that_is_moved_away_is_noticed_and_its_rows_come_when_it_is_ba
     std::fs::rename(&mart, &away).expect("moved");
     world.put(10..20, 3);
     wait_for("the move to be noticed", || world.logged("was moved or deleted"));
-    assert!(!mart.exists(), "no other file is made in its place");
+    assert!(!mart.exists(), "no other file is created in its place");
     std::fs::rename(&away, &mart).expect("moved back");
     world.wait_rows(20);
     assert_eq!(run.terminate(), Some(0));
@@ -120,7 +121,7 @@ fn fault_29_a_file_that_is_replaced_is_noticed() {
     world.put(0..10, 3);
     world.wait_rows(10);
     let folder = world.folder.path();
-    // A backup: whole, without a log.
+    // A backup: complete, without a write-ahead log.
     let sql = format!("VACUUM INTO '{}'", folder.join("backup.db").display());
     world.mart().execute_batch(&sql).expect("copied");
     world.put(10..20, 3);
@@ -132,7 +133,7 @@ fn fault_29_a_file_that_is_replaced_is_noticed() {
     std::fs::rename(folder.join("backup.db"), folder.join("mart.db")).expect("restored");
     world.put(20..30, 3);
     wait_for("the file to be noticed", || world.logged("was replaced"));
-    // It is behind the checkpoint, which is for a person to decide.
+    // The sink's position is before the checkpoint; a person must decide what to do.
     assert!(!run.wait().success());
     assert_eq!(world.rows(), 10);
 }
@@ -160,7 +161,7 @@ fn fault_08_a_row_of_a_deferred_foreign_key_is_a_dead_letter_alone() {
     assert!(reasons[0].contains("deferred foreign key"), "{reasons:?}");
 }
 
-/// What `check` says of a table.
+/// Returns what `check` prints about a table.
 fn checked(create: &str) -> (bool, String) {
     lines(&[r#"{"id":1}"#], create).check(&[])
 }
@@ -191,9 +192,9 @@ fn fault_31_check_finds_tables_that_take_no_row() {
         "CREATE TABLE t (id INTEGER); CREATE TABLE audit (n UNIQUE ON CONFLICT ROLLBACK);
          CREATE TRIGGER note AFTER INSERT ON t BEGIN INSERT INTO audit VALUES (new.id); END",
     );
-    assert!(sound && said.contains("table audit rolls whole transactions back"), "{said}");
+    assert!(sound && said.contains("table audit rolls back whole transactions"), "{said}");
     let (sound, said) = checked("CREATE TABLE t (id INTEGER UNIQUE ON CONFLICT ABORT)");
-    assert!(sound && !said.contains("rolls whole"), "{said}");
+    assert!(sound && !said.contains("rolls back"), "{said}");
     let (sound, said) = checked("CREATE VIRTUAL TABLE t USING dbstat");
     assert!(!sound, "{said}");
 }
@@ -208,7 +209,7 @@ fn fault_31_check_finds_a_file_and_a_folder_that_cannot_be_written() {
     mode(&mart, 0o444);
     let (sound, said) = lines.check_as_nobody();
     assert!(!sound && said.contains("cannot write"), "{said}");
-    // The log lies beside the file.
+    // The write-ahead log lies beside the file.
     mode(&mart, 0o666);
     let (sound, said) = lines.check_as_nobody();
     assert!(!sound && said.contains("cannot write files in"), "{said}");
@@ -227,7 +228,8 @@ fn fault_31_check_makes_no_file_and_no_table() {
     assert!(!lines.at("new").exists(), "{said}");
 }
 
-/// FAIL keeps what the statement did before: the row was there, and a dead letter as well.
+/// With `ON CONFLICT FAIL`, SQLite keeps what the statement did before the error. Regression: the row was in the
+/// table, and there was a dead letter for it as well.
 #[test]
 fn fault_29_of_a_row_that_fails_halfway_nothing_is_left() {
     let triggers = [
@@ -275,7 +277,7 @@ fn wall_02_a_text_of_a_sqlite_trigger_is_cut_and_one_line() {
     );
     lines.run();
     let reasons = lines.reasons();
-    let [reason] = &reasons[..] else { panic!("{} letters", reasons.len()) };
+    let [reason] = &reasons[..] else { panic!("{} dead letters", reasons.len()) };
     assert!(reason.contains(r"no\nerror: forgedxxx"), "{reason:.200}");
     assert!(reason.ends_with("bytes in all)") && reason.len() < 9 << 10, "{} bytes", reason.len());
 }

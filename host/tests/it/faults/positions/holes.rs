@@ -1,4 +1,4 @@
-//! Sinks that were removed, put back or renamed; unreadable state; letters and their revisions.
+//! Sinks that were removed, put back or renamed; unreadable state; dead letters and their revisions.
 
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -9,7 +9,7 @@ use crate::support::world::{STREAM, World, row};
 use crate::support::{Process, postgres, postgres_url, run, run_ok, shardmill, sqlite, wait_for};
 use crate::swap::fixture::stamp;
 
-/// A kind of sink with a place of its own for rows `{"id":…}`.
+/// Kind of sink that has a place of its own for rows `{"id":…}`.
 #[derive(Clone, Copy, Debug)]
 enum Kind {
     Sqlite,
@@ -19,7 +19,7 @@ enum Kind {
 
 const KINDS: [Kind; 3] = [Kind::Sqlite, Kind::Postgres, Kind::Objects];
 
-/// A table or folder.
+/// Table or folder of a sink.
 struct Place {
     kind: Kind,
     folder: PathBuf,
@@ -71,7 +71,7 @@ impl Place {
         }
     }
 
-    /// The ids of all rows, sorted.
+    /// Returns the ids of all rows, sorted.
     fn ids(&self) -> Vec<u64> {
         let query = format!("SELECT id FROM {}", self.table);
         let mut ids: Vec<u64> = match self.kind {
@@ -95,7 +95,7 @@ impl Place {
     }
 }
 
-/// Gathers the ids in objects below a folder, the claim logs excepted.
+/// Collects the ids in objects below a folder, except in the claim logs.
 fn objects(folder: &Path, ids: &mut Vec<u64>) {
     for entry in std::fs::read_dir(folder).into_iter().flatten() {
         let path = entry.expect("an entry").path();
@@ -113,7 +113,7 @@ fn objects(folder: &Path, ids: &mut Vec<u64>) {
     }
 }
 
-/// The lines of a file as a stream, so that each run comes to an end by itself.
+/// Lines of a file as a stream, so that each run ends by itself.
 struct Lines {
     folder: tempfile::TempDir,
     count: u64,
@@ -139,7 +139,7 @@ impl Lines {
         self.count += count;
     }
 
-    /// A pipeline of the lines to these sinks; gives its path.
+    /// Writes a pipeline of the lines to these sinks; returns its path.
     fn pipeline(&self, sinks: &[(&str, &Place)]) -> String {
         self.with(sinks, "").write()
     }
@@ -171,7 +171,7 @@ fn fault_04_a_sink_that_comes_back_starts_at_the_checkpoint_and_the_gap_is_a_nam
         let b = Place::new(Kind::Sqlite, lines.folder.path(), "b");
         lines.put(10);
         run_ok(&["run", &lines.pipeline(&[("a", &a), ("b", &b)])]);
-        // It had everything when it went: nobody needs to be asked, now or later.
+        // The sink had all records when it was removed: nobody needs to be asked, now or later.
         let without = lines.pipeline(&[("b", &b)]);
         for _ in 0..3 {
             lines.put(5);
@@ -231,7 +231,7 @@ fn fault_04_each_time_that_a_sink_is_away_is_a_hole_of_its_own() {
     assert!(!said.contains("hole 2") && said.contains("hole 3"), "{said}");
 }
 
-/// A pipeline of the world's stream to these sinks; the slow one commits after an hour.
+/// Writes a pipeline of the world's stream to these sinks; the slow one commits after an hour.
 fn stream_pipeline(world: &World, sinks: &[(&str, &Place, &str)], slow: Option<&str>) -> String {
     let names: Vec<&str> = sinks.iter().map(|(name, _, _)| *name).collect();
     let file = PipelineToml::new(world.folder.path(), "reading");
@@ -264,7 +264,7 @@ fn fault_04_a_sink_that_lags_is_given_up_once_and_for_all() {
     world.put(0..40, 10);
     let running = start(&world, &pipeline);
     wait_for("rows of a", || a.ids().len() == 40);
-    // `check` asks no sink that is gone: it knows what the last checkpoint says.
+    // `check` does not connect to a removed sink: it uses the positions of the last checkpoint.
     let noted = "SELECT count(*) FROM sink_position WHERE sink = 'a'";
     let noted = || world.state().query_row(noted, (), |row| row.get::<_, u64>(0));
     wait_for("a's positions in the state", || noted() == Ok(2));
@@ -272,15 +272,15 @@ fn fault_04_a_sink_that_lags_is_given_up_once_and_for_all() {
     let pipeline = stream_pipeline(&world, &[("a", &a, "")], None);
     let refused = run(&["run", &pipeline, "--until-caught-up"]);
     assert_eq!(refused.status.code(), Some(1));
-    for part in ["sink b is gone", "behind the other sinks", "`--drop-sink b`"] {
+    for part in ["sink b is missing", "lags the other sinks", "`--drop-sink b`"] {
         assert!(error(&refused).contains(part), "{part} in {}", error(&refused));
     }
     let said = run_ok(&["check", &pipeline]);
-    assert!(said.contains("warning: sink b is gone"), "{said}");
+    assert!(said.contains("warning: sink b is missing"), "{said}");
     run_ok(&["run", &pipeline, "--until-caught-up", "--drop-sink", "b"]);
     world.put(40..60, 10);
     run_ok(&["run", &pipeline, "--until-caught-up"]);
-    // A reload and a lane that is taken over anew ask no more, either.
+    // Neither a reload nor a lane that acquires a shard again needs the option.
     let running = start(&world, &pipeline);
     wait_for("the run to read", || world.logged("reading"));
     let with = stream_pipeline(&world, &both, None);
@@ -323,7 +323,7 @@ fn fault_04_shards_that_came_and_went_while_a_sink_was_away_are_holes_too() {
     assert_eq!((holes.count(), whole), (3, 3), "two children and their child: {said}");
 }
 
-/// A table whose rows say where they are from, so that those of a window can be made again.
+/// Makes a table with lineage columns, so that a replay can replace the rows of a window.
 fn with_lineage(world: &World) -> Place {
     let place = Place::new(Kind::Postgres, world.folder.path(), "a");
     postgres(&format!(
@@ -334,7 +334,7 @@ fn with_lineage(world: &World) -> Place {
     place
 }
 
-/// Gives the command that `check` names, for one hole after the other.
+/// Runs the command that `check` prints, for one hole after the other.
 fn fill_holes(pipeline: &str, count: usize) {
     for _ in 0..count {
         let said = run_ok(&["check", pipeline]);
@@ -382,7 +382,7 @@ fn fault_04_the_hole_of_a_shard_that_ended_is_filled_too() {
     let with = stream_pipeline(&world, &both, None);
     run_ok(&["run", &with, "--until-caught-up"]);
     assert_eq!(a.ids(), [ids(0..20), ids(60..80)].concat());
-    // The parent's, and one of each child.
+    // One hole of the parent, and one of each child.
     fill_holes(&with, 3);
     assert_eq!((a.ids(), b.ids()), (ids(0..80), ids(0..80)));
 }
@@ -399,7 +399,7 @@ fn fault_25_a_renamed_sink_on_its_old_destination_is_found_and_goes_on() {
         wait_for("rows of a", || a.ids().len() == 60);
         drop(running);
         world.put(60..80, 10);
-        // The same sink by another name, while another one lags.
+        // The same sink under another name, while another sink lags.
         let renamed = stream_pipeline(&world, &[("b", &a, ""), ("c", &c, "")], None);
         for _ in 0..2 {
             let refused = run(&["run", &renamed, "--until-caught-up"]);
@@ -415,7 +415,7 @@ fn fault_25_a_renamed_sink_on_its_old_destination_is_found_and_goes_on() {
             run_ok(&["run", &pipeline, "--until-caught-up"]);
             assert_eq!((a.ids(), c.ids()), (ids(0..80), ids(0..80)), "{kind:?}");
         }
-        // The key has done its work.
+        // Once the rename is recorded, the key `renamed_from` can be removed.
         world.put(80..90, 10);
         run_ok(&["run", &renamed, "--until-caught-up"]);
         assert_eq!((a.ids(), c.ids()), (ids(0..90), ids(0..90)), "{kind:?}");
@@ -447,12 +447,16 @@ fn fault_25_a_sink_is_renamed_by_a_reload_and_refused_where_it_would_double() {
     drop(running);
     let exchanged = stream_pipeline(&world, &[("b", &c, ""), ("c", &a, "")], None);
     let refused = error(&run(&["run", &exchanged, "--until-caught-up"]));
-    assert!(refused.contains("sink c is new where sink b has written"), "{refused}");
+    assert!(
+        refused.contains("sink c is new at a destination to which sink b has written"),
+        "{refused}"
+    );
     run_ok(&["run", &stream_pipeline(&world, &same, None), "--until-caught-up"]);
     assert_eq!((a.ids(), c.ids()), (ids(0..60), ids(0..60)));
 }
 
-/// Its own position is at its former destination. From the new one's it would write all rows once more.
+/// The sink's own position is at its former destination. Starting from the new destination's position would write all
+/// rows again.
 #[test]
 fn fault_25_a_sink_that_moves_to_where_another_wrote_is_refused_whatever_is_configured() {
     for kind in [Kind::Postgres, Kind::Objects] {
@@ -463,8 +467,11 @@ fn fault_25_a_sink_that_moves_to_where_another_wrote_is_refused_whatever_is_conf
         world.put(0..20, 10);
         run_ok(&["run", &stream_pipeline(&world, &both, None), "--until-caught-up"]);
         for (sinks, way_out) in [
-            (vec![("a", &b, "")], "Give sink a the destination back that it had"),
-            (vec![("a", &b, ""), ("b", &a, "")], "Give both sinks the destinations back"),
+            (vec![("a", &b, "")], "Give sink a its earlier destination again"),
+            (
+                vec![("a", &b, ""), ("b", &a, "")],
+                "Give both sinks their earlier destinations again",
+            ),
         ] {
             for setting in ["", "on_position_mismatch = \"sink\"\n"] {
                 let moved = stream_pipeline(&world, &sinks, None);
@@ -476,7 +483,7 @@ fn fault_25_a_sink_that_moves_to_where_another_wrote_is_refused_whatever_is_conf
                 assert_eq!(refused.status.code(), Some(1), "{kind:?}: {}", error(&refused));
                 let checked = String::from_utf8_lossy(&checked.stdout).into_owned();
                 for said in [checked, error(&refused)] {
-                    let cause = "sink a is new where sink b has written";
+                    let cause = "sink a is new at a destination to which sink b has written";
                     assert!(said.contains(cause) && said.contains(way_out), "{kind:?}: {said}");
                 }
             }
@@ -529,7 +536,7 @@ fn fault_04_copies_of_dead_letters_may_lose_a_sink_too() {
         let query = format!("SELECT count(*) FROM {name}");
         sqlite(&dead_letters_db).query_row(&query, (), |row| row.get(0)).expect("a count")
     };
-    // Of seven keys, each is taken once.
+    // The rows have seven keys. The table takes each key once; all other rows become dead letters.
     for (dead_letters, more) in
         [(&["x", "y"][..], 10), (&["x"], 10), (&["x"], 10), (&["x", "y"], 0), (&["x", "y"], 10)]
     {
@@ -560,7 +567,7 @@ fn fault_25_dead_letters_and_a_lagging_position_move_to_the_new_name() {
     drop(running);
     let renamed = stream_pipeline(&world, &[("b", &a, ""), ("c", &c, "")], None);
     let refused = error(&run(&["run", &renamed, "--until-caught-up"]));
-    assert!(refused.contains("sink a is gone") && refused.contains("renamed_from"), "{refused}");
+    assert!(refused.contains("sink a is missing") && refused.contains("renamed_from"), "{refused}");
     let sinks = [("b", &a, "renamed_from = \"a\""), ("c", &c, "")];
     let pipeline = stream_pipeline(&world, &sinks, None);
     run_ok(&["run", &pipeline, "--until-caught-up"]);
@@ -610,7 +617,7 @@ fn fault_25_what_was_swapped_in_outlives_a_renamed_sink() {
     assert_eq!((count("v1"), count("v2")), (10, 20), "the files did not change what runs");
     let ledger = "SELECT count(*) FROM ledger";
     let segments: u64 = world.state().query_row(ledger, (), |row| row.get(0)).expect("a count");
-    assert_eq!(segments, 2, "a renamed sink is no other revision");
+    assert_eq!(segments, 2, "renaming a sink adds no revision");
 }
 
 #[test]
@@ -623,11 +630,11 @@ fn fault_18_an_unreadable_record_of_what_runs_stops_the_start() {
     let state = rusqlite::Connection::open(lines.folder.path().join("state/lines/state.db"));
     let state = state.expect("the state");
     for running in ["{\"stages\":\"of a later version\"}", "", "{}"] {
-        state.execute("UPDATE running SET running = ?1", [running]).expect("spoilt");
+        state.execute("UPDATE running SET running = ?1", [running]).expect("damaged");
         lines.put(1);
         let refused = run(&["run", &pipeline]);
         assert_eq!(refused.status.code(), Some(1), "{running}");
-        for part in ["the record of what runs cannot be read", "--files-count", "state.db"] {
+        for part in ["record of the running revision", "--files-count", "state.db"] {
             assert!(error(&refused).contains(part), "{part} in {}", error(&refused));
         }
         assert_eq!(a.ids().len() as u64, lines.count - 1, "nothing was read");
@@ -670,7 +677,7 @@ fn fault_20_a_record_with_a_dead_letter_has_its_whole_outcome_from_one_revision(
     };
     wait_for("the dead letter", || dead_letters() == 1);
     drop(running);
-    // The next version has no quarrel with the record, and makes three items of it.
+    // The next version accepts the record, and would make three items of it.
     world.put(10..20, 10);
     for _ in 0..2 {
         run_ok(&["run", &pipeline("v2.wasm", 3, "50 ms"), "--until-caught-up"]);
@@ -684,7 +691,7 @@ fn fault_20_a_record_with_a_dead_letter_has_its_whole_outcome_from_one_revision(
         let found: Vec<u64> = rows.iter().map(|(id, _)| *id).collect();
         assert_eq!(found, [ids(1..7), ids(8..20)].concat());
         for (id, version) in rows {
-            // The record has an outcome; what came after it has none yet.
+            // The record already has an outcome; the records after it have none yet.
             assert_eq!(version, if id < 7 { "v1" } else { "v2" }, "{id}");
         }
     }

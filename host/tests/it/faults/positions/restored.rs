@@ -1,5 +1,5 @@
-//! Databases that were restored from a backup, state that was lost or restored from an older copy, and
-//! two processes with separate state.
+//! Databases that were restored from a backup, state that was lost or restored from an older copy, and two processes
+//! with separate state.
 
 use std::path::Path;
 use std::process::{Output, Stdio};
@@ -14,7 +14,7 @@ use crate::swap::fixture::stamp;
 
 const NAME: &str = "reading";
 
-/// A world whose pipeline writes to several sinks, each in a place of its own.
+/// World whose pipeline writes to several sinks, each with a place of its own.
 struct Fixture {
     world: World,
 }
@@ -26,23 +26,23 @@ impl Fixture {
         fixture
     }
 
-    /// The file of a SQLite sink.
+    /// Returns the file of a SQLite sink.
     fn file(&self, sink: &str) -> std::path::PathBuf {
         self.world.folder.path().join(format!("{sink}.db"))
     }
 
-    /// Makes a sink's file and table.
+    /// Creates a sink's file and table.
     fn create(&self, sink: &str) {
         let sql = "CREATE TABLE rows (id INTEGER NOT NULL, key TEXT NOT NULL, n INTEGER NOT NULL)";
         support::sqlite(&self.file(sink)).execute(sql, ()).expect("created");
     }
 
-    /// The pipeline's file in the making, with SQLite sinks.
+    /// Builds the pipeline's file, with SQLite sinks.
     fn pipeline(&self, pipeline: &str, source: &str, sinks: &[&str]) -> PipelineToml {
         self.pipeline_in(self.world.folder.path(), pipeline, source, sinks)
     }
 
-    /// The same with its state in another folder.
+    /// Like `pipeline`, with the state in another folder.
     fn pipeline_in(
         &self,
         folder: &Path,
@@ -61,7 +61,7 @@ impl Fixture {
         })
     }
 
-    /// The folder of the pipeline's state.
+    /// Returns the folder of the pipeline's state.
     fn state(&self) -> std::path::PathBuf {
         self.world.folder.path().join("state").join(NAME)
     }
@@ -70,7 +70,7 @@ impl Fixture {
         catch_up(file, &[])
     }
 
-    /// How many rows of each id in `ids` a sink has, where it is not one.
+    /// Asserts that a sink has each id of `ids` exactly once.
     fn assert_once(&self, sink: &str, ids: std::ops::Range<u64>) {
         let database = support::sqlite(&self.file(sink));
         let mut query = database.prepare("SELECT id FROM rows ORDER BY id").expect("sql");
@@ -84,13 +84,13 @@ impl Fixture {
         support::sqlite(&self.file(sink)).query_row(count, (), |row| row.get(0)).expect("a count")
     }
 
-    /// Splits the only open shard.
+    /// Splits the first open shard.
     fn split(&self) {
         let shards = self.world.open_shards();
         self.world.split(&shards[0]);
     }
 
-    /// A copy of a sink's file, as a backup makes it.
+    /// Copies a sink's file, as a backup does.
     fn back_up(&self, sink: &str) -> std::path::PathBuf {
         let backup = self.world.folder.path().join(format!("{sink}.backup"));
         let into = format!("VACUUM INTO '{}'", backup.display());
@@ -98,7 +98,7 @@ impl Fixture {
         backup
     }
 
-    /// Puts a backup in the place of a sink's file.
+    /// Replaces a sink's file by a backup.
     fn restore(&self, sink: &str, backup: &Path) {
         self.remove(sink);
         std::fs::copy(backup, self.file(sink)).expect("restored");
@@ -113,7 +113,7 @@ impl Fixture {
     }
 }
 
-/// Runs a pipeline until it has caught up; it must succeed. Gives standard error.
+/// Runs a pipeline until it has caught up, which must succeed. Returns standard error.
 fn catch_up(file: &PipelineToml, options: &[&str]) -> String {
     let output = run_once(file, options);
     let log = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -121,7 +121,7 @@ fn catch_up(file: &PipelineToml, options: &[&str]) -> String {
     log
 }
 
-/// Runs a pipeline that must refuse to start. Gives standard error.
+/// Runs a pipeline that must refuse to start. Returns standard error.
 fn refused(file: &PipelineToml, options: &[&str]) -> String {
     let output = run_once(file, options);
     let log = String::from_utf8_lossy(&output.stderr).into_owned();
@@ -129,7 +129,7 @@ fn refused(file: &PipelineToml, options: &[&str]) -> String {
     log
 }
 
-/// What `check` says of a pipeline whose start would be refused.
+/// Returns what `check` prints about a pipeline whose start would be refused.
 fn foreseen(file: &PipelineToml) -> String {
     let output = run(&["check", &file.write()]);
     String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned()
@@ -188,7 +188,7 @@ fn fault_13_a_restored_mart_gets_the_rows_of_ended_shards_again() {
     fixture.split();
     fixture.world.put(200..300, 10);
     fixture.catch_up(&file("stop"));
-    // A shard whose parent was restored and that has ended itself, too.
+    // After this second split, a shard has ended whose parent will be restored.
     fixture.split();
     fixture.world.put(300..400, 10);
     fixture.catch_up(&file("stop"));
@@ -196,15 +196,18 @@ fn fault_13_a_restored_mart_gets_the_rows_of_ended_shards_again() {
     fixture.restore("mart", &backup);
     let said = refused(&file("stop"), &[]);
     let first = "shardId-000000000000";
-    assert_says(&said, &["sink mart is behind", first, "on_position_mismatch", "checkpoint"]);
+    assert_says(
+        &said,
+        &["sink mart has an earlier position", first, "on_position_mismatch", "checkpoint"],
+    );
     assert_eq!(fixture.count("mart"), 100, "nothing was written");
-    assert_says(&foreseen(&file("stop")), &["warning: sink mart is behind", first]);
+    assert_says(&foreseen(&file("stop")), &["warning: sink mart has an earlier position", first]);
     assert_says(&foreseen(&file("sink")), &["warning: a sink was restored", "again for it"]);
     let said = fixture.catch_up(&file("sink"));
     assert_says(&said, &["read again"]);
     fixture.assert_once("mart", 0..400);
     fixture.assert_once("logs", 0..400);
-    // From then on it is like any other sink.
+    // From then on the sink is like any other.
     fixture.world.put(400..450, 10);
     fixture.catch_up(&file("stop"));
     fixture.assert_once("mart", 0..450);
@@ -235,8 +238,8 @@ fn fault_13_a_sink_without_a_position_where_one_is_remembered_is_no_new_sink() {
     fixture.remove("mart");
     fixture.create("mart");
     let said = refused(&file(""), &[]);
-    assert_says(&said, &["sink mart is behind", "it has no position and was at"]);
-    assert_says(&foreseen(&file("")), &["it has no position and was at"]);
+    assert_says(&said, &["sink mart has an earlier position", "or later, found none"]);
+    assert_says(&foreseen(&file("")), &["or later, found none"]);
     fixture.catch_up(&file("on_position_mismatch = \"sink\""));
     fixture.assert_once("mart", 0..100);
     fixture.assert_once("logs", 0..100);
@@ -269,7 +272,7 @@ fn fault_13_with_checkpoint_it_goes_on_without_the_rows_and_says_so_once() {
     fixture.restore("mart", &backup);
     let said = fixture.catch_up(&file("on_position_mismatch = \"checkpoint\""));
     assert_says(&said, &["going on without rows", "sink mart in shard shardId-000000000000"]);
-    // The key may be taken out again.
+    // The key may be removed again.
     fixture.world.put(200..300, 10);
     let said = fixture.catch_up(&file(""));
     assert!(!said.contains("going on without rows"), "{said}");
@@ -306,11 +309,11 @@ fn fault_13_todays_revision_runs_for_the_restored_sink_where_the_first_is_pruned
     fixture.catch_up(&with("v1 none"));
     fixture.world.put(50..100, 10);
     fixture.catch_up(&with("v2 none"));
-    // By now every sink has what v1 made: it is forgotten at a start.
+    // By now every sink has the output of v1, so the next start forgets v1.
     fixture.catch_up(&with("v2 none"));
     fixture.remove("mart");
     let said = fixture.catch_up(&with("v2 none"));
-    assert_says(&said, &["today's revision runs these records again"]);
+    assert_says(&said, &["the current revision replays these records"]);
     let of = |version: &str, ids: std::ops::Range<u64>| {
         ids.map(move |id| (id, version.to_owned())).collect::<Vec<_>>()
     };
@@ -324,7 +327,8 @@ fn fault_13_rows_of_shards_that_are_not_listed_any_more_are_one_warning() {
     let file = fixture.pipeline("", "", &["mart", "logs"]);
     fixture.world.put(0..10, 10);
     fixture.catch_up(&file);
-    // Shards that the stream has forgotten since; the backup of the mart was made before them.
+    // Shards that the stream does not list any more. The data mart has no position for them, as after a restore from
+    // a backup that is older than they are.
     let state = rusqlite::Connection::open(fixture.state().join("state.db")).expect("the state");
     for shard in ["shardId-000000000777", "shardId-000000000778"] {
         state
@@ -355,7 +359,7 @@ fn fault_14_after_the_loss_of_the_state_a_resume_is_not_filtered_by_latest() {
     wait_for("rows", || fixture.count("mart") == 50);
     assert_eq!(run.terminate(), Some(0));
     fixture.world.put(50..100, 10);
-    // The next start is not within the second of these records.
+    // The next start must not be in the same second as these records.
     let put = SystemTime::now();
     wait_for("two seconds", || put.elapsed().is_ok_and(|since| since > Duration::from_secs(2)));
     std::fs::remove_dir_all(fixture.state()).expect("lost");
@@ -399,7 +403,7 @@ fn fault_14_after_the_loss_of_the_state_each_sink_goes_on_by_itself() {
     let put = SystemTime::now();
     wait_for("two seconds", || put.elapsed().is_ok_and(|since| since > Duration::from_secs(2)));
     std::fs::remove_dir_all(fixture.state()).expect("lost");
-    // The one with a position goes on behind it, the other one takes what comes after the start.
+    // The sink with a position goes on after it; the other one gets the records put after the start.
     let run = start(&file(&["mart", "logs"]), &log);
     fixture.world.put(100..150, 10);
     wait_for("rows", || fixture.count("mart") == 150 && fixture.count("logs") == 50);
@@ -409,8 +413,8 @@ fn fault_14_after_the_loss_of_the_state_each_sink_goes_on_by_itself() {
     fixture.assert_once("logs", 100..150);
 }
 
-/// A state that was restored from an older copy is noticed with every kind of exact sink, at every
-/// start; with the newest copy, or with `--trust-sinks`, it goes on.
+/// A state that was restored from an older copy is detected with every kind of exact sink, at every start. The
+/// pipeline starts with the newest copy, or with `--trust-sinks`.
 fn older_copy(sink: &str) {
     let fixture = Fixture::new(1);
     let file = |default: &str| {
@@ -500,7 +504,7 @@ fn fault_14_position_tables_of_earlier_versions_are_widened_in_place() {
         let drop = format!("ALTER TABLE shardmill_position DROP COLUMN {column}");
         support::sqlite(&fixture.file("mart")).execute(&drop, ()).expect("dropped");
     }
-    // Who may not alter the table is told what its owner must run.
+    // A user who may not alter the table is shown the statement that its owner must run.
     let role = format!("narrow_{}", std::process::id());
     postgres(&format!(
         "CREATE ROLE {role} LOGIN PASSWORD 'secret'; GRANT USAGE ON SCHEMA {schema} TO {role};
@@ -537,7 +541,7 @@ fn fault_36_of_two_processes_with_separate_state_the_later_one_stops() {
     let mut later = start(&again, &other_log);
     let mut put = 10;
     let mut ended = None;
-    wait_for("the later one to stop", || {
+    wait_for("the second process to stop", || {
         fixture.world.put(put..put + 5, 10);
         put += 5;
         ended = later.0.try_wait().expect("a state");
@@ -547,19 +551,19 @@ fn fault_36_of_two_processes_with_separate_state_the_later_one_stops() {
     let owner = format!("process {} on ", first.0.id());
     assert_says(
         &text(&other_log),
-        &["taken over three times within a minute", &owner, "refused while the first runs"],
+        &["acquired three times within a minute", &owner, "refused while the first runs"],
     );
     fixture.world.put(put..put + 5, 10);
     put += 5;
     wait_for("rows", || fixture.count("mart") == put);
-    // It says so at once the next time, while the other one runs and after.
+    // The next start reports it at once, while the other process runs and after that.
     let said = refused(&again, &[]);
     assert_says(&said, &["another state folder", &owner]);
     assert_eq!(first.terminate(), Some(0));
     fixture.assert_once("mart", 0..put);
 }
 
-/// What is done to the state folder of a running process.
+/// Removes or replaces the state folder of a running process, and asserts that the process ends and names the cause.
 fn state_is_gone(harm: impl FnOnce(&Path)) {
     let fixture = Fixture::new(1);
     let log = fixture.world.log();
@@ -570,15 +574,15 @@ fn state_is_gone(harm: impl FnOnce(&Path)) {
     fixture.world.put(0..10, 10);
     wait_for("rows", || fixture.count("mart") == 10);
     harm(&fixture.state());
-    // Whatever is put from now on: the process is not ready, or has ended with the cause.
-    wait_for("it to be noticed", || {
+    // Records put from now on: the process becomes not ready, or ends and names the cause.
+    wait_for("the damage to be noticed", || {
         http_get(port, "/health/ready").contains("503")
             || run.0.try_wait().expect("a state").is_some()
     });
     assert_eq!(run.wait().code(), Some(1), "{}", text(&log));
     assert_says(
         &text(&log),
-        &["state.db", "while this process used it", "put the state folder back"],
+        &["state.db", "while this process used it", "restore the state folder"],
     );
 }
 
@@ -609,7 +613,7 @@ fn fault_43_dead_letters_are_not_lost_in_silence_when_the_state_is_deleted() {
     fixture.world.put_raw((10..20).map(|id| (format!("key-{id}"), b"not JSON".to_vec())));
     fixture.world.put(20..30, 10);
     assert_eq!(run.wait().code(), Some(1), "{}", text(&log));
-    // What was not settled is read again, and its letters are there.
+    // Records that were not committed are read again, and their dead letters exist.
     fixture.catch_up(&file);
     let dead_letters = run_ok_in(&file, &["dlq", "list", "--json", "--pipeline"]);
     assert_eq!(dead_letters.lines().count(), 10, "{dead_letters}");
@@ -662,7 +666,7 @@ fn fault_43_a_redrive_by_an_older_copy_of_the_state_is_refused() {
         assert_says(&said, &["older than sink mart", "redriven"]);
     }
     fixture.assert_once("mart", 0..100);
-    // Nor once the pipeline goes on with the older copy.
+    // The refusal stays after the pipeline goes on with the older copy.
     refused(&strict(false), &[]);
     catch_up(&strict(false), &["--trust-sinks"]);
     let (code, said) = redrive(&[]);

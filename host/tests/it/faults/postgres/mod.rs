@@ -1,4 +1,4 @@
-//! PostgreSQL and Redshift: pooled sessions, odd rows, poolers, what `check` must see.
+//! PostgreSQL and Redshift: pooled sessions, unusual rows, poolers, and what `check` must notice.
 
 mod pooler;
 mod redshift;
@@ -14,12 +14,12 @@ use shardmill_sink_postgres::{PostgresSink, PostgresTarget};
 use crate::sink_postgres::{address, target, url};
 use crate::sql_sinks::proxy::Proxy;
 
-/// The throw-away server's URL through a proxy on this port.
+/// Returns the URL of the throw-away server through a proxy on this port.
 fn url_through(port: u16) -> String {
     url().replace(&address(), &format!("127.0.0.1:{port}"))
 }
 
-/// A role of the test's own that may log in, without any right; and the URL with it.
+/// Creates a role for the test that may log in but has no other right; returns the URL with it.
 async fn role(client: &tokio_postgres::Client, name: &str) -> String {
     let create = format!(
         "DO $$ BEGIN IF EXISTS (SELECT FROM pg_roles WHERE rolname = '{name}') THEN \
@@ -32,7 +32,7 @@ async fn role(client: &tokio_postgres::Client, name: &str) -> String {
     as_role.into()
 }
 
-/// A sink with one connection at most, which is lost after this silence.
+/// Makes a sink with at most one connection, which counts as lost after this silence.
 fn sink_at(url: &str, table: &str, mode: WriteMode, silence_ms: u64) -> PostgresSink {
     let target: PostgresTarget = target(url, table, false, mode, 1);
     let server = PostgresServer::parse(url).expect("a URL");
@@ -41,7 +41,7 @@ fn sink_at(url: &str, table: &str, mode: WriteMode, silence_ms: u64) -> Postgres
     PostgresSink::with_share("mart".into(), &target, share).expect("a sink")
 }
 
-/// A proxy in front of the throw-away server, for tests that are not async, with its runtime.
+/// Starts a proxy in front of the throw-away server, with its runtime, for tests that are not async.
 fn proxy() -> (Proxy, tokio::runtime::Runtime) {
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
     let proxy = runtime.block_on(Proxy::start(address()));

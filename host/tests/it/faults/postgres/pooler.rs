@@ -1,4 +1,4 @@
-//! Behind PgBouncer in transaction mode: rows go where they belong, and sessions stay as they were.
+//! PgBouncer in transaction mode in front of the server: rows go where they belong, and sessions stay unchanged.
 
 use std::fs;
 use std::os::unix::fs::{MetadataExt as _, chown};
@@ -11,10 +11,10 @@ use crate::sink_postgres::address;
 use crate::support::pipeline::PipelineToml;
 use crate::support::{Process, free_port, postgres, run_ok, shardmill, wait_for};
 
-/// Server sessions that the pooler has.
+/// Number of server sessions of the pooler.
 const SESSIONS: usize = 2;
 
-/// A pooler in transaction mode with a pool of its own, on loopback.
+/// Pooler in transaction mode with a pool of its own, on loopback.
 struct PgBouncer {
     port: u16,
     database: String,
@@ -23,7 +23,7 @@ struct PgBouncer {
 }
 
 impl PgBouncer {
-    /// Starts it before a database of the throw-away server. PgBouncer refuses to run as root, so it
+    /// Starts the pooler in front of a database of the throw-away server. PgBouncer refuses to run as root, so it
     /// runs as the server's user.
     fn start(database: &str) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
@@ -37,7 +37,7 @@ impl PgBouncer {
              auth_type = any\npool_mode = transaction\ndefault_pool_size = {SESSIONS}\n\
              max_client_conn = 200\n"
         );
-        // Versions before 1.21 follow no prepared statements anyway, and do not know the setting.
+        // Versions before 1.21 never track prepared statements, and reject the setting as unknown.
         let text = match follows_statements() {
             true => text + "max_prepared_statements = 0\n",
             false => text,
@@ -49,7 +49,7 @@ impl PgBouncer {
         let mut command = Command::new("pgbouncer");
         if own == 0 {
             for path in [folder.path(), &config] {
-                chown(path, Some(owner.uid()), Some(owner.gid())).expect("given away");
+                chown(path, Some(owner.uid()), Some(owner.gid())).expect("owner changed");
             }
             command = Command::new("setpriv");
             command.args([format!("--reuid={}", owner.uid()), format!("--regid={}", owner.gid())]);
@@ -75,13 +75,13 @@ impl PgBouncer {
         client
     }
 
-    /// Runs statements in each server session, within transactions that overlap; gives the first column of
-    /// the last one's rows, by session.
+    /// Runs statements in each server session, in transactions that overlap; returns the first column of the last
+    /// statement's rows, by session.
     async fn in_each_session(&self, sql: &str) -> Vec<Vec<String>> {
         let mut clients = Vec::new();
         for _ in 0..SESSIONS {
             let client = self.client().await;
-            client.batch_execute("BEGIN").await.expect("begun");
+            client.batch_execute("BEGIN").await.expect("a transaction");
             clients.push(client);
         }
         let mut found = Vec::new();
@@ -99,7 +99,7 @@ impl PgBouncer {
         found
     }
 
-    /// What a session can keep: statements, settings, temporary tables, locks, channels.
+    /// Returns everything that a session can keep: statements, settings, temporary tables, locks, channels.
     async fn traces(&self) -> Vec<Vec<String>> {
         let mut traces = self
             .in_each_session(
@@ -118,7 +118,7 @@ impl PgBouncer {
     }
 }
 
-/// Whether this version follows prepared statements: from 1.21 on.
+/// Whether this version tracks prepared statements: from 1.21 on.
 fn follows_statements() -> bool {
     let path = std::env::var("PATH").unwrap_or_default();
     let said = Command::new("pgbouncer")
@@ -144,7 +144,7 @@ fn fault_26_behind_a_pooler_rows_land_in_their_tables_and_sessions_stay_as_they_
         CREATE TABLE places (id bigint PRIMARY KEY, name text, mood text); \
         INSERT INTO places VALUES (1, 'Rome', 'fine')";
     runtime.block_on(async { pooler.client().await.batch_execute(create).await.expect("tables") });
-    // Another application of the same client library has left statements under the names that ours gives.
+    // Another application with the same client library has left statements under the names that our client uses.
     let leave: String =
         (0..6).map(|n| format!("PREPARE s{n} AS SELECT count(*) FROM places; ")).collect();
     runtime.block_on(pooler.in_each_session(&leave));
@@ -156,7 +156,7 @@ fn fault_26_behind_a_pooler_rows_land_in_their_tables_and_sessions_stay_as_they_
     let mut files = Vec::new();
     for (table, folder) in tables.iter().zip(&folders) {
         let rows = folder.path().join("rows.ndjson");
-        // Of the merged ones each key comes twice, so that rows are staged.
+        // Each key of the merged table comes twice, so that rows go through the staging table.
         let id = |n: usize| if *table == "merged" { n % (ROWS / 2) } else { n };
         let lines: Vec<String> =
             (0..ROWS).map(|n| format!(r#"{{"id":{},"of":"{table}"}}"#, id(n))).collect();

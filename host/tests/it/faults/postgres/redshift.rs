@@ -1,4 +1,4 @@
-//! Redshift, by its stand-in: refused rows wherever they are named, rights, silence.
+//! The Redshift sink against its stand-in: refused rows wherever they are reported, rights, silence.
 
 use std::time::{Duration, Instant};
 
@@ -12,7 +12,7 @@ use crate::sink_redshift::{Cluster, writer};
 use crate::sql_sinks::proxy::Proxy;
 use crate::sql_sinks::{Log, commit, expect_unavailable, route, shard};
 
-/// A row that only COPY refuses: its document is too long.
+/// Returns a row that only COPY refuses: its document is too long.
 fn too_long(id: usize) -> String {
     format!(r#"{{"id":{id},"extra":"{}"}}"#, "x".repeat(70_000))
 }
@@ -26,7 +26,7 @@ async fn fault_30_serverless_names_refused_rows_elsewhere() {
     let log = Log::default();
     let rows = [r#"{"id":1}"#.to_owned(), too_long(100), r#"{"id":2}"#.to_owned()];
     writer.commit(&commit(0, &rows), &log).await.expect("committed");
-    log.expect(&[(1, "COPY does not take")]);
+    log.expect(&[(1, "COPY does not accept")]);
     assert_eq!(cluster.one("SELECT string_agg(id::text, ' ' ORDER BY id) FROM cars").await, "1 2");
 }
 

@@ -1,4 +1,4 @@
-//! What `check` and the start must see: a table that can never take a row.
+//! Tables that can never take a row: `check` and the start must notice them.
 
 use shardmill_config::WriteMode;
 use shardmill_core::sink::Sink;
@@ -44,9 +44,9 @@ async fn fault_31_missing_rights_are_named_and_granted_one_by_one() {
     for sink in [&append, &merge] {
         sink.acquire(&shard("shardId-000000000000")).await.map(drop).expect("acquired");
     }
-    // The position table is there by now, and is another's.
+    // The position table exists by now, and belongs to another role.
     mart.sql("CREATE TABLE others (LIKE shardmill_position); ALTER TABLE shardmill_position OWNER TO postgres").await;
-    expect_unavailable(append.prepare(&routes).await, "cannot keep positions");
+    expect_unavailable(append.prepare(&routes).await, "cannot store positions");
     mart.sql("GRANT SELECT, INSERT, UPDATE ON shardmill_position TO fault_31_rights").await;
     append.prepare(&routes).await.expect("prepared");
     mart.sql("ALTER TABLE cars ENABLE ROW LEVEL SECURITY").await;

@@ -1,4 +1,4 @@
-//! Whether a row or the table is at fault.
+//! Deciding whether a row or the table is at fault.
 
 use async_trait::async_trait;
 use shardmill_config::RejectedMax;
@@ -10,8 +10,8 @@ use crate::sink_postgres::{Mart, address, url};
 use crate::sql_sinks::proxy::Proxy;
 use crate::sql_sinks::{Log, commit, expect_unavailable, route, shard};
 
-/// A table whose trigger refuses the ids from 100 on with their own SQLSTATE; those from 200 on with one
-/// that the server has as well.
+/// Makes a table whose trigger refuses ids. Ids from 100 to 199 raise a SQLSTATE that only the trigger uses; ids from
+/// 200 on raise one that the server uses too.
 async fn mart(test: &str) -> Mart {
     let mart = Mart::new(test).await;
     mart.sql(
@@ -31,7 +31,7 @@ async fn mart(test: &str) -> Mart {
 async fn fault_08_a_code_that_only_user_code_raises_blames_the_row() {
     let mart = mart("fault_08_own").await;
     let (mut writer, log) = (mart.writer("cars").await, Log::default());
-    // Alone in its commit.
+    // The row is alone in its commit.
     writer.commit(&commit(0, &[r#"{"id":100}"#]), &log).await.expect("committed");
     log.expect(&[(0, "CAR01")]);
     let rows = [r#"{"id":1}"#, r#"{"id":101}"#, r#"{"id":2}"#];
@@ -57,7 +57,7 @@ async fn fault_08_rows_of_the_next_commit_show_whose_fault_it_is() {
     let ahead = writer.looks_ahead().expect("it looks ahead");
     let first = commit(0, &[r#"{"id":200}"#]);
     ahead.see(&first.rows);
-    // Nothing else is there: it may be the table.
+    // There is no other row to compare with: the table may be at fault.
     expect_unavailable(writer.commit(&first, &log).await, "P0002");
     let next = commit(1, &[r#"{"id":201}"#, r#"{"id":7}"#]);
     ahead.see(&next.rows);
@@ -92,7 +92,7 @@ async fn fault_08_a_table_that_takes_nothing_refuses_no_row() {
     }
 }
 
-/// Limits as those of a pipeline.
+/// Letter log with the limits on rejected records that a pipeline has.
 struct Limited(RejectedMax);
 
 #[async_trait]

@@ -1,4 +1,4 @@
-//! Sessions of the pool: which come back, and which are closed.
+//! Sessions of the pool: which are returned to it, and which are closed.
 
 use shardmill_config::WriteMode;
 use shardmill_core::sink::{Acquired, Sink};
@@ -41,13 +41,13 @@ async fn fault_07_a_session_with_a_read_only_server_is_not_kept() {
     let sink = sink_at(&url, "sink_fault_07_read_only.cars", WriteMode::Append, 5_000);
     let shard = shard("shardId-000000000000");
     let Acquired { mut writer, .. } = sink.acquire(&shard).await.expect("acquired");
-    // New sessions are as those with a standby after a failover: they can read only.
+    // New sessions are read-only, as those with a standby after a failover.
     mart.sql("ALTER ROLE fault_07_read_only SET default_transaction_read_only = on").await;
     let end = "SELECT pg_terminate_backend(pid) FROM pg_stat_activity \
                WHERE usename = 'fault_07_read_only'";
     mart.sql(end).await;
     let (log, first) = (Log::default(), commit(0, &[r#"{"id":1}"#]));
-    // The first may find that its session has ended.
+    // The first commit may find that its session has ended.
     let _ = writer.commit(&first, &log).await;
     for _ in 0..2 {
         expect_unavailable(writer.commit(&first, &log).await.map(drop), "read-only transaction");

@@ -1,4 +1,4 @@
-//! Servers that answer nothing: every call ends, and a COMMIT without an answer is resolved.
+//! Servers that do not answer: every call ends, and a COMMIT without an answer is resolved.
 
 use std::time::{Duration, Instant};
 
@@ -26,12 +26,12 @@ async fn fault_03_a_commit_without_an_answer_is_resolved_with_its_counts() {
         sink.acquire(&shard("shardId-000000000000")).await.expect("acquired");
     let (log, rows) = (Log::default(), [r#"{"id":1}"#, r#"{"id":"x"}"#, r#"{"id":"y"}"#]);
     proxy.cut(Cut::Mute("PGCOPY", "COMMIT\0"));
-    let committed = writer.commit(&commit(0, &rows), &log).await.expect("it has landed");
+    let committed = writer.commit(&commit(0, &rows), &log).await.expect("it took effect");
     assert_eq!((committed.rows_written, committed.rows_refused), (1, 2));
     assert!(proxy.has_cut(), "COMMIT was not sent");
     assert_eq!(mart.one("SELECT count(*) FROM cars").await, "1");
 
-    // A server that is stopped answers neither the commit nor a new connection, until it goes on.
+    // A stopped server answers neither the commit nor a new connection until it resumes.
     proxy.freeze();
     for _ in 0..2 {
         let begun = Instant::now();
@@ -43,7 +43,7 @@ async fn fault_03_a_commit_without_an_answer_is_resolved_with_its_counts() {
     assert_eq!(mart.one("SELECT string_agg(id::text, ' ' ORDER BY id) FROM cars").await, "1 2");
 }
 
-/// A pipeline of a file with these lines, into a table behind a port.
+/// Writes a pipeline of a file with these lines, into a table on this port.
 fn pipeline(folder: &std::path::Path, table: &str, port: u16, lines: &str) -> String {
     let file = folder.join("rows.ndjson");
     std::fs::write(&file, lines).expect("written");
@@ -112,6 +112,6 @@ fn fault_03_a_start_with_a_silent_server_ends() {
     let checked = run(&["check", &path]);
     let said = String::from_utf8_lossy(&checked.stderr);
     assert!(!checked.status.success() && said.contains("no answer"), "{said}");
-    // Most of it is the compilation of a plugin.
+    // Most of the time goes into compiling a plugin.
     assert!(begun.elapsed() < Duration::from_secs(60), "{:?}", begun.elapsed());
 }

@@ -1,4 +1,4 @@
-//! Calls that are never answered, and shards that cannot be begun.
+//! Calls that are never answered, and shards that cannot be started.
 
 use std::net::TcpListener;
 use std::sync::{Arc, Mutex};
@@ -12,10 +12,10 @@ use crate::support::{self, wait_for};
 
 /// Longer than any test.
 const NEVER: Duration = Duration::from_secs(3_600);
-/// Deadlines that a test can wait for.
+/// Deadlines that are short enough for a test.
 const SHORT: &str = "kinesis_silence = \"1 s\"\ncall_blocked = \"300 ms\"";
 
-/// The first calls of an operation meet a fault, as many as there are in `left`.
+/// The first `left` calls of an operation meet the fault.
 fn first(
     operation: &'static str,
     left: &Arc<Mutex<u32>>,
@@ -23,7 +23,7 @@ fn first(
 ) -> impl FnMut(&str, &mut fastrand::Rng) -> Fault + Send + 'static {
     let left = left.clone();
     move |called, _| {
-        let mut left = left.lock().expect("whole");
+        let mut left = left.lock().expect("a lock");
         match called == operation && *left > 0 {
             true => {
                 *left -= 1;
@@ -34,8 +34,8 @@ fn first(
     }
 }
 
-/// A GetRecords, or GetShardIterator, or SubscribeToShard that is never answered, or not to its end:
-/// it is shown, and tried again.
+/// A GetRecords, GetShardIterator or SubscribeToShard call without an answer, or with an answer that stops halfway,
+/// is shown and retried.
 #[test]
 fn fault_03_a_call_that_is_never_answered_is_shown_and_retried() {
     for (operation, reader, fault) in [
@@ -58,7 +58,7 @@ fn fault_03_a_call_that_is_never_answered_is_shown_and_retried() {
         };
         let run = world.start(&pipeline);
         wait_blocked(port, &["source", operation]);
-        *left.lock().expect("whole") = 0;
+        *left.lock().expect("a lock") = 0;
         world.wait_rows(100);
         wait_ready(port);
         assert_eq!(run.terminate(), Some(0), "{operation} {fault:?}");
@@ -66,7 +66,7 @@ fn fault_03_a_call_that_is_never_answered_is_shown_and_retried() {
     }
 }
 
-/// The looks for new shards have the same deadlines, and lanes go on meanwhile.
+/// Calls that list the shards have the same deadlines, and lanes go on meanwhile.
 #[test]
 fn fault_03_a_look_for_shards_that_is_never_answered_is_shown_and_stops_no_lane() {
     for operation in ["ListShards", "DescribeStreamSummary"] {
@@ -83,13 +83,13 @@ fn fault_03_a_look_for_shards_that_is_never_answered_is_shown_and_stops_no_lane(
         };
         let run = world.start(&pipeline);
         world.wait_rows(50);
-        *left.lock().expect("whole") = 1_000;
+        *left.lock().expect("a lock") = 1_000;
         wait_blocked(port, &["pipeline: shards", operation]);
         world.put(50..100, 7);
         world.wait_rows(100);
         world.split(&world.open_shards()[0]);
         world.put(100..200, 7);
-        *left.lock().expect("whole") = 0;
+        *left.lock().expect("a lock") = 0;
         world.wait_rows(200);
         wait_ready(port);
         assert_eq!(run.terminate(), Some(0), "{operation}");
@@ -97,8 +97,7 @@ fn fault_03_a_look_for_shards_that_is_never_answered_is_shown_and_stops_no_lane(
     }
 }
 
-/// A server that takes connections and says nothing: a start ends with what is wrong, and SIGTERM ends
-/// a run.
+/// A server that accepts connections and never answers: a start ends and says what is wrong, and SIGTERM ends a run.
 #[test]
 fn fault_03_a_server_that_says_nothing_ends_a_start_in_time() {
     let silent = TcpListener::bind("127.0.0.1:0").expect("a port");
@@ -114,12 +113,12 @@ fn fault_03_a_server_that_says_nothing_ends_a_start_in_time() {
         let output = support::run(command);
         let said = String::from_utf8_lossy(&output.stderr);
         assert_eq!(output.status.code(), Some(1), "{said}");
-        assert!(said.contains("DescribeStreamSummary") && said.contains("said nothing"), "{said}");
+        assert!(said.contains("DescribeStreamSummary") && said.contains("sent nothing"), "{said}");
         assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", begun.elapsed());
     }
 }
 
-/// So do those that give credentials.
+/// A silent server for credentials ends a start in the same way.
 #[test]
 fn fault_03_a_silent_sts_ends_a_start_in_time() {
     let silent = TcpListener::bind("127.0.0.1:0").expect("a port");
@@ -147,7 +146,7 @@ fn fault_03_a_silent_sts_ends_a_start_in_time() {
     assert!(begun.elapsed() < Duration::from_secs(30), "{:?}", begun.elapsed());
 }
 
-/// PutRecords of the Kinesis sink.
+/// The same for PutRecords of the Kinesis sink.
 #[test]
 fn fault_03_a_put_that_is_never_answered_is_shown_and_put_again() {
     let world = World::new(1);
@@ -170,7 +169,7 @@ fn fault_03_a_put_that_is_never_answered_is_shown_and_put_again() {
     command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
     let run = support::Process(command.spawn().expect("the binary starts"));
     wait_blocked(port, &["sink out", "PutRecords"]);
-    *left.lock().expect("whole") = 0;
+    *left.lock().expect("a lock") = 0;
     wait_ready(port);
     wait_for("a checkpoint", || {
         let sql = "SELECT count(*) FROM shard WHERE sequence IS NOT NULL";
@@ -179,7 +178,7 @@ fn fault_03_a_put_that_is_never_answered_is_shown_and_put_again() {
     assert_eq!(run.terminate(), Some(0));
 }
 
-/// The one write at the start of a child fails: it is shown and tried again.
+/// The one write that starts a child shard fails: the error is shown, and the write is retried.
 #[test]
 fn fault_05_a_child_whose_begin_cannot_be_written_is_begun_later() {
     let world = World::new(1);
@@ -198,7 +197,7 @@ fn fault_05_a_child_whose_begin_cannot_be_written_is_begun_later() {
     world.assert_each_once_in_order(200);
 }
 
-/// The same while the state is locked by somebody else for longer than a write waits.
+/// The same while another process locks the state for longer than a write waits.
 #[test]
 fn fault_05_a_state_that_is_locked_during_a_reshard_delays_the_children_only() {
     let world = World::new(1);

@@ -1,4 +1,4 @@
-//! Shards that are gone, in whole or in part, before they were read.
+//! Shards that expired, in whole or in part, before they were read.
 
 use super::{FIRST, let_begin, refuse_to_begin, run};
 use crate::support::proxy::{Fault, Proxy};
@@ -13,14 +13,14 @@ fn with_source(source: &str) -> Pipeline {
     Pipeline { source: source.into(), ..Pipeline::default() }
 }
 
-/// A row of the state, as the first shard's, for a shard that the stream does not list.
+/// Adds a row to the state, copied from the first shard's, for a shard that the stream does not list.
 fn begin_gone(world: &World) {
     let sql = "INSERT INTO shard (stream, shard, ended, caught_up_ms)
                SELECT stream, ?2, 0, caught_up_ms - ?3 FROM shard WHERE shard = ?1";
     assert_eq!(world.state().execute(sql, (FIRST, GONE, TWO_DAYS_MS)).expect("inserted"), 1);
 }
 
-/// The shards of which records are on record as lost.
+/// Returns the shards that have a recorded gap of lost records.
 fn holes(world: &World) -> Vec<String> {
     let state = world.state();
     let mut query = state.prepare("SELECT shard FROM hole WHERE sink = ''").expect("sql");
@@ -45,14 +45,14 @@ fn fault_16_a_begun_shard_that_is_not_listed_any_more_is_lost() {
         assert!(said.contains(GONE) && said.contains("going on, as configured"), "{said}");
         assert_eq!(holes(&world), [GONE]);
         world.assert_each_once_in_order(200);
-        // It is said once.
+        // The loss is reported once.
         let (code, said) = run(&world, &with_source(reader));
         assert_eq!(code, Some(0), "{said}");
         assert!(!said.contains(GONE), "{said}");
     }
 }
 
-/// What had all been read may go.
+/// A shard may expire once all its records were read.
 #[test]
 fn fault_16_a_begun_shard_that_was_caught_up_within_the_retention_has_lost_nothing() {
     let world = World::new(1);
@@ -84,7 +84,7 @@ fn fault_16_a_shard_that_was_seen_and_never_begun_is_lost() {
     assert_eq!(code, Some(0), "{said}");
 }
 
-/// A child whose parent was read long ago: its oldest records have gone meanwhile.
+/// A child shard whose parent was read long ago: the child's oldest records have expired meanwhile.
 #[test]
 fn fault_16_a_child_that_lost_its_beginning_to_retention_is_noticed() {
     let world = World::new(1);
@@ -111,7 +111,7 @@ fn fault_16_a_child_that_lost_its_beginning_to_retention_is_noticed() {
     world.assert_each_once_in_order(300);
 }
 
-/// A parent of which nothing is left: there is no record that comes too late, only the end.
+/// A parent shard of which only the end is left: no later record reveals the gap.
 #[test]
 fn fault_16_a_shard_of_which_nothing_is_left_but_its_end_is_noticed() {
     let world = World::new(1);

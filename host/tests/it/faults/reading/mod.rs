@@ -8,16 +8,16 @@ mod starts;
 use crate::support::world::{Pipeline, World};
 use crate::support::{Process, free_port, http_get, wait_for};
 
-/// The shard that a stream begins with.
+/// The first shard of a new stream.
 const FIRST: &str = "shardId-000000000000";
 
-/// `[admin]` on a free port, and the port.
+/// Returns a free port and `[admin]` on it.
 fn admin() -> (u16, String) {
     let port = free_port();
     (port, crate::support::admin(port))
 }
 
-/// Waits until health says that something is blocked, with these words.
+/// Waits until health reports that something is blocked, with these words.
 fn wait_blocked(port: u16, words: &[&str]) {
     wait_for(&format!("health to say {words:?}"), || {
         let health = http_get(port, "/health/ready");
@@ -29,7 +29,7 @@ fn wait_ready(port: u16) {
     wait_for("health to be ready", || http_get(port, "/health/ready").contains("ready\n"));
 }
 
-/// Starts a pipeline whose runs do not begin to read at once.
+/// Starts a pipeline without waiting until it reads.
 fn start(world: &World, pipeline: &Pipeline) -> Process {
     let path = world.pipeline(pipeline);
     let log = std::fs::File::create(world.log()).expect("a log");
@@ -38,14 +38,14 @@ fn start(world: &World, pipeline: &Pipeline) -> Process {
     Process(run.expect("the binary starts"))
 }
 
-/// Runs a pipeline until it has caught up, whatever comes of it: the exit code, and what it said.
+/// Runs a pipeline until it has caught up or fails; returns the exit code and the output.
 fn run(world: &World, pipeline: &Pipeline) -> (Option<i32>, String) {
     let path = world.pipeline(pipeline);
     let output = crate::support::run(&["run", &path, "--until-caught-up", "-v"]);
     (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
 }
 
-/// Lets the state refuse to begin these shards.
+/// Makes the state refuse to start these shards.
 fn refuse_to_begin(world: &World, shards: &str) {
     let trigger = format!(
         "CREATE TRIGGER refuse BEFORE INSERT ON shard WHEN NEW.shard IN ({shards})

@@ -1,4 +1,4 @@
-//! Where a start begins: by the server's clock, once for all shards.
+//! Start positions: by the server's clock, and resolved once for all shards.
 
 use std::time::Duration;
 
@@ -9,15 +9,15 @@ use crate::support::{self};
 
 const LATEST: &str = "start = \"latest\"";
 
-/// The host is ahead of the server: what is put after the start is read.
+/// The host's clock is ahead of the server's: records put after the start are read.
 #[test]
 fn fault_15_latest_is_by_the_clock_of_the_server() {
     for (reader, ahead) in [("polling", 5), ("fan-out", 5), ("polling", 3_600)] {
         let world = World::new(2);
-        // Events of a subscription pass the proxy with the times that they have.
+        // Events of a subscription pass through the proxy with their times unchanged.
         if reader == "polling" {
             world.put(1_000..1_010, 7);
-            // The embedded stream knows arrival times by the second.
+            // The embedded stream stores arrival times in whole seconds.
             std::thread::sleep(Duration::from_millis(2_100));
         }
         let proxy = Proxy::start(&world.address, 15, move |_, _| {
@@ -33,7 +33,8 @@ fn fault_15_latest_is_by_the_clock_of_the_server() {
     }
 }
 
-/// One step for all shards: a crash in between would lose what comes meanwhile for some of them.
+/// LATEST is resolved in one step for all shards. A crash between two steps would lose the records that arrive
+/// meanwhile in some of them.
 #[test]
 fn fault_15_latest_is_resolved_for_all_shards_in_one_step() {
     let world = World::new(4);
@@ -59,7 +60,7 @@ fn fault_15_latest_is_resolved_for_all_shards_in_one_step() {
     assert!(starts.iter().all(|start| *start == starts[0]), "{starts:?}");
 }
 
-/// A server that does not say what time it is: the host's clock does not stand in.
+/// If a server does not send its time, the host's clock is not used instead.
 #[test]
 fn fault_15_latest_needs_a_server_that_says_what_time_it_is() {
     let world = World::new(1);
@@ -70,12 +71,12 @@ fn fault_15_latest_needs_a_server_that_says_what_time_it_is() {
     let (code, said) = run(&world, &latest);
     assert_eq!(code, Some(1), "{said}");
     assert!(said.contains("`Date`") && said.contains("at-timestamp"), "{said}");
-    // All else goes on without.
+    // Starts at other positions work without the server's time.
     world.catch_up(&Pipeline { source: String::new(), ..latest });
     world.assert_each_once_in_order(10);
 }
 
-/// So is `stream tail --from latest`.
+/// `stream tail --from latest` uses the server's clock too.
 #[test]
 fn fault_15_tail_from_latest_is_by_the_clock_of_the_server() {
     let world = World::new(1);
@@ -103,8 +104,8 @@ fn fault_15_tail_from_latest_is_by_the_clock_of_the_server() {
     assert_eq!(String::from_utf8_lossy(&output.stdout).lines().count(), 400);
 }
 
-/// What was noted as read is compared with the retention by the server's clock: a host that is three
-/// days ahead has lost nothing.
+/// The time at which a shard was last read is compared with the retention by the server's clock: a host whose clock
+/// is three days ahead has lost nothing.
 #[test]
 fn fault_15_what_is_lost_is_by_the_clock_of_the_server() {
     let world = World::new(1);
@@ -120,7 +121,7 @@ fn fault_15_what_is_lost_is_by_the_clock_of_the_server() {
     assert!(noted > by_server.timestamp_millis() - 60_000, "{noted}");
 }
 
-/// A shard that a start names must be there.
+/// A shard that a start position names must be listed.
 #[test]
 fn fault_16_a_start_at_a_shard_that_is_not_listed_is_refused() {
     let world = World::new(1);

@@ -11,12 +11,12 @@ use crate::support::world::{Pipeline, STREAM, World};
 use crate::support::{postgres, postgres_url, sqlite, wait_for};
 use crate::swap::fixture::Fixture;
 
-/// The time of an end with [`SHORT_DRAIN`].
+/// Time limit for an end with [`SHORT_DRAIN`].
 const END_MAX: Duration = Duration::from_secs(1 + SLACK.as_secs());
-/// Rows that are more than a lane may hold.
+/// More rows than a lane may buffer.
 const ROWS: u64 = 20_000;
 
-/// A pipeline over many rows whose sink is blocked; the lane waits for memory.
+/// Makes a pipeline over many rows whose sink is blocked; the lane waits for memory.
 fn blocked_pipeline(folder: &std::path::Path, sink: &str) -> PipelineToml {
     let rows = rows_file(folder, ROWS);
     PipelineToml::new(folder, "waits")
@@ -36,7 +36,7 @@ fn fault_01_sigterm_ends_a_lane_that_waits_for_a_sink_which_refuses() {
         .expect("a table");
     let lines = format!("type = \"sqlite\"\npath = \"{}\"\ntable = \"rows\"", mart.display());
     let file = blocked_pipeline(folder.path(), &lines).write();
-    // Every commit fails, and the sink is at fault.
+    // Every commit fails, and the sink is to blame.
     let trigger = "CREATE TRIGGER refuse BEFORE INSERT ON rows WHEN NEW.id >= 0
         BEGIN SELECT abs(-9223372036854775807 - 1); END";
     sqlite(&mart).execute_batch(trigger).expect("a trigger");
@@ -83,7 +83,7 @@ fn fault_01_sigterm_ends_a_lane_whose_table_is_locked() {
     drop(locker);
 }
 
-/// A session that holds a table for itself alone.
+/// Session that locks a table.
 struct Locker(Option<std::sync::mpsc::Sender<()>>, Option<std::thread::JoinHandle<()>>);
 
 impl Locker {
@@ -118,7 +118,7 @@ impl Drop for Locker {
     }
 }
 
-/// Standard output is a pipe that nobody reads: the thread that writes never comes back.
+/// Standard output is a pipe that nobody reads: the thread that writes to it never returns.
 #[test]
 fn fault_01_the_process_ends_5_s_after_its_drain_whatever_thread_is_stuck() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -128,7 +128,7 @@ fn fault_01_the_process_ends_5_s_after_its_drain_whatever_thread_is_stuck() {
     wait_for("a full pipe", || is_stuck_in_pipe(run.process.0.id()));
     let begun = std::time::Instant::now();
     let status = run.terminated_within(Duration::from_secs(1 + 5) + SLACK);
-    // By itself, or by force where the end itself waits for the thread.
+    // The process ends by itself, or is forced to end where its end waits for that thread.
     assert!(matches!(status.code(), Some(0 | 1)), "{status}: {}", run.text());
     assert!(begun.elapsed() >= Duration::from_secs(1));
 }
@@ -154,7 +154,7 @@ fn fault_01_a_second_sigterm_ends_the_process_at_once() {
     assert_eq!(run.terminated_within(SLACK).code(), Some(130));
 }
 
-/// One shard is blocked; the stream is replaced by another one of its name.
+/// One shard is blocked while the stream is replaced by another stream of the same name.
 #[test]
 fn fault_01_a_fatal_error_is_logged_when_it_happens_and_ends_blocked_lanes() {
     let world = World::new(2);
@@ -178,7 +178,7 @@ fn fault_01_a_fatal_error_is_logged_when_it_happens_and_ends_blocked_lanes() {
     assert_eq!(status.code(), Some(1), "{}", run.text());
 }
 
-/// A look for new shards that is never answered.
+/// A call that lists the shards is never answered.
 #[test]
 fn fault_01_sigterm_ends_a_look_for_shards_that_is_never_answered() {
     let world = World::new(1);
@@ -199,14 +199,14 @@ fn fault_01_sigterm_ends_a_look_for_shards_that_is_never_answered() {
         .write();
     let mut run = Run::start(&file);
     run.wait_logged("reading");
-    wait_for("a look that is not answered", || {
-        let seen = proxy.seen.lock().expect("no panic");
+    wait_for("an unanswered list of shards", || {
+        let seen = proxy.seen.lock().expect("a lock");
         seen.iter().any(|(_, fault)| matches!(fault, Fault::Slow(_)))
     });
     assert_eq!(run.terminated_within(END_MAX).code(), Some(0), "{}", run.text());
 }
 
-/// A pipeline over a stream of a server that does not answer.
+/// Writes a pipeline over a stream of a server that does not answer.
 fn reading_from(folder: &std::path::Path, server: &SilentServer) -> String {
     PipelineToml::new(folder, "waits")
         .timing(SHORT_DRAIN)
@@ -216,7 +216,7 @@ fn reading_from(folder: &std::path::Path, server: &SilentServer) -> String {
         .write()
 }
 
-/// A server that is reached and never answers, before anything runs.
+/// The server accepts the connection and never answers, before anything runs.
 #[test]
 fn fault_01_sigterm_ends_a_start_whose_server_does_not_answer() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -228,7 +228,7 @@ fn fault_01_sigterm_ends_a_start_whose_server_does_not_answer() {
     assert!(run.logged("draining"), "{}", run.text());
 }
 
-/// The thread that hears signals may be slower than the rest of the process, which has nothing to drain and ends.
+/// The thread that handles signals may be slower than the rest of the process, which has nothing to drain and ends.
 #[test]
 fn fault_01_an_end_is_announced_before_it_comes() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -257,7 +257,7 @@ fn fault_01_sigterm_ends_a_tail_whose_server_does_not_answer() {
     assert!(begun.elapsed() < END_MAX, "{:?}", begun.elapsed());
 }
 
-/// A job that is evicted is not done.
+/// A job that is stopped early, for example when it is evicted, must not look finished.
 #[test]
 fn fault_01_a_run_until_caught_up_that_is_stopped_before_that_says_so() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -280,7 +280,7 @@ fn fault_01_a_run_until_caught_up_that_is_stopped_before_that_says_so() {
     assert!(run.logged("stopped before it had caught up"), "{}", run.text());
 }
 
-/// The sinks of dead letters do not answer either, and neither does a client of the intake.
+/// Neither the sinks of dead letters answer nor does a client of the intake finish its request.
 #[test]
 fn fault_01_lanes_copies_and_the_intake_end_within_one_drain() {
     let world = World::new(1);
@@ -303,7 +303,7 @@ fn fault_01_lanes_copies_and_the_intake_end_within_one_drain() {
     world.put(0..10, 2);
     world.put_raw(std::iter::once(("key".to_owned(), b"no JSON".to_vec())));
     server.wait_asked();
-    // Half a request, which holds the intake.
+    // Half a request, which keeps the intake busy.
     let mut client = std::net::TcpStream::connect(("127.0.0.1", port)).expect("connected");
     std::io::Write::write_all(
         &mut client,
@@ -341,7 +341,7 @@ fn fault_01_sigterm_ends_a_redrive_whose_sink_does_not_answer() {
         )
         .sink("mart", &format!("type = \"http\"\nprivate = true\nurl = \"{url}\""))
         .write();
-    // A redrive runs what the state says: the other sink is taken over first.
+    // A redrive runs what the state says, so a start must record the other sink first.
     crate::support::run_ok(&["run", &second, "--until-caught-up"]);
     let log = folder.path().join("redrive.log");
     let mut command =
@@ -356,7 +356,7 @@ fn fault_01_sigterm_ends_a_redrive_whose_sink_does_not_answer() {
     assert!(run.process.0.try_wait().expect("a state").is_none(), "{}", run.text());
     let status = run.terminated_within(END_MAX);
     assert_eq!(status.code(), Some(1), "{}", run.text());
-    assert!(run.logged("goes on with it"), "{}", run.text());
+    assert!(run.logged("dlq redrive` continues it"), "{}", run.text());
 }
 
 #[test]
@@ -386,7 +386,7 @@ fn fault_01_a_shadow_is_at_most_a_day_and_ends_with_the_pipeline() {
 
 #[test]
 fn fault_01_a_lane_that_waits_does_not_keep_the_world_from_ending() {
-    // The plain case beside all of these: nothing is blocked, and the end is quick.
+    // The simple case for comparison: nothing is blocked, and the process ends quickly.
     let world = World::new(2);
     world.put(0..200, 10);
     let run = world.start(&Pipeline::default());
@@ -397,7 +397,7 @@ fn fault_01_a_lane_that_waits_does_not_keep_the_world_from_ending() {
     world.assert_each_once_in_order(200);
 }
 
-/// Until a signal is waited for, it ends the process.
+/// Before the process handles signals, SIGHUP would end it.
 #[test]
 fn fault_01_a_sighup_during_the_start_is_no_end() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -409,7 +409,7 @@ fn fault_01_a_sighup_during_the_start_is_no_end() {
         .sink("nowhere", "type = \"discard\"")
         .write();
     let mut command = crate::support::shardmill(&["run", &file]);
-    // Without a cache the plugin is compiled first, which takes long enough for a signal.
+    // Without a cache the plugin is compiled first. That gives the test time to send the signal.
     command.env("XDG_CACHE_HOME", folder.path()).env_remove("SHARDMILL_COMPILED_DIR");
     let mut run = crate::support::Process(command.spawn().expect("it starts"));
     let signed = || std::fs::read_to_string(state.join("lock")).is_ok_and(|text| !text.is_empty());
@@ -417,5 +417,5 @@ fn fault_01_a_sighup_during_the_start_is_no_end() {
     let pid = run.0.id().to_string();
     let sent = std::process::Command::new("kill").args(["-HUP", &pid]).status().expect("kill");
     assert!(sent.success());
-    assert!(run.wait().success(), "the file ends, and with it the run");
+    assert!(run.wait().success(), "the run ends with the file");
 }

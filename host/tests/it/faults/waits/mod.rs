@@ -1,4 +1,4 @@
-//! Waits: each ends at stop, at a fatal error elsewhere, or at a deadline.
+//! Waits: each one ends at a stop, at a fatal error elsewhere, or at a deadline.
 
 mod changes;
 mod ends;
@@ -16,14 +16,14 @@ use std::time::{Duration, Instant};
 
 use crate::support::{Process, shardmill, wait_for};
 
-/// What an end may take beside its drain, on a busy machine.
+/// Extra time for an end beside its drain, for a busy machine.
 const SLACK: Duration = Duration::from_secs(4);
 
 /// A short drain, and short pauses.
 const SHORT_DRAIN: &str =
     "drain = \"1 s\"\nretry_pause = \"50 ms\"\nshard_sync = \"200 ms\"\ncheckpoint = \"50 ms\"\n";
 
-/// A run in the background, with its log.
+/// Run in the background, with its log.
 struct Run {
     process: Process,
     log: PathBuf,
@@ -35,7 +35,7 @@ impl Run {
         Self::with_output(pipeline, Stdio::null())
     }
 
-    /// The same, with standard output to somewhere.
+    /// Like `start`, with this standard output.
     fn with_output(pipeline: &str, output: Stdio) -> Self {
         let log = Path::new(pipeline).with_extension("log");
         let file = std::fs::File::create(&log).expect("a log");
@@ -56,7 +56,7 @@ impl Run {
         wait_for(&format!("{text:?} in the log:\n{}", self.text()), || self.logged(text));
     }
 
-    /// The end, which must come within a time.
+    /// Waits for the end, which must come within this time.
     fn ends_within(&mut self, time: Duration) -> ExitStatus {
         let begun = Instant::now();
         loop {
@@ -68,7 +68,7 @@ impl Run {
         }
     }
 
-    /// Lets a thread of the process run only while all others of it wait: the slowest that a machine could make it.
+    /// Lets a thread of the process run only while all its other threads wait: as slow as any machine could make it.
     fn run_last(&self, thread: &str) {
         let process = self.process.0.id();
         let own = std::fs::read_to_string("/proc/self/status").expect("a status");
@@ -89,14 +89,14 @@ impl Run {
         set(std::process::Command::new("chrt").args(["--idle", "--pid", "0", id]));
     }
 
-    /// SIGTERM, then the end, which must come within a time.
+    /// Sends SIGTERM, then waits for the end, which must come within this time.
     fn terminated_within(&mut self, time: Duration) -> ExitStatus {
         self.process.ask_to_end();
         self.ends_within(time)
     }
 }
 
-/// Runs a command that must end within a time.
+/// Runs a command that must end within this time.
 fn answers_within(arguments: &[&str], time: Duration) -> Output {
     let child = shardmill(arguments).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn();
     let mut child = child.expect("the binary starts");
@@ -115,7 +115,7 @@ fn text_of(output: &Output) -> String {
     String::from_utf8_lossy(&[&output.stdout[..], &output.stderr].concat()).into_owned()
 }
 
-/// Writes `rows.ndjson` with so many rows; gives its path.
+/// Writes `rows.ndjson` with this many rows; returns its path.
 fn rows_file(folder: &Path, rows: u64) -> PathBuf {
     let path = folder.join("rows.ndjson");
     let padding = "x".repeat(200);
@@ -125,7 +125,7 @@ fn rows_file(folder: &Path, rows: u64) -> PathBuf {
     path
 }
 
-/// A server of loopback that takes connections and requests and never answers.
+/// Server on loopback that accepts connections and requests and never answers.
 struct SilentServer {
     port: u16,
     requests: Arc<AtomicUsize>,

@@ -1,4 +1,4 @@
-//! Records that run out of time, and plugins that ask for another try.
+//! Records that run out of time, and plugins that ask for a retry.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -15,7 +15,7 @@ use crate::support::{http_get, plugin, run_ok, sqlite, wait_for};
 /// A batch may take 0.8 s, a record 0.2 s.
 const LIMITS: &str = "batch_time = \"800 ms\"\nrecord_time = \"200 ms\"";
 
-/// The CPU time of this thread, on which the plugin runs: that is what its limits are about.
+/// Returns the CPU time of this thread. The plugin runs on it, and its time limits count CPU time.
 fn own_cpu_time() -> Duration {
     let mut time = libc::timespec { tv_sec: 0, tv_nsec: 0 };
     // SAFETY: the call writes to a structure that lives here.
@@ -28,7 +28,7 @@ fn endless() -> Lane {
     Lane::within(LIMITS, "loop_on = \"bad\"", RejectedMax::default())
 }
 
-/// With the limits of their sizes, the pieces of three searches would take 20 s.
+/// If each piece had the time limit that its number of records allows, the three searches would take 20 s.
 #[test]
 fn fault_41_an_endless_record_costs_a_batchs_limit_once_and_a_few_pieces() {
     let mut lane = endless();
@@ -46,14 +46,14 @@ fn fault_41_a_record_that_ran_out_of_time_is_not_run_with_its_batch_again() {
     let begun = own_cpu_time();
     let outcome = lane.run(&payloads).expect("an outcome");
     assert_eq!(outcome.dead_letters.len(), 3);
-    // Three times a record's limit, and pieces that go through.
+    // Three times a record's limit, plus pieces that succeed.
     let took = own_cpu_time() - begun;
     assert!(took < Duration::from_secs(4), "{took:?}");
 }
 
 #[test]
 fn fault_41_a_search_hears_a_stop_and_keeps_what_it_has_found() {
-    // Short limits: some are found before the stop on a busy machine as well, and never all of them.
+    // With limits this short, some culprits are found before the stop even on a busy machine, and never all of them.
     let limits = "batch_time = \"200 ms\"\nrecord_time = \"50 ms\"";
     let mut lane = Lane::within(limits, "loop_on = \"bad\"", RejectedMax::default());
     let bad: Vec<usize> = (0..40).map(|n| n * 25).collect();
@@ -71,7 +71,7 @@ fn fault_41_a_search_hears_a_stop_and_keeps_what_it_has_found() {
     assert!(found.iter().all(|dead_letter| dead_letter.reason.contains("took longer")));
 }
 
-/// The thread is free while the plugin waits: with as many waiting lanes as threads, others went nowhere.
+/// The thread is free while the plugin waits. Regression: as many waiting lanes as threads stopped all other lanes.
 #[test]
 fn fault_09_a_plugin_that_asks_for_another_try_occupies_no_thread() {
     let limits = "retry = \"5 s\"";
@@ -96,7 +96,7 @@ fn fault_09_a_plugin_that_asks_for_another_try_occupies_no_thread() {
     assert_eq!((tries, outcome.routed.len(), outcome.dead_letters.len()), (2, 1_000, 0));
 }
 
-/// A pipeline over `rows` lines, of which every 25th never ends.
+/// Writes a pipeline over `rows` lines; the plugin loops forever on every 25th.
 fn endless_pipeline(folder: &std::path::Path, port: u16) -> String {
     let rows = folder.join("rows.ndjson");
     let line = |id: u64| match id % 25 {
@@ -120,7 +120,7 @@ fn endless_pipeline(folder: &std::path::Path, port: u16) -> String {
         .write()
 }
 
-/// The real binary, as a whole.
+/// The same with the real binary.
 #[test]
 fn fault_41_a_search_is_shown_hears_sigterm_and_goes_on_where_it_was() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -151,7 +151,7 @@ fn fault_41_a_search_is_shown_hears_sigterm_and_goes_on_where_it_was() {
     assert_eq!(counts, Ok((960_u64, 960_u64)));
 }
 
-/// Its limits are far above what a person waits for in silence.
+/// The batch's time limits are far longer than a person would wait without a sign of life.
 #[test]
 fn fault_41_a_batch_that_stays_in_a_plugin_is_shown() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -176,5 +176,5 @@ record_time = \"1 min\"";
         shown.contains("503") && shown.contains("plugin call: a batch has been in the plugins")
     });
     run.terminated_within(SLACK + Duration::from_secs(6));
-    assert!(!run.logged("sink mart: a commit did not end"), "{}", run.text());
+    assert!(!run.logged("sink mart: a commit did not finish"), "{}", run.text());
 }

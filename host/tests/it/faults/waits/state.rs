@@ -1,4 +1,4 @@
-//! What is kept: many lanes write together, and what nothing needs is removed.
+//! State: many lanes write together, and what nothing needs any more is removed.
 
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant, SystemTime};
@@ -8,18 +8,18 @@ use crate::support::pipeline::PipelineToml;
 use crate::support::world::{Pipeline, World};
 use crate::support::{output, plugin, run_ok, shardmill, sqlite, wait_for};
 
-/// Names a folder of compiled plugins for all pipelines.
+/// Variable that names a folder of compiled plugins for all pipelines.
 const COMPILED_DIR: &str = "SHARDMILL_COMPILED_DIR";
 
-/// Checkpoints of many shards that wait for the state at the same time need few commits of it.
+/// Checkpoints of many shards that wait to be written at the same time share a few commits.
 #[test]
 fn fault_39_checkpoints_of_many_lanes_are_written_together() {
     const SHARDS: usize = 48;
     const RECORDS: u64 = 5_000;
-    /// The pause between two checkpoints of a lane.
+    /// Pause between two checkpoints of a lane.
     const CHECKPOINT: Duration = Duration::from_millis(500);
     let world = World::new(SHARDS as u32);
-    // `[timing]` is there already: the file is changed by hand.
+    // The file already has `[timing]`, so the test edits its text.
     let file = world.pipeline(&Pipeline::default());
     let text = std::fs::read_to_string(&file).expect("the file");
     std::fs::write(&file, text.replace("checkpoint = \"50 ms\"", "checkpoint = \"500 ms\""))
@@ -40,18 +40,18 @@ fn fault_39_checkpoints_of_many_lanes_are_written_together() {
         rows.map(|sequence| sequence.expect("a sequence")).collect()
     };
     let version = || -> i64 {
-        // It grows by one with each commit of another connection.
+        // SQLite increases it by one with each commit of another connection.
         state.query_row("PRAGMA data_version", (), |row| row.get(0)).expect("a version")
     };
     let waiting = |before: &[Option<String>]| {
         checkpoints().iter().zip(before).filter(|(now, before)| now == before).count()
     };
-    // In the first round each lane notes as well that it has caught up.
+    // In the first round each lane also records that it has caught up.
     world.put(0..RECORDS, RECORDS);
     world.wait_rows(RECORDS);
     let first = vec![None; SHARDS];
     wait_for("the first checkpoints", || waiting(&first) == 0);
-    // Nobody writes until every lane has asked for its checkpoint, however busy the machine is.
+    // The lock lets nobody write until every lane has requested its checkpoint, however busy the machine is.
     state.execute_batch("BEGIN IMMEDIATE").expect("locked");
     let before = checkpoints();
     world.put(RECORDS..2 * RECORDS, RECORDS);
@@ -67,8 +67,8 @@ fn fault_39_checkpoints_of_many_lanes_are_written_together() {
         commits += usize::from(now != last);
         last = now;
     }
-    assert_eq!(late, SHARDS, "checkpoints that wait");
-    // One by one, each lane would commit for itself.
+    assert_eq!(late, SHARDS, "waiting checkpoints");
+    // Without sharing, each lane would make a commit of its own.
     assert!(commits < late / 2, "{commits} commits for {late} checkpoints");
     assert_eq!(run.terminate(), Some(0));
 }
@@ -87,7 +87,7 @@ fn fault_39_compiled_plugins_that_nothing_needs_are_removed() {
             )
             .sink("mart", "type = \"discard\"")
     };
-    // The test's own environment may name a folder for all.
+    // The environment of the tests may already name a folder for all pipelines.
     let run = |pipeline: &str| {
         let mut command = shardmill(&["run", pipeline]);
         let output = output(command.env_remove(COMPILED_DIR).env_remove("XDG_CACHE_HOME"));
@@ -100,7 +100,7 @@ fn fault_39_compiled_plugins_that_nothing_needs_are_removed() {
         let mut names: Vec<String> = files
             .map(|file| file.expect("a file").file_name().into_string().expect("text"))
             .collect();
-        // It seals the others.
+        // This file is the key that seals the others.
         names.retain(|name| name != "seal.key");
         names.sort();
         names
@@ -116,7 +116,7 @@ fn fault_39_compiled_plugins_that_nothing_needs_are_removed() {
     file("notes.txt");
     let own = std::fs::File::options().write(true).open(compiled.join(&needed[0])).expect("a file");
     own.set_modified(old).expect("set");
-    // Another pipeline with its state in the same folder: it needs nothing of these.
+    // Another pipeline with its state in the same folder does not need any of these files.
     run(&pipeline("two", "route-json").write());
     wait_for("the file to be removed", || !files().iter().any(|name| name.starts_with("abab")));
     assert!(files().contains(&needed[0]) && files().contains(&"notes.txt".to_owned()));
@@ -154,10 +154,10 @@ fn compiled_plugins_in_a_shared_folder_are_made_once_and_left_alone() {
         file.set_modified(old).expect("set");
     }
     run("two");
-    assert_eq!((modified(file), modified(&strange)), (old, old), "a file was changed");
+    assert_eq!((modified(file), modified(&strange)), (old, old), "a file has changed");
 }
 
-/// A redrive's rows of the ledger went on naming its components for ever.
+/// Regression: the ledger rows of a finished redrive named its components forever, so they were never removed.
 #[test]
 fn fault_39_what_a_finished_redrive_kept_is_removed() {
     let folder = tempfile::tempdir().expect("a folder");

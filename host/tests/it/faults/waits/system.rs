@@ -1,4 +1,4 @@
-//! Limits of the system: named at the start, with what is needed.
+//! Limits of the system: a start names the limit and the required value.
 
 use std::process::{Command, Output, Stdio};
 
@@ -6,7 +6,7 @@ use super::{rows_file, text_of};
 use crate::support::pipeline::PipelineToml;
 use crate::support::world::{Pipeline, World};
 
-/// Runs the binary below a limit of the shell's `ulimit`.
+/// Runs the binary under a limit of the shell's `ulimit`.
 fn limited(ulimit: &str, arguments: &str) -> Output {
     let mut command = Command::new("bash");
     let script = format!("ulimit {ulimit}; exec {} {arguments}", env!("CARGO_BIN_EXE_shardmill"));
@@ -41,7 +41,7 @@ fn fault_45_a_limit_of_the_address_space_is_named_with_what_is_needed() {
     assert!(enough.status.success(), "{}", text_of(&enough));
 }
 
-/// One sandbox fits, those of all shards do not.
+/// One sandbox fits into the address space; those of all shards do not.
 #[test]
 fn fault_45_the_address_space_is_checked_for_all_lanes_before_they_begin() {
     let world = World::new(8);
@@ -67,7 +67,7 @@ fn fault_45_a_limit_of_open_files_is_named_with_what_is_needed() {
     }
 }
 
-/// A soft limit is no more than a default: it is raised as far as the system lets it.
+/// A soft limit is only a default: the process raises it as far as the system allows.
 #[test]
 fn fault_45_a_soft_limit_of_open_files_is_raised() {
     let world = World::new(16);

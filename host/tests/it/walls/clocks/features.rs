@@ -1,4 +1,4 @@
-//! What of WebAssembly plugins may use, and how much a component may be made of.
+//! Features of WebAssembly that plugins may use, and the number of parts that a component may have.
 
 use std::path::Path;
 
@@ -16,12 +16,12 @@ use crate::hostile::wat::{Guest, encoded};
 use crate::support::pipeline::PipelineToml;
 use crate::support::{output, plugin, shardmill};
 
-/// Why a guest with these items is refused when it is loaded.
+/// Returns why a guest with these items is refused at load.
 fn refusal(items: &str) -> String {
     let file = Guest { items, ..Guest::default() }.build("plugin");
     let path = file.path().display().to_string();
     match Lane::of(&path, LIMITS, "", RejectedMax::default()) {
-        Ok(_) => panic!("it is not refused: {items}"),
+        Ok(_) => panic!("not refused: {items}"),
         Err(why) => why,
     }
 }
@@ -48,7 +48,7 @@ fn wall_11_features_that_plugins_do_not_need_are_refused_by_their_names() {
     }
 }
 
-/// The host would transcode a text whole before it can bound it.
+/// The host would have to transcode a text completely before it could check its length.
 #[test]
 fn wall_06_a_component_whose_texts_are_not_utf8_is_refused_with_the_way_out() {
     for (encoding, name) in
@@ -57,7 +57,7 @@ fn wall_06_a_component_whose_texts_are_not_utf8_is_refused_with_the_way_out() {
         let file = encoded(&Guest::default().text(), "plugin", encoding);
         let path = file.path().display().to_string();
         let Err(why) = Lane::of(&path, LIMITS, "", RejectedMax::default()) else {
-            panic!("it is not refused: {name}")
+            panic!("not refused: {name}")
         };
         let expected = format!("expected texts in the encoding utf8, found {name}: build it again");
         assert!(why.contains(&expected) && why.contains("--string-encoding"), "{why}");
@@ -97,7 +97,7 @@ fn wall_11_all_memories_of_a_plugin_are_counted() {
     }
 }
 
-/// Instances of modules cost no memory that a limit counts, and hold what their module says they do.
+/// Instances of modules cost memory that no limit counts, and each one holds what its module declares.
 #[test]
 fn wall_11_a_component_of_too_many_instances_is_refused() {
     let file = Guest::default().build("plugin");
@@ -110,31 +110,31 @@ fn wall_11_a_component_of_too_many_instances_is_refused() {
     load(&with_instances(&sound, 10)).unwrap_or_else(|why| panic!("{why}"));
     let why = load(&with_instances(&sound, PARTS_MAX.instances)).expect_err("one too many");
     assert!(why.contains("instance count too high"), "{why}");
-    // Instances of components hold state of the host, too, without any module.
+    // Instances of components use state of the host too, even without any module.
     let resource = "(type $r (resource (rep i32))) (core func (canon resource.new $r))";
     for item in ["", resource] {
         load(&with_component(&sound, &doubled(item, 3))).unwrap_or_else(|why| panic!("{why}"));
         for depth in [10, 22, 80] {
             let why = load(&with_component(&sound, &doubled(item, depth))).expect_err("too many");
             let expected = format!("at most {} instances of components", PARTS_MAX.links);
-            assert!(why.contains(&expected) && why.contains("build it of fewer"), "{why}");
+            assert!(why.contains(&expected) && why.contains("build it from fewer"), "{why}");
         }
     }
 }
 
-/// A component in which each instantiates the one inside of it twice.
+/// Makes nested components, each of which instantiates its inner one twice.
 fn doubled(innermost: &str, depth: usize) -> Vec<u8> {
     let text = (1..=depth).fold(format!("(component $c0 {innermost})"), |inner, level| {
         let one = format!("(instance (instantiate $c{}))", level - 1);
         format!("(component $c{level} {inner} {one} {one})")
     });
-    wat::parse_str(text).expect("sound WAT")
+    wat::parse_str(text).expect("valid WAT")
 }
 
-/// The component with one more inside, of which it has an instance.
+/// Adds an inner component and one instance of it.
 fn with_component(component: &[u8], inner: &[u8]) -> Vec<u8> {
     const NESTED_SECTION: u8 = 4;
-    let payloads = Parser::new(0).parse_all(component).map(|payload| payload.expect("sound"));
+    let payloads = Parser::new(0).parse_all(component).map(|payload| payload.expect("valid"));
     let is_nested = |payload: &Payload<'_>| matches!(payload, Payload::ComponentSection { .. });
     let index = payloads.filter(is_nested).count() as u32;
     let mut instances = ComponentInstanceSection::new();
@@ -145,9 +145,9 @@ fn with_component(component: &[u8], inner: &[u8]) -> Vec<u8> {
     longer
 }
 
-/// The component with so many more instances of an empty module.
+/// Adds this many instances of an empty module.
 fn with_instances(component: &[u8], count: usize) -> Vec<u8> {
-    let payloads = Parser::new(0).parse_all(component).map(|payload| payload.expect("sound"));
+    let payloads = Parser::new(0).parse_all(component).map(|payload| payload.expect("valid"));
     let is_module = |payload: &Payload<'_>| matches!(payload, Payload::ModuleSection { .. });
     let module = payloads.filter(is_module).count() as u32;
     let mut instances = InstanceSection::new();
@@ -160,7 +160,7 @@ fn with_instances(component: &[u8], count: usize) -> Vec<u8> {
     longer
 }
 
-/// The real binary compiles in a process of its own: what it says there arrives, with the plugin's name.
+/// The real binary compiles in another process: its error arrives, with the plugin's name.
 #[test]
 fn wall_11_a_component_that_ran_before_is_named_at_the_start_with_the_way_out() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -178,7 +178,7 @@ fn wall_11_a_component_that_ran_before_is_named_at_the_start_with_the_way_out() 
             .sink("nowhere", "type = \"discard\"")
             .write();
         let ran = output(&mut shardmill(&["run", &file, "--until-caught-up"]));
-        // Long lines are broken where they are shown.
+        // Long lines are wrapped when they are printed.
         let said = String::from_utf8_lossy(&ran.stderr).into_owned();
         let words = said.replace('│', " ").split_whitespace().collect::<Vec<_>>().join(" ");
         assert_eq!(ran.status.code(), Some(2), "{said}");
@@ -194,11 +194,11 @@ fn wall_11_the_bundled_plugins_are_made_of_few_parts() {
     }
 }
 
-/// The parts of a component as they are written in it, those of its nested components too.
+/// Returns the parts of a component as written in it, including those of nested components.
 pub fn parts(component: &[u8]) -> Parts {
     let mut parts = Parts { memories: 0, tables: 0, instances: 0, links: 0 };
     for payload in Parser::new(0).parse_all(component) {
-        match payload.expect("a sound component") {
+        match payload.expect("a valid component") {
             Payload::MemorySection(section) => parts.memories += section.count() as usize,
             Payload::TableSection(section) => parts.tables += section.count() as usize,
             Payload::InstanceSection(section) => {

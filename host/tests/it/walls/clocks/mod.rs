@@ -1,10 +1,10 @@
-//! Limits of time, memory and features of plugins.
+//! Limits on time, memory and features of plugins.
 
 mod features;
 mod starts;
 mod time;
 
-/// A core loop of a guest that takes CPU time: about as many nanoseconds as it has turns.
+/// Returns a loop for a core module that takes about as many nanoseconds of CPU time as it has turns.
 fn work(turns: u64) -> String {
     format!(
         "(local.set $turns (i64.const {turns}))
@@ -14,7 +14,7 @@ fn work(turns: u64) -> String {
     )
 }
 
-/// What a compiler makes is at most half of what a plugin may be made of. Called for all that the tests
+/// Asserts that a compiler's output uses at most half of each limit on parts. Called for everything that the tests
 /// build, in each of the five languages.
 pub fn assert_parts_fit(component: &std::path::Path) {
     let bytes = std::fs::read(component).expect("a component");

@@ -1,4 +1,4 @@
-//! Starts of stages that fail in one lane, for a while, or everywhere.
+//! Stages whose start fails in one lane, for a while, or everywhere.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -15,12 +15,12 @@ const IN_SHARD_0: &str = "(if (local.get 3) (then
 /// Traps for every shard, but not while the pipeline is loaded.
 const IN_EVERY_SHARD: &str = "(if (local.get 3) (then unreachable))";
 
-/// The guest's route carries JSON.
+/// Makes the guest's route carry JSON.
 const JSON: &str = r#"(data (i32.const 48) "application/json")
   (data (i32.const 96)
     "\20\00\00\00\03\00\00\00\30\00\00\00\10\00\00\00\04\00\00\00\00\00\00\00")"#;
 
-/// A world of two shards with a row of each of 20 keys, and a pipeline whose stage is the guest.
+/// World of two shards with one row for each of 20 keys, and a pipeline whose stage is the guest.
 struct Fixture {
     world: World,
     _plugin: tempfile::NamedTempFile,
@@ -68,7 +68,7 @@ fn wall_08_one_lane_whose_stages_do_not_start_is_blocked_and_the_others_go_on() 
     wait_for("the other lane's rows", || fixture.world.rows() > 0);
     let before = fixture.world.rows();
     assert!(before < 20, "both shards have rows");
-    // It goes on with what comes, and ends when asked.
+    // The lane goes on with new records, and ends when asked.
     fixture.world.put(20..60, 40);
     fixture.world.wait_rows(before + 1);
     assert!(run.0.try_wait().expect("a state").is_none(), "{}", fixture.log());
@@ -88,13 +88,13 @@ fn wall_08_a_revision_that_starts_nowhere_is_refused_at_the_first_start() {
     assert_eq!(fixture.world.rows(), 0);
 }
 
-/// `configure` fails for some seconds, by the clock: it may ask no server.
+/// `configure` fails for some seconds by the clock, because it may not call a server.
 #[test]
 fn wall_08_a_start_that_fails_for_a_while_is_retried() {
     let now = SystemTime::now().duration_since(UNIX_EPOCH).expect("after 1970");
     let from_ms = now.as_millis() as u64 + 4_000;
     let is_early = "(i64.lt_u (call $now) (i64.const FROM))".replace("FROM", &from_ms.to_string());
-    // Only in one shard: where it fails in all of them, the run ends.
+    // It fails in one shard only: if it failed in all of them, the run would end.
     let configure =
         IN_SHARD_0.replace("unreachable", &format!("(if {is_early} (then unreachable))"));
     let guest = Guest {
@@ -104,9 +104,9 @@ fn wall_08_a_start_that_fails_for_a_while_is_retried() {
     };
     let fixture = Fixture::new(&guest, "plugin-with-capabilities", "grant = { clock = true }");
     let run = fixture.start();
-    wait_for("the lane to be tried again", || fixture.log().contains("they are tried again"));
+    wait_for("the lane to be tried again", || fixture.log().contains("the stages do not start"));
     fixture.world.wait_rows(20);
     fixture.world.assert_each_once_in_order(20);
-    wait_for("the lane to be well", || http_get(fixture.port, "/health/ready").contains("200 OK"));
+    wait_for("the lane to recover", || http_get(fixture.port, "/health/ready").contains("200 OK"));
     assert_eq!(run.terminate(), Some(0), "{}", fixture.log());
 }

@@ -1,4 +1,4 @@
-//! Time limits count what a plugin does, not what others do to the machine.
+//! Time limits count what a plugin does, not what other load does to the machine.
 
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -12,12 +12,12 @@ use crate::hostile::lane::Lane;
 use crate::hostile::wat::Guest;
 use crate::languages::{asking, car_server, dead_letters_and_reason, run_asking};
 
-/// Lanes that never give their core up by themselves: as many on two cores, more on a larger machine.
+/// Number of lanes that never yield their core: this many on two cores, more on a larger machine.
 const HOSTILE_LANES: usize = 16;
-/// The least number of them for each core.
+/// Minimum number of these lanes per core.
 const HOSTILE_LANES_PER_CORE: usize = 2;
 
-/// Ends the hostile lanes, also where a test panics beside them.
+/// Ends the hostile lanes, even if a test panics.
 struct End<'e>(&'e AtomicBool);
 
 impl Drop for End<'_> {
@@ -26,8 +26,8 @@ impl Drop for End<'_> {
     }
 }
 
-/// Does something while lanes with endless records use all cores. One test at a time: those of several would
-/// leave nobody the share of a core that a limit takes for granted.
+/// Runs `what` while lanes with endless records use all cores. Only one test at a time: the lanes of several tests
+/// would leave nobody the share of a core that the limits assume.
 fn beside_hostile_lanes<T>(what: impl FnOnce() -> T) -> T {
     static ONE: Mutex<()> = Mutex::new(());
     let _one = ONE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -54,7 +54,7 @@ fn beside_hostile_lanes<T>(what: impl FnOnce() -> T) -> T {
     })
 }
 
-/// 40 ms of CPU time take 0.3 s beside so many on two cores: more than the limit.
+/// Beside this many lanes on two cores, 40 ms of CPU time take 0.3 s of wall time: more than the limit.
 #[test]
 fn wall_10_hostile_lanes_do_not_take_an_honest_records_time() {
     let process = work(40_000_000);
@@ -63,7 +63,7 @@ fn wall_10_hostile_lanes_do_not_take_an_honest_records_time() {
     let path = plugin.path().display().to_string();
     let mut lane = Lane::of(&path, limits, "", RejectedMax::default()).expect("it loads");
     let payloads = |records: usize| vec!["busy".to_owned(); records];
-    // Alone and in a batch.
+    // The record runs alone and in a batch.
     let outcomes = beside_hostile_lanes(|| [1, 1, 2].map(|records| lane.run(&payloads(records))));
     for (records, outcome) in [1, 1, 2].into_iter().zip(outcomes) {
         let outcome = outcome.unwrap_or_else(|why| panic!("{why:?}"));
@@ -73,7 +73,7 @@ fn wall_10_hostile_lanes_do_not_take_an_honest_records_time() {
     }
 }
 
-/// The limit still ends what uses up its own time, however busy the machine is, and blames that alone.
+/// However busy the machine is, the limit still ends a record that uses up its own time, and blames only that record.
 #[test]
 fn wall_10_an_endless_record_is_blamed_beside_hostile_lanes_too() {
     let limits = "batch_time = \"60 ms\"\nrecord_time = \"30 ms\"";
@@ -95,7 +95,7 @@ fn wall_10_an_endless_record_is_blamed_beside_hostile_lanes_too() {
     assert_eq!(outcome.routed.len(), 2);
 }
 
-/// `configure` works for 40 ms.
+/// `configure` uses 40 ms of CPU time.
 #[test]
 fn wall_08_configure_has_cpu_time_of_its_own() {
     let configure = work(40_000_000);
@@ -110,13 +110,13 @@ fn wall_08_configure_has_cpu_time_of_its_own() {
     assert!(why.contains("configure took longer than its limit of 10 ms of CPU time"), "{why}");
 }
 
-/// A thread that gets a core only where nobody else wants one: its call has hardly got any CPU time when it must
-/// end, and no record of it can be blamed. With a core of its own, the same batch goes through.
+/// The thread gets a core only when nobody else wants one. Its call gets hardly any CPU time until the deadline ends
+/// it, so no record can be blamed. With a core of its own, the same batch succeeds.
 #[test]
 fn wall_10_a_call_that_the_machine_did_not_let_end_is_rerun() {
     let process = work(80_000_000);
     let plugin = Guest { process: &process, ..Guest::default() }.build("plugin");
-    // 10 × (250 ms + 1 ms) of wall time.
+    // The deadline is 10 × (250 ms + 1 ms) of wall time.
     let limits = "batch_time = \"250 ms\"\nrecord_time = \"250 ms\"\nhost_time = \"1 ms\"";
     let path = plugin.path().display().to_string();
     let mut lane = Lane::of(&path, limits, "", RejectedMax::default()).expect("it loads");
@@ -132,13 +132,13 @@ fn wall_10_a_call_that_the_machine_did_not_let_end_is_rerun() {
     });
     match starved {
         Err(Blocked::Starved(why)) => assert!(why.contains("the machine is too busy"), "{why}"),
-        other => panic!("expected a call that is run again, found {other:?}"),
+        other => panic!("expected a call that is repeated, found {other:?}"),
     }
-    let outcome = lane.run(&payloads).expect("it is run again");
+    let outcome = lane.run(&payloads).expect("it is repeated");
     assert_eq!((outcome.routed.len(), outcome.dead_letters.len()), (1, 0));
 }
 
-/// Gives this thread the policy of the kernel for work that waits for an idle core.
+/// Sets this thread's scheduling policy to the kernel's policy for work that waits for an idle core.
 fn yield_to_all_others() {
     let param = libc::sched_param { sched_priority: 0 };
     // SAFETY: the call reads a structure that lives here.
@@ -146,8 +146,8 @@ fn yield_to_all_others() {
     assert_eq!(set, 0, "{}", std::io::Error::last_os_error());
 }
 
-/// A call of the host has a budget of its own, whatever the plugin's own time is, and the record that made
-/// it is found alone.
+/// A call of the host has a time budget of its own, independent of the plugin's time. The record that made the call
+/// is found alone.
 #[test]
 fn wall_10_a_call_of_the_host_over_its_budget_blames_its_record() {
     let (place, _) = asking("far", "rust");

@@ -1,5 +1,5 @@
-//! Who may ask what of which port, by the name that a request was sent to and the page that it comes from:
-//! every port, every route, and every spelling that a server might take for another.
+//! Who may ask each port for what, by the host name in the request and by the page that the request comes from: every
+//! port, every route, and every spelling that a server might take for another name.
 
 use std::io::{Read as _, Write as _};
 use std::net::SocketAddr;
@@ -8,29 +8,29 @@ use super::{CHANGES, Ports, SOON, ask, bearer, body, list_streams, open, status}
 use crate::support::serve_stream;
 use crate::support::world::row;
 
-/// Sends a request as it is; gives the whole answer. A body must be ended by its length.
+/// Sends a request as it is; returns the whole answer. If it has a body, it must have its length.
 fn send(port: u16, request: &str) -> String {
     let mut stream = open(port);
     stream.set_read_timeout(Some(SOON)).expect("set");
     stream.write_all(request.as_bytes()).expect("sent");
     let mut answer = Vec::new();
-    // A server may close before it has read all.
+    // A server may close the connection before it has read everything.
     let _ = stream.read_to_end(&mut answer);
     String::from_utf8_lossy(&answer).into_owned()
 }
 
-/// The bytes of a request without a body. `target` is a path, or a URL with a host of its own.
+/// Returns the bytes of a request without a body. `target` is a path, or a URL with a host.
 fn request(method: &str, target: &str, version: &str, headers: &str) -> String {
     format!(
         "{method} {target} {version}\r\n{headers}Connection: close\r\nContent-Length: 0\r\n\r\n"
     )
 }
 
-/// How a request names a host.
+/// Ways to name a host in a request.
 enum Named {
-    /// By its `Host` headers, of which it has one for each text.
+    /// `Host` headers, one for each text.
     By(&'static [&'static str]),
-    /// By its target, which is a URL with this authority, beside a `Host` header.
+    /// URL with this authority as the target, together with a `Host` header.
     Target(&'static str, &'static str),
     /// HTTP/1.0, with these `Host` headers.
     Old(&'static [&'static str]),
@@ -62,7 +62,7 @@ impl Named {
     }
 }
 
-/// Spellings that name this machine, or the one name in `hosts`: no page can be made to resolve there.
+/// Spellings of this machine, or of the one name in `hosts`: no page of an attacker is served under these names.
 const KNOWN: [Named; 17] = [
     By(&["127.0.0.1"]),
     By(&["127.0.0.1:9901"]),
@@ -83,7 +83,7 @@ const KNOWN: [Named; 17] = [
     Old(&["127.0.0.1:80"]),
 ];
 
-/// Spellings of the one name in `hosts` of [admin].
+/// Spellings of the one name in `hosts` of `[admin]`.
 const LISTED: [Named; 5] = [
     By(&["mill.example"]),
     By(&["MILL.Example:443"]),
@@ -92,7 +92,7 @@ const LISTED: [Named; 5] = [
     Old(&["mill.example"]),
 ];
 
-/// Spellings that name something else, or nothing that is one name.
+/// Spellings of something else, or of nothing that is one name.
 const UNKNOWN: [Named; 41] = [
     By(&[]),
     By(&[""]),
@@ -137,18 +137,18 @@ const UNKNOWN: [Named; 41] = [
     Old(&["evil.example"]),
 ];
 
-/// Origins that pages have, opaque ones too (of files, sandboxed frames and redirects), beside the port's
-/// own: a page that was served from there before is a page all the same.
+/// Returns origins of pages: opaque ones (of files, sandboxed frames and redirects), and also the port's own. A page
+/// that was once served from this port is still a page.
 fn origins(port: u16) -> Vec<String> {
     let own = [format!("http://127.0.0.1:{port}"), format!("http://localhost:{port}")];
     let others = ["https://evil.example", "null", "NULL", "", "file://", "http://[::1]"];
     own.into_iter().chain(others.map(str::to_owned)).collect()
 }
 
-/// Methods beside those that the routes have.
+/// Methods, including those that the routes do not have.
 const METHODS: [&str; 7] = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"];
 
-/// What a browser asks before it lets a page send more than a form could.
+/// Returns the headers of a preflight, which a browser sends before a page may send more than a form could.
 fn preflight(origin: &str, method: &str) -> String {
     format!(
         "Host: 127.0.0.1\r\nOrigin: {origin}\r\nAccess-Control-Request-Method: {method}\r\n\
@@ -156,7 +156,7 @@ fn preflight(origin: &str, method: &str) -> String {
     )
 }
 
-/// Asserts that an answer lets no page read it.
+/// Asserts that an answer does not allow any page to read it.
 fn assert_for_no_page(answer: &str, what: &str) {
     let lower = answer.to_ascii_lowercase();
     assert!(!lower.contains("access-control-"), "{what}: {answer}");
@@ -177,7 +177,7 @@ fn wall_05_the_admin_port_is_read_by_names_that_no_page_can_have() {
             for method in METHODS {
                 let answer = send(port, &named.request(method, path, ""));
                 let what = format!("{method} {path} {}", named.text());
-                // What is no HTTP is refused before anybody looks at its name.
+                // Invalid HTTP is refused before its host name is checked.
                 assert!(["403", "400"].contains(&status(&answer)), "{what}: {answer}");
                 assert_for_no_page(&answer, &what);
             }
@@ -194,7 +194,7 @@ fn wall_05_the_admin_port_is_read_by_names_that_no_page_can_have() {
             }
         }
     }
-    // Health says nothing that a page could use, and is asked by names that nobody has listed.
+    // Health contains nothing that a page could use, and may be requested under names that are not listed.
     for named in KNOWN.iter().chain(&LISTED).chain(&UNKNOWN) {
         let answer = send(port, &named.request("GET", "/health/live", ""));
         let is_http = status(&answer) != "400";
@@ -202,7 +202,7 @@ fn wall_05_the_admin_port_is_read_by_names_that_no_page_can_have() {
     }
 }
 
-/// No name and no page opens what changes something, by whatever method: the token does.
+/// No host name and no page gives access to changes, whatever the method: only the token does.
 #[test]
 fn wall_05_changes_need_the_token_by_every_name_method_and_page() {
     let ports = Ports::start("hosts = [\"mill.example\"]", "", "");
@@ -241,18 +241,18 @@ fn wall_05_changes_need_the_token_by_every_name_method_and_page() {
             }
         }
     }
-    // A page cannot have the token: by whatever name, it opens everything. A proxy may have any name.
+    // A page cannot have the token, so the token gives access under any name. A proxy may have any name.
     for (port, token) in [(ports.admin, ports.token()), (address.port(), own_token.clone())] {
         let headers = format!("{token}Host: evil.example\r\nOrigin: https://evil.example\r\n");
         let answer = ask(port, "GET", "/changes", &headers, b"");
         assert_eq!(status(&answer), "200", "{answer}");
         assert_for_no_page(&answer, "/changes");
-        // None of all that was asked for above was begun.
+        // None of the requests above has started a change.
         let changes: serde_json::Value = serde_json::from_str(body(&answer)).expect("JSON");
         let changes = changes.as_array().or_else(|| changes["changes"].as_array());
         assert!(changes.is_some_and(Vec::is_empty), "{answer}");
     }
-    // The token of one port is not the other's.
+    // The token of one port is not valid for the other.
     let answer = ask(ports.admin, "GET", "/changes", &own_token, b"");
     let is_one = own_token == ports.token();
     assert_eq!(status(&answer), if is_one { "200" } else { "401" }, "{answer}");
@@ -266,10 +266,10 @@ fn wall_05_the_embedded_stream_answers_no_page_whatever_it_asks_for() {
     let port = url.port().expect("a port");
     let signed = list_streams("");
     let (_, signed) = signed.split_once("\r\n").expect("a first line");
-    // What the SDK sends, with another target and other names.
+    // The request of the SDK, with another target and other names.
     let listing = |named: &Named, more: &str| -> String {
         let whole = named.request("POST", "/", more);
-        let (head, _) = whole.split_once("Connection:").expect("the name and what is more");
+        let (head, _) = whole.split_once("Connection:").expect("two parts");
         format!("{head}{signed}")
     };
     for named in &KNOWN {
@@ -301,7 +301,7 @@ fn wall_05_the_embedded_stream_answers_no_page_whatever_it_asks_for() {
             assert_for_no_page(&answer, &format!("{method} {origin}"));
         }
     }
-    // A form can send a body of text without asking first: nothing is created by it.
+    // A form can send a text body without a preflight: such a request must create nothing.
     let create = r#"{"StreamName":"made-by-a-page","ShardCount":1}"#;
     let target = "X-Amz-Target: Kinesis_20131202.CreateStream\r\n";
     for (headers, media) in [
@@ -318,7 +318,7 @@ fn wall_05_the_embedded_stream_answers_no_page_whatever_it_asks_for() {
     assert!(!answer.contains("made-by-a-page"), "{answer}");
 }
 
-/// The intake stands behind a proxy, whose name may be any: it looks at the page alone.
+/// The intake may be behind a proxy with any name, so it checks only the page.
 #[test]
 fn wall_05_the_intake_takes_no_event_of_another_page_however_it_is_spelled() {
     let own = "https://app.example";
@@ -357,14 +357,14 @@ fn wall_05_the_intake_takes_no_event_of_another_page_however_it_is_spelled() {
             assert_for_no_page(&answer, &format!("{origins:?} {method}"));
         }
     }
-    // The scheme and the name have no case.
+    // Scheme and host name are case-insensitive.
     for (id, origin) in [own, "HTTPS://App.Example"].into_iter().enumerate() {
         let answer = event(&[origin], id as u64);
         assert_eq!(status(&answer), "200", "{origin}: {answer}");
         let expected = format!("access-control-allow-origin: {origin}\r\n");
         assert!(answer.contains(&expected) && answer.contains("vary: origin"), "{answer}");
     }
-    // Only what the page may send is allowed, whatever it asks for, and no cookies.
+    // Whatever the preflight requests, only what the page may send is allowed, and no cookies.
     for method in METHODS {
         let headers = format!("Origin: {own}\r\nAccess-Control-Request-Method: {method}\r\n");
         let answer = ask(ports.intake, "OPTIONS", "/events", &headers, b"");
@@ -373,7 +373,7 @@ fn wall_05_the_intake_takes_no_event_of_another_page_however_it_is_spelled() {
         assert!(!answer.contains("allow-credentials"), "{method}: {answer}");
         assert!(!answer.contains("allow-private-network"), "{method}: {answer}");
     }
-    // Other methods put nothing on the stream, of this page neither.
+    // Other methods put nothing on the stream, even from this page.
     for method in METHODS.into_iter().filter(|method| !["POST", "OPTIONS"].contains(method)) {
         for headers in ["", "Origin: https://evil.example\r\n", "Origin: https://app.example\r\n"] {
             let answer = ask(ports.intake, method, "/events", headers, &row(99, 1));

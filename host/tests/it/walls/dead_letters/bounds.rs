@@ -1,4 +1,4 @@
-//! What dead letters keep, each and together.
+//! Limits on what one dead letter keeps, and on all dead letters together.
 
 use std::fs;
 
@@ -8,7 +8,7 @@ use super::{BUFFER, Folder};
 use crate::support::{self, free_port, http_get, wait_for};
 use crate::walls::memory::{LIMITS, assert_peak_below, bound, follow};
 
-/// A stage that rejects what contains a marker.
+/// Returns a stage that rejects records that contain a marker.
 fn reject_on(marker: &str) -> String {
     format!("config = {{ reject_on = \"{marker}\", format = \"application/json\" }}\n{LIMITS}")
 }
@@ -33,29 +33,30 @@ fn wall_04_a_record_is_kept_once_for_all_its_dead_letters() {
         .expect("a table");
     folder.ok_below(&["run", "--until-caught-up"], bound(8, 8, 3, 3));
     assert_eq!(folder.dead_letters(), 20);
-    // What came through as it was is not kept once more.
+    // A payload that entered the stage unchanged is not stored a second time.
     let components = "SELECT sum(length(bytes)) FROM component";
     let kept = fs::metadata(folder.path().join("state/cars/state.db")).expect("a file").len()
         as i64
         - folder.number(components);
-    assert!(kept < 2_000_000, "{kept} bytes are kept of 300,000");
+    assert!(kept < 2_000_000, "{kept} bytes are stored for 300,000");
     let id = folder.number("SELECT max(id) FROM dead_letter");
     let (shown, _) = folder.ok(&["dlq", "show", "--json", &id.to_string()]);
     let shown: Value = serde_json::from_str(&shown).expect("JSON");
     assert_eq!(shown["original"]["text"], payload.as_str());
     assert_eq!(shown["entered"]["text"], payload.as_str());
-    // The record goes with its last letter.
+    // The record is deleted together with its last dead letter.
     folder.ok(&["dlq", "purge", &id.to_string()]);
     assert_eq!(folder.number("SELECT count(*) FROM letter_record"), 1);
     folder.ok(&["dlq", "purge", "--all"]);
-    // Marks stay while a sink may read the record again.
+    // Marks stay as long as a sink may read the record again.
     assert_eq!(folder.number("SELECT count(*) FROM letter_record"), 0);
     let left = folder.number("SELECT bytes FROM letter_store");
     let marks = folder.number("SELECT count(*) FROM letters");
     assert_eq!(left, marks * 512, "{marks} marks");
 }
 
-/// Waits for a lane of `stages` that blocks because the store is full, frees it, and expects the lane to go on.
+/// Waits until a lane of `stages` blocks because the store is full, makes room in the store, and expects the lane to
+/// go on.
 fn blocks_and_goes_on(folder: &Folder, port: u16, rows: i64, is_blocked_by: &str, stages: u64) {
     let mut run = folder.start(&["run"]);
     let peak = follow(run.0.id());
@@ -71,7 +72,7 @@ fn blocks_and_goes_on(folder: &Folder, port: u16, rows: i64, is_blocked_by: &str
     assert!(folder.number("SELECT bytes FROM letter_store") <= 1 << 20);
     folder.ok(&["dlq", "purge", "--all"]);
     wait_for("the rest", || folder.dead_letters() > 0 && first + folder.dead_letters() >= rows);
-    // At the file's end it ends by itself.
+    // The run ends by itself at the end of the file.
     assert!(run.wait().success(), "{}", folder.log());
     assert_eq!(first + folder.dead_letters(), rows);
     assert_peak_below(peak.join().expect("a peak"), bound(8, 8, stages, stages), "the run");

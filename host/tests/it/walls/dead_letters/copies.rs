@@ -11,7 +11,7 @@ use crate::assets;
 use crate::support::{kill_until_it_ends, sqlite};
 use crate::walls::memory::LIMITS;
 
-/// The letters that each record has.
+/// Number of dead letters of each record.
 const ITEMS: usize = 20;
 
 const COPIES: &str = r#"
@@ -38,7 +38,7 @@ bytes = "4 MiB"
 linger = "10 ms"
 "#;
 
-/// A pipeline that makes many of each record, and rejects all of them.
+/// Writes a pipeline that makes many items of each record, and rejects all of them.
 fn pipeline(folder: &Folder) {
     let many = format!(
         "config = {{ many_on = \"\", many = {ITEMS}, format = \"application/json\" }}\n{LIMITS}"
@@ -59,27 +59,27 @@ fn pipeline(folder: &Folder) {
         .expect("a table");
 }
 
-/// The record that each copy in the table has, by the letter's number, with its sequence number.
+/// Returns the record of each copy in the table, by the dead letter's number, with its sequence number.
 fn in_table(folder: &Folder) -> BTreeMap<i64, (String, Value)> {
     let copies = sqlite(&folder.path().join("letters.db"));
     let mut query =
-        copies.prepare("SELECT id, sequence, original FROM letters").expect("a table of letters");
+        copies.prepare("SELECT id, sequence, original FROM letters").expect("the copies");
     let read = query.query_map([], |row| Ok((row.get(0)?, row.get(1)?, row.get(2)?)));
     let read: Vec<(i64, String, String)> =
         read.expect("rows").collect::<Result<_, _>>().expect("rows");
-    assert_eq!(read.len(), 3 * ITEMS, "each letter once");
+    assert_eq!(read.len(), 3 * ITEMS, "each dead letter once");
     let parsed = |original: String| serde_json::from_str(&original).expect("JSON");
     read.into_iter().map(|(id, sequence, original)| (id, (sequence, parsed(original)))).collect()
 }
 
-/// The same of the objects.
+/// Returns the same from the objects.
 fn in_lake(folder: &Folder) -> BTreeMap<i64, (String, Value)> {
     let files = folder.files("lake");
     let files = files.iter().filter(|path| !path.display().to_string().contains("_shardmill"));
     let texts = files.map(|path| fs::read_to_string(path).expect("text"));
     let lines: Vec<String> =
         texts.flat_map(|text| text.lines().map(String::from).collect::<Vec<_>>()).collect();
-    assert_eq!(lines.len(), 3 * ITEMS, "each letter once");
+    assert_eq!(lines.len(), 3 * ITEMS, "each dead letter once");
     let parsed = |line: &String| {
         let copy: Value = serde_json::from_str(line).expect("JSON");
         let sequence = copy["sequence"].as_str().expect("text").to_owned();
@@ -110,10 +110,10 @@ fn wall_04_copies_have_a_large_record_once_whatever_is_killed() {
         let payload = *whole.first().expect("one has the record whole");
         seen.push(payload.to_owned());
         if payload.len() < 4_096 {
-            assert_eq!(whole.len(), ITEMS, "all have a small one");
+            assert_eq!(whole.len(), ITEMS, "each copy has a small record");
             continue;
         }
-        assert_eq!(whole.len(), 1, "one has a large one");
+        assert_eq!(whole.len(), 1, "one copy has a large record");
         let digest = hex::encode(Sha256::digest(payload));
         let others = originals.iter().filter(|original| original["text"].is_null());
         for other in others {
@@ -124,7 +124,7 @@ fn wall_04_copies_have_a_large_record_once_whatever_is_killed() {
     seen.sort();
     assert_eq!(seen, records);
 
-    // As the book joins them.
+    // The join from the book.
     let joined =
         format!("SELECT count(*), count(DISTINCT original) FROM ({})", assets::DEAD_LETTERS_SQL);
     let dead_letters = sqlite(&folder.path().join("letters.db"));

@@ -1,4 +1,4 @@
-//! Bounds of dead letters and of commits, and stored settings.
+//! Limits on dead letters and on commits, and stored settings.
 
 mod bounds;
 mod copies;
@@ -14,17 +14,17 @@ use crate::support::pipeline::PipelineToml;
 use crate::support::{Process, output, shardmill, sqlite};
 use crate::walls::memory::{assert_peak_below, output_and_peak};
 
-/// Lines of `[pipeline]` that let every record fail.
+/// Lines of `[pipeline]` that allow every record to fail.
 const ALL_MAY_FAIL: &str = "rejected_of_last_1000 = 1000\nrejected_in_a_row = 100000";
 
-/// A line of `[pipeline]`: what sinks may hold, where a test bounds the memory of the process.
+/// A line of `[pipeline]` that limits the memory of sinks, for tests that bound the memory of the process.
 const BUFFER: &str = "buffer = \"8 MiB\"";
 
-/// A pipeline's folder.
+/// Folder of a pipeline.
 struct Folder(tempfile::TempDir);
 
 impl Folder {
-    /// With the lines that it reads.
+    /// Makes a folder with the lines that its pipeline reads.
     fn of_lines(lines: &[String]) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
         fs::write(folder.path().join("rows.txt"), lines.join("\n") + "\n").expect("written");
@@ -35,7 +35,7 @@ impl Folder {
         self.0.path()
     }
 
-    /// A pipeline called `cars` that reads the lines.
+    /// Makes a pipeline called `cars` that reads the lines.
     fn pipeline(&self) -> PipelineToml {
         PipelineToml::new(self.path(), "cars")
             .pipeline(ALL_MAY_FAIL)
@@ -52,7 +52,7 @@ impl Folder {
         output(&mut self.command(arguments))
     }
 
-    /// Runs a command that must succeed; gives standard output and standard error.
+    /// Runs a command that must succeed; returns standard output and standard error.
     fn ok(&self, arguments: &[&str]) -> (String, String) {
         let done = self.run(arguments);
         let (out, log) = texts(&done);
@@ -60,7 +60,7 @@ impl Folder {
         (out, log)
     }
 
-    /// Runs a command that must succeed, below a bound of its memory in bytes.
+    /// Runs a command that must succeed, with its memory below a bound in bytes.
     fn ok_below(&self, arguments: &[&str], bound: u64) {
         let (done, peak) = output_and_peak(&mut self.command(arguments));
         let (_, log) = texts(&done);
@@ -91,7 +91,7 @@ impl Folder {
         self.number("SELECT count(*) FROM dead_letter WHERE held = 0")
     }
 
-    /// All files below a folder in it.
+    /// Returns all files below a folder in it.
     fn files(&self, folder: &str) -> Vec<std::path::PathBuf> {
         let (mut files, mut folders) = (Vec::new(), vec![self.path().join(folder)]);
         while let Some(folder) = folders.pop() {

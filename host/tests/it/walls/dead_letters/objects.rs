@@ -1,4 +1,4 @@
-//! Paths of objects with as many values as rows.
+//! Paths of objects with as many different values as rows.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -21,7 +21,7 @@ fn pipeline(folder: &Folder) -> String {
     folder.pipeline().route_all_to(&["files"]).sink("files", sink).write()
 }
 
-/// How many objects each claim has, and how often each row is there.
+/// Returns the number of objects of each claim, and how often each row is there.
 fn found(folder: &Folder) -> (Vec<usize>, BTreeMap<String, usize>) {
     let (mut claims, mut rows) = (Vec::new(), BTreeMap::new());
     for path in folder.files("files") {
@@ -66,7 +66,7 @@ fn wall_04_a_commit_that_was_cut_is_exactly_once_whatever_is_killed() {
     assert_all_there(&folder);
 }
 
-/// The rows of each object, by claim.
+/// Returns the rows of each object, by claim.
 fn claimed(folder: &Folder) -> Vec<Vec<u64>> {
     let files = folder.files("files");
     let links = files.iter().filter(|path| path.display().to_string().contains("_shardmill"));
@@ -94,7 +94,7 @@ fn wall_02_parquet_files_of_many_columns_and_folders_are_written_a_few_at_a_time
         "routes = {{ rows = [\"files\"] }}\nconfig = {{ columns = [{columns}] }}\n\
          limits = {{ memory = \"16 MiB\", output = \"8 MiB\" }}"
     );
-    // All rows are in one batch, and nothing but their memory ends a commit.
+    // All rows are in one batch, and only their memory ends a commit.
     let batch = "[source.batch]\nrecords = 1000\nbytes = \"1 MiB\"";
     let sink = "[[sink]]\nname = \"files\"\ntype = \"objects\"\nurl = \"files\"\nformat = \"parquet\"\n\
                 compression = \"none\"\nfolder = \"{row.k}\"\n\
@@ -109,7 +109,7 @@ fn wall_02_parquet_files_of_many_columns_and_folders_are_written_a_few_at_a_time
     folder.ok_below(&["run", "--until-caught-up"], bound(8, 8, 1, 1));
     let claims = claimed(&folder);
     assert_eq!(claims.iter().flatten().sum::<u64>(), FILES as u64);
-    // Some 1.1 MB for each file that is open.
+    // Each open file takes about 1.1 MB.
     assert!(claims.iter().all(|files| files.len() <= 16), "{claims:?}");
     assert_eq!(folder.dead_letters(), 0);
 }

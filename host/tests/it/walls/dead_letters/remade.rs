@@ -1,4 +1,4 @@
-//! What entered a stage and is too large to be kept: a redrive makes it again.
+//! Payloads that entered a stage and are too large to store: a redrive makes them again.
 
 use std::fs;
 
@@ -8,14 +8,14 @@ use super::{BUFFER, Folder, texts};
 use crate::walls::memory::{LIMITS, bound};
 
 const ROWS_OF_RECORD: usize = 5;
-/// The bound on a run: each of its three stages has one instance.
+/// Memory bound of a run: each of its three stages has one instance.
 const BOUND_OF_RUN: u64 = bound(8, 8, 3, 3);
-/// The bound on a redrive: payloads are made again by further instances.
+/// Memory bound of a redrive: further instances make payloads again.
 const BOUND_OF_REDRIVE: u64 = bound(8, 8, 3, 6);
 
-/// A pipeline whose first stage makes five rows of a mebibyte of each record that contains a marker, and whose
-/// second rejects what `rejects` says. A batch has one record: five rows fit into a plugin's memory, and fifteen
-/// do not.
+/// Writes a pipeline whose first stage makes five rows of one mebibyte of each record that contains a marker. Its
+/// second stage rejects what `rejects` says. A batch has one record: five rows fit into a plugin's memory, and
+/// fifteen do not.
 fn burst(folder: &Folder, marker: &str, rejects: &str) {
     let many = format!(
         "config = {{ share_payload_on = \"{marker}\", many = {ROWS_OF_RECORD} }}\n\
@@ -43,7 +43,7 @@ fn lines() -> Vec<String> {
     (0..3).map(|n| format!("record {n}")).collect()
 }
 
-/// The bytes of all objects.
+/// Returns the number of bytes in all objects.
 fn written(folder: &Folder) -> usize {
     let is_data = |path: &&std::path::PathBuf| !path.display().to_string().contains("_shardmill");
     let files = folder.files("files");
@@ -67,16 +67,16 @@ fn wall_04_large_payloads_are_kept_as_digests_and_remade_by_the_revision_that_ra
     let dead_letters = 3 * ROWS_OF_RECORD;
     assert_eq!(folder.dead_letters() as usize, dead_letters);
     let kept = kept_beside_components(&folder);
-    assert!(kept < 1 << 20, "{kept} bytes are kept of 30 bytes of records");
+    assert!(kept < 1 << 20, "{kept} bytes are stored for 30 bytes of records");
     let id = folder.number("SELECT min(id) FROM dead_letter");
     let (shown, _) = folder.ok(&["dlq", "show", "--json", &id.to_string()]);
     let shown: Value = serde_json::from_str(&shown).expect("JSON");
     assert_eq!(shown["original"]["text"], "record 0");
     assert_eq!(shown["entered"]["bytes"], 1 << 20);
     let (shown, _) = folder.ok(&["dlq", "show", &id.to_string()]);
-    assert!(shown.contains("too large to be kept"), "{shown}");
+    assert!(shown.contains("too large to be stored"), "{shown}");
 
-    // The files say otherwise by now: the stage before would make nothing of the kind.
+    // The files have changed: the previous stage would not make such rows now.
     burst(&folder, "nothing", "reject_on = \"nothing\"");
     folder.ok_below(&["dlq", "redrive", "--all"], BOUND_OF_REDRIVE);
     assert_eq!(folder.dead_letters(), 0);
@@ -100,7 +100,7 @@ fn wall_04_a_payload_with_another_digest_is_refused_and_its_dead_letter_stays() 
     assert!(log.contains("expected a payload with the digest"), "{log}");
     assert!(log.contains("15 dead letters were not redriven and stay"), "{log}");
     assert_eq!((folder.dead_letters() as usize, written(&folder)), (3 * ROWS_OF_RECORD, 0));
-    // As it was, they can be.
+    // With the original value, the payloads can be made again.
     let (redriven, log) = with_marker(&["dlq", "redrive", "--all"], "record");
     assert!(redriven, "{log}");
     assert_eq!((folder.dead_letters() as usize, written(&folder)), (0, (3 * ROWS_OF_RECORD) << 20));
@@ -112,7 +112,7 @@ fn wall_04_a_dead_letter_of_a_redrive_is_remade_by_all_the_runs_that_it_came_thr
     burst(&folder, "record", "reject_on = \"\"");
     folder.ok_below(&["run", "--until-caught-up"], BOUND_OF_RUN);
     let dead_letters = 3 * ROWS_OF_RECORD;
-    // They fail again, at the stage after.
+    // The records now fail at the next stage.
     let pipeline = fs::read_to_string(folder.path().join("pipeline.toml")).expect("read");
     let mended = pipeline.replace("reject_on = \"\"", "reject_on = \"nothing\"");
     let broken = mended.replace(
@@ -125,7 +125,7 @@ fn wall_04_a_dead_letter_of_a_redrive_is_remade_by_all_the_runs_that_it_came_thr
     let of_last = "SELECT count(*) FROM dead_letter WHERE place = 'stage:last' AND held = 0";
     assert_eq!((folder.number(of_last) as usize, written(&folder)), (dead_letters, 0));
     let kept = kept_beside_components(&folder);
-    assert!(kept < 1 << 20, "{kept} bytes are kept");
+    assert!(kept < 1 << 20, "{kept} bytes are stored");
 
     fs::write(folder.path().join("pipeline.toml"), mended).expect("written");
     folder.ok_below(&["dlq", "redrive", "--all"], BOUND_OF_REDRIVE);
@@ -148,13 +148,13 @@ fn wall_04_rows_that_a_sink_gave_up_are_remade_too() {
     crate::support::sqlite(&folder.path().join("mart.db"))
         .execute_batch("CREATE TABLE rows (id integer)")
         .expect("a table");
-    // A mebibyte of x is not a row.
+    // The rows are not JSON objects, so the sink refuses them.
     folder.ok_below(&["run", "--until-caught-up"], BOUND_OF_RUN);
     let dead_letters = 3 * ROWS_OF_RECORD;
     let of_sink = "SELECT count(*) FROM dead_letter WHERE place = 'sink:files' AND held = 0";
     assert_eq!(folder.number(of_sink) as usize, dead_letters);
     assert!(kept_beside_components(&folder) < 1 << 20);
-    // They are refused again, and are the same letters.
+    // The sink refuses them again, and their dead letters stay the same.
     folder.ok_below(&["dlq", "redrive", "--all"], BOUND_OF_REDRIVE);
     assert_eq!(folder.number(of_sink) as usize, dead_letters);
     assert!(kept_beside_components(&folder) < 1 << 20);

@@ -1,4 +1,4 @@
-//! Values of variables: used, and kept nowhere.
+//! Values of variables: used, but never stored.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader, Read as _, Write as _};
@@ -12,7 +12,7 @@ use crate::support::{Process, output, wait_for};
 const SECRET: &str = "hunter2-secret";
 const OTHER: &str = "hunter3-secret";
 
-/// A pipeline whose stage has a configuration with this marker.
+/// Writes a pipeline whose stage has this marker in its configuration.
 fn pipeline(folder: &Folder, marker: &str) {
     let lines = format!(
         "config = {{ trap_on = \"{marker}\", format = \"application/json\" }}\n\
@@ -24,7 +24,7 @@ fn pipeline(folder: &Folder, marker: &str) {
         .expect("a table");
 }
 
-/// Runs a command with a value of the variable; gives whether it went well, and standard error.
+/// Runs a command with this value of the variable; returns whether it succeeded, and standard error.
 fn run_with(folder: &Folder, arguments: &[&str], value: Option<&str>) -> (bool, String) {
     let mut command = folder.command(arguments);
     match value {
@@ -42,7 +42,7 @@ fn run_ok_with(folder: &Folder, value: &str) -> String {
     log
 }
 
-/// The files of the state that hold a text.
+/// Returns the files of the state that contain a text.
 fn files_with(folder: &Folder, text: &str) -> Vec<String> {
     let contains = |path: &std::path::PathBuf| {
         let bytes = fs::read(path).expect("read");
@@ -62,16 +62,16 @@ fn wall_17_the_text_of_a_configuration_is_stored_and_the_value_of_its_variable_i
     let stored = "SELECT spec FROM generation";
     let stored: String = folder.state().query_row(stored, [], |row| row.get(0)).expect("stored");
     assert!(stored.contains("${MARKER}"), "{stored}");
-    assert!(!log.contains("set otherwise"), "{log}");
+    assert!(!log.contains("had other values"), "{log}");
 
-    // The same again: nothing is other, and no other revision runs.
+    // A second run with the same value reports no change, and adds no revision.
     let log = run_ok_with(&folder, SECRET);
-    assert!(!log.contains("set otherwise"), "{log}");
+    assert!(!log.contains("had other values"), "{log}");
     assert_eq!(folder.number("SELECT count(*) FROM generation"), 1);
 
-    // Another value is used, and named.
+    // Another value is used and reported.
     let log = run_ok_with(&folder, OTHER);
-    assert!(log.contains("set otherwise") && log.contains("MARKER"), "{log}");
+    assert!(log.contains("had other values") && log.contains("MARKER"), "{log}");
     assert!(!log.contains(SECRET) && !log.contains(OTHER), "{log}");
     assert_eq!(folder.number("SELECT count(*) FROM generation"), 1);
     assert_eq!(files_with(&folder, OTHER), Vec::<String>::new());
@@ -85,17 +85,17 @@ fn wall_17_a_redrive_uses_the_value_of_today_and_says_that_it_was_another() {
     assert_eq!(folder.dead_letters(), 1);
     let (done, log) = run_with(&folder, &["dlq", "redrive", "--all"], Some("\"id\":3"));
     assert!(done, "{log}");
-    assert!(log.contains("set otherwise") && log.contains("MARKER"), "{log}");
+    assert!(log.contains("had other values") && log.contains("MARKER"), "{log}");
     assert_eq!(folder.dead_letters(), 0);
-    // What was noted is the pipeline's to change.
+    // The redrive does not change what the state notes about the value; only the pipeline does.
     let log = run_ok_with(&folder, "\"id\":2");
-    assert!(!log.contains("set otherwise"), "{log}");
+    assert!(!log.contains("had other values"), "{log}");
 }
 
 #[test]
 fn wall_17_values_that_an_earlier_version_stored_are_gone_after_a_start() {
     let folder = Folder::of_lines(&["{\"id\":1}".into()]);
-    // As an earlier version stored it.
+    // Stores the value itself, as an earlier version did.
     pipeline(&folder, SECRET);
     folder.ok(&["run", "--until-caught-up"]);
     assert_ne!(files_with(&folder, SECRET), Vec::<String>::new());
@@ -111,7 +111,7 @@ fn wall_17_values_that_an_earlier_version_stored_are_gone_after_a_start() {
 #[test]
 fn wall_17_errors_show_the_name_of_a_variable_where_they_would_show_its_value() {
     let folder = Folder::of_lines(&["{\"id\":1}".into()]);
-    // The plugin repeats what it was given.
+    // The plugin repeats its configuration.
     let refuse = "config = { refuse = \"no ${MARKER} here\" }\nroutes = { out = [\"mart\"] }";
     folder.pipeline().stage("check", "hostile", refuse).sqlite("mart", "rows").write();
     for command in ["check", "run"] {
@@ -120,7 +120,7 @@ fn wall_17_errors_show_the_name_of_a_variable_where_they_would_show_its_value() 
         assert!(!log.contains(SECRET), "{command}: {log}");
     }
     assert_eq!(files_with(&folder, SECRET), Vec::<String>::new());
-    // Values that do not fit where they stand.
+    // Values that are invalid where they are used.
     for table in [
         "[admin]\nlisten = \"${MARKER}\"",
         "[timing]\ndrain = \"${MARKER}\"",
@@ -152,7 +152,8 @@ fn wall_17_a_variable_that_is_not_set_any_more_is_named_with_the_way_out() {
     assert!(done, "{log}");
 }
 
-/// A server that answers each request with this status, and repeats its first line and its authorization.
+/// Starts a server that answers each request with this status, and repeats the request's first line and
+/// authorization.
 fn repeating_server(status: u16) -> u16 {
     let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
     let port = listener.local_addr().expect("an address").port();
@@ -196,17 +197,17 @@ fn wall_17_a_server_that_repeats_its_request_shows_no_value() {
         folder.pipeline().route_all_to(&["hook"]).sink("hook", &lines).write();
         let command = |arguments: &[&str]| {
             let mut command = folder.command(arguments);
-            // The first is percent-encoded in the URL.
+            // The first value is percent-encoded in the URL.
             command.env("IN_URL", format!("{SECRET} ü")).env("IN_HEADER", OTHER);
             command
         };
         let log = fs::File::create(folder.path().join("log.txt")).expect("a log");
-        // A sink that is held never catches up.
+        // A blocked sink never catches up.
         let mut run = command(&["run", "--until-caught-up"]);
         let run = run.stdout(Stdio::null()).stderr(log).spawn();
         let mut run = Process(run.expect("it starts"));
         wait_for("the answer", || match status {
-            422 => run.0.try_wait().expect("asked").is_some(),
+            422 => run.0.try_wait().expect("a status").is_some(),
             _ => folder.log().contains("answered 500"),
         });
         drop(run);
@@ -226,7 +227,7 @@ fn wall_17_a_server_that_repeats_its_request_shows_no_value() {
     }
 }
 
-/// Also where nobody hid it as the text was made: the last door of standard error.
+/// Values are masked even in texts that were not masked when they were made: standard error masks everything.
 #[test]
 fn wall_17_sources_and_commands_show_the_name_of_a_variable() {
     let port = repeating_server(400);

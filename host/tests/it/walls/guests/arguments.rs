@@ -10,11 +10,11 @@ use tokio::runtime::Handle;
 
 use super::asking::{Asking, FAIL_IF_FAILED, GET, Place, SEND};
 
-/// A lookup that finds each key's length.
+/// A lookup that returns each key's length.
 const TABLE: &str = "[[lookup]]\nname = \"t\"\nurl = \"sqlite:table.db\"\n\
     query = \"SELECT value, length(value) AS n FROM json_each(?1)\"\n[lookup.cache]\nttl = \"0 s\"";
 
-/// Asks for keys of this number and length, all of which overlap.
+/// Returns a call with this number of keys of this length, all of which overlap in memory.
 fn overlapping(keys: usize, bytes: usize) -> String {
     format!(
         "(local.set $i (call $room (i32.const 0) (i32.const 0) (i32.const 4) (i32.const {words_bytes})))
@@ -34,7 +34,8 @@ fn overlapping(keys: usize, bytes: usize) -> String {
     )
 }
 
-/// A key may be 8 KiB long, and all of a call 8 MiB, however little memory the plugin has for them.
+/// A key may have up to 8 KiB, and all keys of a call 8 MiB together, even if overlapping keys take little of the
+/// plugin's memory.
 #[test]
 fn wall_06_a_lookup_of_overlapping_keys_is_bounded_before_it_is_copied() {
     let within = "memory = \"16 MiB\"\nbatch_time = \"20 s\"\nrecord_time = \"10 s\"";
@@ -68,7 +69,7 @@ fn wall_06_a_lookup_of_overlapping_keys_is_bounded_before_it_is_copied() {
     }
 }
 
-/// A request is refused by its numbers: the host neither copies it nor connects.
+/// A request is refused by its lengths alone: the host neither copies it nor connects.
 #[test]
 fn wall_06_a_request_that_is_too_large_is_refused_before_it_is_copied() {
     let server = TcpListener::bind("127.0.0.1:0").expect("a port");
@@ -77,7 +78,8 @@ fn wall_06_a_request_that_is_too_large_is_refused_before_it_is_copied() {
     let url = format!("http://{address}/");
     let data = [b"GET", url.as_bytes()].concat();
     let request = |url_length: usize, headers: usize, header_length: usize| {
-        // A header is four words, name and value; each header has the same ones.
+        // Each header is four words: address and length of its name and of its value. All headers share the same
+        // ones.
         format!(
             "(local.set $i (call $room (i32.const 0) (i32.const 0) (i32.const 4) (i32.const {})))
             (loop $fill
@@ -131,7 +133,7 @@ async fn wall_06_a_slow_query_on_sqlite_stops_no_other_lane() {
     rusqlite::Connection::open(&path)
         .and_then(|table| table.execute_batch("CREATE TABLE t (id)"))
         .expect("a file");
-    // It counts to a billion for one key.
+    // For one of the keys, the query counts to a billion.
     let query = "SELECT value, (WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n \
         WHERE i < CASE value WHEN 'slow' THEN 1000000000 ELSE 1 END) SELECT max(i) FROM n) AS m \
         FROM json_each(?1)";

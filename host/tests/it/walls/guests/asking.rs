@@ -1,4 +1,4 @@
-//! Plugins by hand that call the host, with any bytes in any place.
+//! Handwritten plugins that call the host, with any bytes at any address.
 
 use std::fmt::Write as _;
 use std::process::Stdio;
@@ -10,19 +10,20 @@ use crate::support::pipeline::PipelineToml;
 use crate::support::{Process, shardmill, sqlite};
 use crate::walls::memory::{assert_peak_below, bound, follow};
 
-/// Where a test's own bytes begin.
+/// Address of a test's own bytes.
 pub const DATA: usize = 1024;
 
-/// `lookup.get`: name, arena and keys, each a place and a length; the answer goes to the last place.
+/// `lookup.get`: name, arena and keys, each an address and a length; the last parameter is the address of the answer.
 pub const GET: &str = r#"(import "shardmill:plugin/lookup@0.1.0" "get"
     (func $get (param i32 i32 i32 i32 i32 i32 i32)))"#;
-/// `http.send`: method, URL, headers and body, each a place and a length; the answer goes to the last place.
+/// `http.send`: method, URL, headers and body, each an address and a length; the last parameter is the address of the
+/// answer.
 pub const SEND: &str = r#"(import "shardmill:plugin/http@0.1.0" "send"
     (func $send (param i32 i32 i32 i32 i32 i32 i32 i32 i32)))"#;
-/// `log.write`: level, and the line's place and length.
+/// `log.write`: level, and the line's address and length.
 pub const LOG: &str =
     r#"(import "shardmill:plugin/log@0.1.0" "write" (func $log (param i32 i32 i32)))"#;
-/// `metrics.register`: kind, name and help; the answer goes to the last place.
+/// `metrics.register`: kind, name and help; the last parameter is the address of the answer.
 pub const REGISTER: &str = r#"(import "shardmill:plugin/metrics@0.1.0" "register"
     (func $register (param i32 i32 i32 i32 i32 i32)))"#;
 /// `metrics.observe`.
@@ -35,27 +36,27 @@ pub const NOW: &str =
 pub const RANDOM: &str =
     r#"(import "shardmill:plugin/random@0.1.0" "next-u64" (func $random (result i64)))"#;
 
-/// Refuses the configuration in the host's words, where the call before it failed.
+/// Refuses the configuration with the host's error text if the call before it failed.
 pub const REFUSE_IF_FAILED: &str = "(if (i32.load8_u (i32.const 8192)) (then
     (return (call $refusal (i32.load (i32.const 8200)) (i32.load (i32.const 8204))))))";
-/// Fails the batch for good in the host's words, where the call before it failed.
+/// Fails the batch for good with the host's error text if the call before it failed.
 pub const FAIL_IF_FAILED: &str = "(if (i32.load8_u (i32.const 8192)) (then
     (return (call $failure (i32.load (i32.const 8200)) (i32.load (i32.const 8204))))))";
 
-/// The parts that fill the marks of the skeleton.
+/// Texts that replace the placeholders of the skeleton.
 pub struct Asking<'a> {
-    /// The plugin's name.
+    /// Name of the plugin.
     pub name: &'a str,
-    /// Its one route, and what that carries.
+    /// Its only route, and the format of that.
     pub route: &'a str,
     pub format: &'a str,
-    /// The imports.
+    /// Imports.
     pub imports: &'a [&'a str],
-    /// Bytes that lie at [`DATA`].
+    /// Bytes at [`DATA`].
     pub data: &'a [u8],
-    /// In `configure`, before its answer.
+    /// Code in `configure`, before its answer.
     pub configure: &'a str,
-    /// In `process`, before its answer.
+    /// Code in `process`, before its answer.
     pub process: &'a str,
 }
 
@@ -74,9 +75,9 @@ impl Default for Asking<'_> {
 }
 
 impl Asking<'_> {
-    /// The component, in a file.
+    /// Builds the component; returns its file.
     pub fn build(&self) -> tempfile::NamedTempFile {
-        assert!(self.data.len() <= 3072, "the constants would not fit");
+        assert!(self.data.len() <= 3072, "the constants are too long");
         let place = |at: usize, bytes: &[u8]| format!("(data (i32.const {at}) \"{}\")", hex(bytes));
         let (name, route, format) = (256, 512, 768);
         let words = |words: &[usize]| {
@@ -103,7 +104,7 @@ impl Asking<'_> {
     }
 }
 
-/// Bytes as WAT writes them in a string.
+/// Writes bytes as WAT has them in a string.
 fn hex(bytes: &[u8]) -> String {
     bytes.iter().fold(String::new(), |mut text, byte| {
         let _ = write!(text, "\\{byte:02x}");
@@ -111,27 +112,27 @@ fn hex(bytes: &[u8]) -> String {
     })
 }
 
-/// `buffer` of the pipelines.
+/// `buffer` of the pipelines, in MiB.
 const BUFFER_MIB: u64 = 16;
 
-/// A pipeline of one such plugin over the lines of a file.
+/// Pipeline with one such plugin over the lines of a file.
 pub struct Place {
     pub folder: tempfile::TempDir,
     component: tempfile::NamedTempFile,
 }
 
-/// How a run went.
+/// Outcome of a run.
 pub struct Ran {
     pub code: Option<i32>,
     pub log: String,
-    /// The peak of the process's resident memory, in bytes.
+    /// Peak of the process's resident memory, in bytes.
     pub peak_bytes: u64,
     pub took: Duration,
 }
 
 impl Ran {
-    /// Asserts that the process has stayed below the bound of its one stage, whose limit of memory must be
-    /// 16 MiB; `what` it was asked to do.
+    /// Asserts that the process has stayed below the bound of its only stage, whose memory limit must be 16 MiB.
+    /// `what` names what it was asked to do.
     #[track_caller]
     pub fn assert_memory(&self, what: &str) {
         assert_peak_below(self.peak_bytes, bound(BUFFER_MIB, 8, 1, 1), what);
@@ -139,7 +140,7 @@ impl Ran {
 }
 
 impl Place {
-    /// The file has `records` lines, and each is a batch. `stage` has further lines of the stage, `tables`
+    /// The file has `records` lines, and each line is a batch. `stage` has further lines of the stage; `tables`
     /// follow after the sink's.
     pub fn new(asking: &Asking<'_>, records: usize, stage: &str, tables: &str) -> Self {
         let folder = tempfile::tempdir().expect("a folder");
@@ -157,17 +158,17 @@ impl Place {
         place
     }
 
-    /// The component's path.
+    /// Returns the component's path.
     pub fn component(&self) -> String {
         self.component.path().display().to_string()
     }
 
-    /// The pipeline's path.
+    /// Returns the pipeline's path.
     pub fn pipeline(&self) -> String {
         self.folder.path().join("pipeline.toml").display().to_string()
     }
 
-    /// Runs to the end, whatever end that is.
+    /// Runs until the process ends, with success or not.
     pub fn run(&self) -> Ran {
         let log = self.folder.path().join("run.log");
         let to = std::fs::File::create(&log).expect("a log");
@@ -180,7 +181,7 @@ impl Place {
             if let Some(ended) = run.0.try_wait().expect("a state") {
                 break ended.code();
             }
-            assert!(begun.elapsed() < Duration::from_secs(120), "it runs for too long");
+            assert!(begun.elapsed() < Duration::from_secs(120), "the run takes too long");
             std::thread::sleep(Duration::from_millis(2));
         };
         let took = begun.elapsed();
@@ -188,7 +189,7 @@ impl Place {
         Ran { code, log, peak_bytes: peak.join().expect("a peak"), took }
     }
 
-    /// The reasons of the dead letters, in order.
+    /// Returns the reasons of the dead letters, in order.
     pub fn dead_letters(&self) -> Vec<String> {
         let state = sqlite(&self.folder.path().join("state/guests/state.db"));
         let sql = "SELECT reason FROM dead_letter ORDER BY sequence";

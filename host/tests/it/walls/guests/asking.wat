@@ -1,8 +1,8 @@
-;; A plugin by hand that calls the host. It passes every record on by its one route, unless one of the marks
-;; that begin with `@`, which the test fills in, returns something else.
+;; A handwritten plugin that calls the host. It passes every record on by its only route, unless code that the test
+;; puts in place of a placeholder (they begin with `@`) returns something else.
 ;;
-;; Its memory: 0..1024 constants, 1024..4096 the test's, 4096..8192 answers, 8192 what the host answers,
-;; 16384..131072 the outputs' words, beyond that what the host asks room for.
+;; Its memory: 0..1024 constants, 1024..4096 bytes of the test, 4096..8192 its answers, 8192 answers of the host,
+;; 16384..131072 the words of the outputs, above that what the host allocates.
 (module
   ;;@imports
   (memory (export "memory") 4)
@@ -22,14 +22,14 @@
         (br $grow))))
     (local.get $at))
 
-  ;; The answer of `configure` that refuses, in these words.
+  ;; Returns the answer of `configure` that refuses the configuration with this text.
   (func $refusal (param $words i32) (param $length i32) (result i32)
     (i32.store (i32.const 4096) (i32.const 1))
     (i32.store (i32.const 4100) (local.get $words))
     (i32.store (i32.const 4104) (local.get $length))
     (i32.const 4096))
 
-  ;; The answer of `process` that fails for good, in these words.
+  ;; Returns the answer of `process` that fails for good with this text.
   (func $failure (param $words i32) (param $length i32) (result i32)
     (memory.fill (i32.const 4096) (i32.const 0) (i32.const 28))
     (i32.store (i32.const 4096) (i32.const 1))
@@ -47,7 +47,7 @@
     (param $arena i32) (param $arena_length i32) (param $inputs i32) (param $words i32) (result i32)
     (local $index i32) (local $output i32) (local $i i32)
     ;;@process
-    ;; The answer lies at 4096: ok, arena, outputs, rejects.
+    ;; The answer at 4096: ok, arena, outputs, rejects.
     (memory.fill (i32.const 4096) (i32.const 0) (i32.const 28))
     (i32.store (i32.const 4100) (i32.const 16384))
     (i32.store (i32.const 4108) (i32.const 16384))

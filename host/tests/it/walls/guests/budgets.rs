@@ -1,4 +1,4 @@
-//! Limits that belong to a stage and its revision: they do not begin again with an instance that is renewed.
+//! Limits that belong to a stage and its revision: a renewed instance does not reset them.
 
 use metrics_exporter_prometheus::PrometheusBuilder;
 use shardmill_config::RejectedMax;
@@ -10,7 +10,7 @@ use crate::walls::memory;
 
 /// Lines that each call writes.
 const LINES: u64 = 20;
-/// The records, each of which traps: the next one gets a fresh instance.
+/// Number of records. Each of them traps, so the next one gets a fresh instance.
 const RECORDS: usize = 60;
 
 #[test]
@@ -37,12 +37,12 @@ fn wall_09_log_lines_are_counted_for_the_stage_and_not_for_each_instance() {
     });
     let all = shown + dropped.sum::<u64>();
     assert!(all >= LINES * RECORDS as u64, "{all} lines are accounted for");
-    // Each line would be 64 KiB, and five times that where it is escaped.
+    // Without the limit, each line would have 64 KiB, and five times that where it is escaped.
     assert!(ran.log.len() < 10_000 * (shown as usize + RECORDS), "{} bytes", ran.log.len());
     ran.assert_memory("log lines");
 }
 
-/// Each instance announces 40 metrics under names of its own.
+/// Each instance registers 40 metrics with names of its own.
 #[test]
 fn wall_09_metrics_are_counted_for_the_stage_and_not_for_each_instance() {
     let configure = "(i32.store8 (i32.const 1024) (i32.const 109))
@@ -77,7 +77,7 @@ fn wall_09_metrics_are_counted_for_the_stage_and_not_for_each_instance() {
     let series = shown.lines().filter(|line| line.starts_with("shardmill_plugin_m")).count();
     assert_eq!(series, 32, "{shown}");
 
-    // The same in a process of its own, as a pipeline runs it.
+    // The same in another process, as a pipeline runs it.
     let stage = format!("grant = {{ metrics = true, random = true }}\n{}", memory::LIMITS);
     let admin = format!("[admin]\nlisten = \"127.0.0.1:{}\"", free_port());
     let place = Place::new(&asking, RECORDS, &stage, &admin);
@@ -86,7 +86,7 @@ fn wall_09_metrics_are_counted_for_the_stage_and_not_for_each_instance() {
     ran.assert_memory("metrics");
 }
 
-/// A histogram keeps its values one by one until they are counted.
+/// A histogram keeps its values one by one until they are aggregated.
 #[test]
 fn wall_09_values_of_a_histogram_do_not_pile_up() {
     const VALUES: usize = 20_000_000;

@@ -1,4 +1,4 @@
-//! The calls that `configure` may make, the threads that it runs on, and swaps that no start would take.
+//! Host calls in `configure`, the threads that it runs on, and swaps that a start would refuse.
 
 use std::net::TcpListener;
 use std::path::Path;
@@ -17,7 +17,7 @@ use crate::support::pipeline::PipelineToml;
 use crate::support::world::{Pipeline, STREAM, World};
 use crate::support::{run, wait_for};
 
-/// A server that nobody may connect to, and its address.
+/// Opens a port that nobody may connect to; returns its address.
 fn silent() -> (TcpListener, String) {
     let server = TcpListener::bind("127.0.0.1:0").expect("a port");
     server.set_nonblocking(true).expect("set");
@@ -30,7 +30,7 @@ fn assert_nobody_connected(server: &TcpListener) {
     assert_eq!(connected.kind(), std::io::ErrorKind::WouldBlock);
 }
 
-/// Sends a request; the URL lies after the method.
+/// Returns a call that sends a request; the URL lies after the method.
 fn send(url: &str) -> String {
     format!(
         "(call $send (i32.const 1024) (i32.const 3) (i32.const 1027) (i32.const {})
@@ -40,7 +40,7 @@ fn send(url: &str) -> String {
     )
 }
 
-/// Looks up the key `k` in the lookup `t`.
+/// Returns a call that looks up the key `k` in the lookup `t`.
 fn look_up() -> String {
     format!(
         "(i32.store (i32.const 1100) (i32.const 1)) (i32.store (i32.const 1104) (i32.const 1))
@@ -55,7 +55,7 @@ fn said(output: &Output) -> String {
     String::from_utf8_lossy(&both).split_whitespace().collect::<Vec<_>>().join(" ")
 }
 
-/// The capabilities that the host itself answers work in `configure`.
+/// In `configure`, the capabilities that the host itself answers work.
 #[test]
 fn wall_07_configure_may_log_announce_metrics_and_ask_for_time_and_chance() {
     let configure = "(call $log (i32.const 3) (i32.const 1024) (i32.const 9))
@@ -77,7 +77,7 @@ fn wall_07_configure_may_log_announce_metrics_and_ask_for_time_and_chance() {
     assert!(ran.log.contains("WARN configure stage=ask"), "{}", ran.log);
 }
 
-/// Those that wait for a server are answered by a failure in words, whoever configures the plugin.
+/// Capabilities that wait for a server return an error text, whoever configures the plugin.
 #[test]
 fn wall_07_configure_asks_no_server_and_no_command_panics() {
     let (server, address) = silent();
@@ -85,7 +85,7 @@ fn wall_07_configure_asks_no_server_and_no_command_panics() {
     let request = [b"GET", url.as_bytes()].concat();
     let (send, look_up) = (send(&url), look_up());
     let http = format!("grant = {{ http = [{{ host = \"{address}\", private = true }}] }}");
-    // PostgreSQL would be connected to. Nothing is: the server above would never answer.
+    // A real PostgreSQL lookup would connect. Nothing connects here: the server above would never answer.
     let table = format!(
         "[[lookup]]\nname = \"t\"\nurl = \"postgres://nobody@{address}/x\"\n\
          query = \"SELECT id, id AS n FROM t WHERE id = ANY($1)\""
@@ -113,14 +113,14 @@ fn wall_07_configure_asks_no_server_and_no_command_panics() {
             vec!["test", &component],
         ];
         if capability == "http" {
-            // Before any plugin, a start reaches the lookups' servers.
+            // A start connects to the lookups' servers before it configures any plugin.
             commands.push(vec!["run", "--until-caught-up", &pipeline]);
             commands.push(vec!["check", &pipeline]);
         }
         for command in commands {
             let output = run(&command);
             let said = said(&output);
-            // Outside of a pipeline nothing but the host itself is granted.
+            // Outside a pipeline, only the capabilities that the host itself answers are granted.
             let is_alone = ["plugin", "test"].contains(&command[0]);
             let expected = if is_alone { "is not granted" } else { &expected };
             assert!(said.contains(expected), "{command:?}: {said}");
@@ -131,7 +131,7 @@ fn wall_07_configure_asks_no_server_and_no_command_panics() {
     }
 }
 
-/// A candidate that a start would refuse is refused as a swap, and the pipeline can be started again.
+/// A candidate that a start would refuse is refused as a swap, and the pipeline can still be restarted.
 #[test]
 fn wall_07_a_swap_that_no_start_would_take_is_refused() {
     let (server, address) = silent();
@@ -174,7 +174,7 @@ fn wall_07_a_swap_that_no_start_would_take_is_refused() {
     assert_nobody_connected(&server);
 }
 
-/// The one thread of a runtime goes on while a plugin is compiled and configured.
+/// The only thread of a runtime goes on while a plugin is compiled and configured.
 #[tokio::test]
 async fn wall_07_configure_does_not_run_on_async_threads() {
     let configure = "(loop $long
@@ -182,7 +182,7 @@ async fn wall_07_configure_does_not_run_on_async_threads() {
         (br_if $long (i32.lt_u (local.get $i) (i32.const 300000000))))";
     let component = Asking { configure, ..Asking::default() }.build();
     let plugin = component.path().display().to_string();
-    // Nothing is written: a folder of no name will do.
+    // Nothing is written, so the folder needs no name.
     let text = PipelineToml::new(Path::new(""), "busy")
         .timing("")
         .table(&format!("[source]\ntype = \"kinesis\"\nstream = \"{STREAM}\""))
@@ -200,15 +200,16 @@ async fn wall_07_configure_does_not_run_on_async_threads() {
             turns.send_modify(|turns| *turns += 1);
         }
     });
-    // The one thread must poll this call and the ticking in turn: on it, the call would end at its first poll.
+    // The only thread must poll this call and the ticking in turn. If the call ran on that thread, it would end at
+    // its first poll.
     Revision::load(&config, &host, |_| None).await.expect("loaded");
     let turns = *counted.borrow();
     ticking.abort();
     assert!(turns > 0, "nothing else ran meanwhile");
 }
 
-/// Swaps a pipeline's plugin for one that is refused, while no record comes: there is no trial that could find
-/// out what is wrong with it. Gives what is said.
+/// Swaps a pipeline's plugin for one that must be refused, while there are no records: no trial could find out what
+/// is wrong with it. Returns the output.
 fn refused_swap(world: &World, pipeline: &Pipeline, component: &Path) -> String {
     let started = world.start(pipeline);
     wait_for("the lane", || world.logged("reading"));
@@ -221,10 +222,11 @@ fn refused_swap(world: &World, pipeline: &Pipeline, component: &Path) -> String 
     said
 }
 
-/// A lane's own instance must declare what the stage was loaded with: otherwise each start would fail in it.
+/// A lane's own instance must declare the same as the instance with which the stage was loaded: otherwise each start
+/// would fail in that lane.
 #[test]
 fn wall_07_a_swap_is_refused_that_does_not_start_in_a_shard() {
-    // Outside of a shard (no bytes in its name) it declares the route that the pipeline binds.
+    // Outside a shard (its name is empty), the plugin declares the route that the pipeline binds.
     let component = Asking {
         route: "all",
         format: "application/json",
@@ -235,13 +237,13 @@ fn wall_07_a_swap_is_refused_that_does_not_start_in_a_shard() {
     let world = World::new(1);
     let pipeline = Pipeline::default();
     let said = refused_swap(&world, &pipeline, component.path());
-    assert!(said.contains("declares other routes than it did"), "{said}");
+    assert!(said.contains("declares other routes than when"), "{said}");
     world.put(0..10, 3);
     world.catch_up(&pipeline);
     world.assert_each_once_in_order(10);
 }
 
-/// A candidate that is slow to start in each shard would hold the swap for all of them in turn.
+/// A candidate that starts slowly in each shard would delay the swap by the sum over all shards.
 #[test]
 fn wall_08_a_swap_is_refused_whose_starts_in_all_shards_take_too_long() {
     let component = Asking {

@@ -1,4 +1,4 @@
-//! Calls to the host that are under way when the pipeline stops.
+//! Calls to the host that are in progress when the pipeline stops.
 
 use std::net::TcpListener;
 use std::process::Stdio;
@@ -8,7 +8,7 @@ use super::asking::{Asking, FAIL_IF_FAILED, Place, SEND};
 use crate::support::{Process, shardmill, wait_for};
 
 const DRAIN: Duration = Duration::from_secs(1);
-/// Below the time that threads which do not end are waited for, after the drain.
+/// Less than the time for which the process waits for threads that do not end, after the drain.
 const END: Duration = Duration::from_millis(2_500);
 
 #[test]
@@ -47,7 +47,7 @@ fn wall_10_a_call_to_the_host_ends_with_the_drain_and_blames_nobody() {
     let status = run.wait();
     let took = begun.elapsed();
     let log = std::fs::read_to_string(log).expect("a log");
-    assert!(took < DRAIN + END, "it ended after {took:?}: {log}");
+    assert!(took < DRAIN + END, "the run ended after {took:?}: {log}");
     assert!(status.code().is_some_and(|code| code != 101), "{status}: {log}");
     assert!(!log.contains("panicked") && !log.contains("shutdown"), "{log}");
     assert_eq!(place.dead_letters(), Vec::<String>::new(), "{log}");

@@ -10,19 +10,19 @@ use std::time::{Duration, Instant};
 use crate::support::world::{Pipeline, World};
 use crate::support::{Process, admin, free_port, shardmill, wait_for};
 
-/// Far above what an answer takes.
+/// Far above the time of an answer.
 const SOON: Duration = Duration::from_secs(8);
-/// The time of a drain, and after it of the process's end.
+/// Time of a drain, and after it of the process's end.
 const DRAIN: Duration = Duration::from_secs(3);
 const END: Duration = Duration::from_secs(5);
 
-/// A pipe that takes no byte more: what a reader leaves that has stopped.
+/// Returns a pipe that accepts no more bytes, as after its reader has stopped.
 fn full_pipe() -> (PipeReader, PipeWriter) {
     let (reader, writer) = std::io::pipe().expect("a pipe");
     let mut filler = writer.try_clone().expect("a second end");
     let filled = Arc::<AtomicU64>::default();
     let count = filled.clone();
-    // It ends when the reader is dropped.
+    // The thread ends when the reader is dropped.
     std::thread::spawn(move || {
         while filler.write_all(&[b'.'; 1024]).is_ok() {
             count.fetch_add(1, Ordering::Relaxed);
@@ -36,7 +36,7 @@ fn full_pipe() -> (PipeReader, PipeWriter) {
     (reader, writer)
 }
 
-/// Whether the process says that it lives.
+/// Whether the process reports that it is alive.
 fn is_live(port: u16) -> bool {
     let Ok(mut stream) = TcpStream::connect(("127.0.0.1", port)) else { return false };
     stream.set_read_timeout(Some(SOON)).expect("set");
@@ -68,13 +68,13 @@ fn wall_09_a_reader_of_the_log_that_has_stopped_stops_nothing_else() {
     let begun = Instant::now();
     run.ask_to_end();
     let status = run.wait();
-    assert!(begun.elapsed() < DRAIN + END, "it ended after {:?}", begun.elapsed());
+    assert!(begun.elapsed() < DRAIN + END, "the run ended after {:?}", begun.elapsed());
     assert_eq!(status.code(), Some(0));
     world.assert_each_once_in_order(5 * PART);
     drop(reader);
 }
 
-/// Nothing is lost where the log is read.
+/// No line is lost if the log is read.
 #[test]
 fn wall_09_the_last_lines_of_the_log_are_written_before_the_process_ends() {
     let world = World::new(1);
@@ -82,7 +82,7 @@ fn wall_09_the_last_lines_of_the_log_are_written_before_the_process_ends() {
         let started = world.start(&Pipeline::default());
         assert_eq!(started.terminate(), Some(0));
         let log = std::fs::read_to_string(world.log()).expect("a log");
-        assert!(log.contains("draining; once more to stop at once\n"), "{log}");
+        assert!(log.contains("draining; send the signal again to stop at once\n"), "{log}");
         assert!(log.ends_with('\n') && !log.contains("were dropped"), "{log}");
     }
 }

@@ -1,4 +1,4 @@
-//! Names and texts of plugins, and arguments, cannot steer a terminal, in any command.
+//! Names and texts of plugins, and arguments, cannot control a terminal, in any command.
 
 use std::process::Output;
 
@@ -6,10 +6,10 @@ use super::asking::{Asking, LOG, Place};
 use crate::support::world::{Pipeline, STREAM, World};
 use crate::support::{run, shardmill};
 
-/// Clears the screen, turns the direction of what follows, colours it, hides a character, and forges a line.
+/// Clears the screen, changes the direction of what follows, colours it, hides a character, and forges a line.
 const BAD: &str = "\x1b[2J\u{202e}\u{9b}31m\u{200b}\u{2066}x\r\nok      forged\u{2028}";
 
-/// Whether a character steers a terminal: a list of the test's own.
+/// Whether a character controls a terminal: a list of the test's own.
 fn controls_terminal(c: char) -> bool {
     let formats = ['\u{ad}', '\u{61c}', '\u{feff}'];
     (c.is_control() && c != '\n' && c != '\t')
@@ -19,7 +19,8 @@ fn controls_terminal(c: char) -> bool {
         || formats.contains(&c)
 }
 
-/// The output of a command, which steers nothing, and in which no line is the plugin's.
+/// Returns the output of a command; asserts that it does not control a terminal, and that none of its lines is the
+/// plugin's.
 fn said(command: &[&str], output: &Output) -> String {
     let both = [&output.stdout[..], b"\n", &output.stderr].concat();
     let said = String::from_utf8(both).expect("text");
@@ -28,7 +29,7 @@ fn said(command: &[&str], output: &Output) -> String {
     said
 }
 
-/// Says [`BAD`] where `configure` refuses.
+/// Returns code for `configure` that refuses with [`BAD`].
 fn refusing() -> String {
     format!("(return (call $refusal (i32.const 1024) (i32.const {})))", BAD.len())
 }
@@ -61,7 +62,7 @@ fn wall_12_a_descriptor_that_would_steer_a_terminal_is_refused() {
     }
 }
 
-/// The same plugin under a route that a file can name.
+/// Returns the same plugin with a route that a file can name.
 fn asking_of<'a>(asking: &Asking<'a>) -> Asking<'a> {
     Asking { name: asking.name, format: asking.format, ..Asking::default() }
 }
@@ -89,7 +90,7 @@ fn wall_12_a_refusal_of_the_configuration_is_shown_escaped() {
 
 #[test]
 fn wall_12_lines_reasons_and_stacks_are_shown_escaped() {
-    // Each record's failure and each line of the log is BAD.
+    // Each record fails with `BAD`, and each line of the log is `BAD`.
     let length = BAD.len();
     let process = format!(
         "(call $log (i32.const 3) (i32.const 1024) (i32.const {length}))
@@ -113,7 +114,7 @@ fn wall_12_lines_reasons_and_stacks_are_shown_escaped() {
     let dead_letters = place.dead_letters();
     assert!(
         dead_letters.len() == 3 && dead_letters[0].contains(BAD),
-        "kept as it is: {dead_letters:?}"
+        "stored unchanged: {dead_letters:?}"
     );
     for command in [
         &["dlq", "list", "--pipeline", &pipeline][..],
@@ -130,9 +131,9 @@ fn wall_12_lines_reasons_and_stacks_are_shown_escaped() {
         let said = said(command, &output);
         assert!(said.contains("u{202e}") || said.contains("u202e"), "{command:?}: {said}");
     }
-    // JSON has the same value.
+    // The exported JSON contains the original value.
     let exported = run(&["dlq", "export", "--pipeline", &pipeline]).stdout;
-    let line = exported.split(|byte| *byte == b'\n').next().expect("a letter");
+    let line = exported.split(|byte| *byte == b'\n').next().expect("a dead letter");
     let dead_letter: serde_json::Value = serde_json::from_slice(line).expect("JSON");
     assert!(
         dead_letter["reason"].as_str().is_some_and(|reason| reason.contains(BAD)),
@@ -211,7 +212,7 @@ fn wall_12_errors_of_the_argument_parser_show_arguments_escaped() {
         assert!(said.contains("\\u{202e}"), "{command:?}: {said}");
         assert!(said.contains("\n\nFor more information, try '--help'."), "{command:?}: {said}");
     }
-    // Help is as it was.
+    // The output of `--help` is unchanged.
     let help = run(&["dlq", "show", "--help"]);
     assert_eq!(help.status.code(), Some(0));
     assert!(help.stderr.is_empty() && said(&["--help"], &help).contains("Usage: "));

@@ -9,7 +9,7 @@ use super::asking::{Asking, FAIL_IF_FAILED, SEND};
 use crate::support::run;
 use crate::support::world::{Pipeline, World};
 
-/// A server that answers every request, its address, and the number of requests.
+/// Starts a server that answers every request; returns its address and the counter of requests.
 fn counting() -> (String, Arc<AtomicUsize>) {
     let server = TcpListener::bind("127.0.0.1:0").expect("a port");
     let address = server.local_addr().expect("an address").to_string();
@@ -17,7 +17,7 @@ fn counting() -> (String, Arc<AtomicUsize>) {
     let count = requests.clone();
     std::thread::spawn(move || {
         for mut stream in server.incoming().flatten() {
-            // One request has one small packet.
+            // Each request arrives as one small packet.
             if stream.read(&mut [0; 4096]).is_ok_and(|bytes| bytes > 0) {
                 count.fetch_add(1, Ordering::SeqCst);
                 let answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nConnection: close\r\n\r\n";
@@ -28,7 +28,7 @@ fn counting() -> (String, Arc<AtomicUsize>) {
     (address, requests)
 }
 
-/// The version that runs would send its requests again, and so would the candidate.
+/// Without protection, the trial would repeat the requests of the running version and send those of the candidate.
 #[test]
 fn wall_06_a_trial_sends_no_request_of_either_version_again() {
     let (address, requests) = counting();
@@ -60,9 +60,7 @@ fn wall_06_a_trial_sends_no_request_of_either_version_again() {
     assert!(before > 0);
     let again = Asking { name: "again", ..asking }.build();
     let file = world.folder.path().join("pipeline.toml").display().to_string();
-    for (candidate, who) in
-        [(&plain, "the version before imports http"), (&again, "it imports http")]
-    {
+    for (candidate, who) in [(&plain, "the incumbent imports http"), (&again, "it imports http")] {
         let candidate = candidate.path().display().to_string();
         let tried = run(&["plugin", "swap", "route", &candidate, "--dry-run", "--pipeline", &file]);
         let both = [&tried.stdout[..], &tried.stderr].concat();

@@ -1,4 +1,4 @@
-//! Aggregates cost what their bytes cost, whatever is in them.
+//! The cost of an aggregate depends on its bytes, whatever it contains.
 
 use std::time::{Duration, Instant};
 
@@ -9,18 +9,18 @@ use crate::support::proxy::{Fault, Proxy};
 use crate::support::world::{Pipeline, STREAM, World, row};
 use crate::support::{admin, free_port, wait_for};
 
-/// How long one answer of the admin port may take, on a busy machine. Before, it was minutes.
+/// Time limit for an answer of the admin port, on a busy machine. Before the fault was fixed, an answer took minutes.
 const ANSWER_MAX: Duration = Duration::from_secs(10);
 const ALL_MAX: Duration = Duration::from_secs(60);
 
-/// On each of four shards a record of 1 MB: one key of 500 kB that 83,000 user records name.
+/// On each of four shards, a record of 1 MB has one key of 500 kB that 83,000 user records refer to.
 #[test]
 fn wall_01_a_key_that_all_records_of_an_aggregate_name_is_hashed_once() {
     let world = World::new(4);
     let shards = world.open_shards();
     for shard in &shards {
         let large = one_key(&"k".repeat(500_000), std::iter::repeat_n(Vec::new(), 83_000));
-        // As long as a key may be, which makes it an aggregate: of as many records.
+        // The longest allowed key, so this is a valid aggregate, of as many records.
         let allowed = one_key(&"k".repeat(256), std::iter::repeat_n(Vec::new(), 83_000));
         put_on(&world, shard, [large, allowed, b"{}".to_vec()].into_iter());
     }
@@ -35,8 +35,8 @@ fn wall_01_a_key_that_all_records_of_an_aggregate_name_is_hashed_once() {
     let _run = start(&world, &path);
     wait_for("the admin port", || get(port, "/health/live", ANSWER_MAX).is_some());
     let begun = Instant::now();
-    // One shard's key range has the key of the allowed aggregates; the other shards leave their records out,
-    // after they were validated.
+    // The key of the allowed aggregates belongs to one shard's range. The other shards leave these records out after
+    // they were validated.
     let expected = 83_000 + shards.len() * 2;
     loop {
         let answer = get(port, "/health/live", ANSWER_MAX);
@@ -50,7 +50,7 @@ fn wall_01_a_key_that_all_records_of_an_aggregate_name_is_hashed_once() {
     }
 }
 
-/// 10 MiB of small events are legal, and arrive whole and in order.
+/// 10 MiB of small events are allowed, and arrive complete and in order.
 #[test]
 fn wall_01_ten_mebibytes_of_small_events_are_not_cut_by_a_count() {
     let mut events = 0;
@@ -67,7 +67,7 @@ fn wall_01_ten_mebibytes_of_small_events_are_not_cut_by_a_count() {
     assert!((9 << 20..10 << 20).contains(&large.len()), "{} bytes", large.len());
     let world = World::new(1);
     world.put(0..1, 1);
-    // No server at hand takes more than 1 MiB: the answer is swollen on its way.
+    // No server of the tests accepts more than 1 MiB, so the proxy enlarges the answer.
     let proxy = Proxy::start(&world.address, 1, move |operation, _| match operation {
         "GetRecords" => Fault::Swell(large.clone().into()),
         _ => Fault::None,
@@ -77,7 +77,7 @@ fn wall_01_ten_mebibytes_of_small_events_are_not_cut_by_a_count() {
     world.assert_each_once_in_order(events);
 }
 
-/// A position within an aggregate means the same whatever the settings of batches are.
+/// A position within an aggregate means the same, whatever the settings of batches are.
 #[test]
 fn wall_01_sub_sequences_do_not_depend_on_settings() {
     const EVENTS: u64 = 6_000;
@@ -93,7 +93,7 @@ fn wall_01_sub_sequences_do_not_depend_on_settings() {
     );
     for records in [3, 1_000, 7] {
         let source = format!("batch = {{ records = {records} }}");
-        // It is killed in the middle of the aggregate.
+        // The process is killed in the middle of the aggregate.
         let before = world.rows();
         let run = world.start(&Pipeline { source, ..Pipeline::default() });
         wait_for("rows", || world.rows() > before || world.rows() == EVENTS);

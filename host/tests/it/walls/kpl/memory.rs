@@ -1,4 +1,4 @@
-//! Memory is counted by what is held, and rows hold no more than twice their own.
+//! Memory is counted by what is kept alive, and rows keep at most twice their own bytes.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -17,7 +17,7 @@ use crate::walls::memory::{
     LIMITS, MIB, assert_below, assert_peak_below, bound, follow, output_and_peak,
 };
 
-/// A sink that nobody answers, so that what it is given stays; with `[admin]` at this port.
+/// Adds a sink that nobody answers, so that its rows stay in memory, and `[admin]` on this port.
 fn blocked(file: PipelineToml, port: u16) -> PipelineToml {
     let nobody = free_port();
     file.table(&format!(
@@ -27,7 +27,7 @@ fn blocked(file: PipelineToml, port: u16) -> PipelineToml {
     ))
 }
 
-/// A plugin whose every answer has an arena of 12 MiB, of which each output is one byte: `1`.
+/// Makes a plugin whose every answer has an arena of 12 MiB, of which each output is one byte: `1`.
 fn large_answers() -> NamedTempFile {
     let edits = [
         ("(memory (export \"memory\") 64)", "(memory (export \"memory\") 224)"),
@@ -50,7 +50,7 @@ fn large_answers() -> NamedTempFile {
     by_hand(&edits)
 }
 
-/// A plugin that rejects all that it gets, each time with the same 8 KiB.
+/// Makes a plugin that rejects everything, each time with the same 8 KiB as the reason.
 fn long_reasons() -> NamedTempFile {
     let edits = [
         ("(memory (export \"memory\") 64)", "(memory (export \"memory\") 224)"),
@@ -60,7 +60,7 @@ fn long_reasons() -> NamedTempFile {
              (i32.store (i32.const 4104) (i32.const 8192))
              (memory.fill (i32.const 10485760) (i32.const 120) (i32.const 8192))",
         ),
-        // Rejects lie at 8 MiB: there are more than fit below what the host asks room for.
+        // Moves the rejects to 8 MiB: there are more of them than fit below the memory that the host allocates.
         (
             "(i32.store (i32.const 4116) (i32.const 4352))",
             "(i32.store (i32.const 4116) (i32.const 8388608))",
@@ -82,7 +82,7 @@ fn long_reasons() -> NamedTempFile {
     by_hand(&edits)
 }
 
-/// The skeleton of plugins by hand with edits, as a component in a file.
+/// Makes a component from the skeleton of handwritten plugins with these edits; returns its file.
 fn by_hand(edits: &[(&str, &str)]) -> NamedTempFile {
     let mut text = assets::SKELETON_WAT.to_owned();
     for (from, to) in edits {
@@ -92,7 +92,7 @@ fn by_hand(edits: &[(&str, &str)]) -> NamedTempFile {
     component(&text, "plugin")
 }
 
-/// Forty rows of one byte, each out of an answer of 12 MiB, wait for a sink.
+/// Forty rows of one byte, each from an answer of 12 MiB, wait for a sink.
 #[test]
 fn wall_02_a_row_of_one_byte_does_not_keep_the_answer_that_it_came_in() {
     const RECORDS: usize = 40;
@@ -109,10 +109,10 @@ fn wall_02_a_row_of_one_byte_does_not_keep_the_answer_that_it_came_in() {
     wait_for("the records", || metric(port, "shardmill_source_records_total") as usize == RECORDS);
     assert_below(&run, bound(8, 8, 1, 1));
     let occupied = metric(port, "shardmill_buffer_bytes");
-    assert!(occupied < 100_000.0, "{occupied} bytes are held for {RECORDS} rows of a byte");
+    assert!(occupied < 100_000.0, "{occupied} bytes are in use for {RECORDS} rows of a byte");
 }
 
-/// A filter that lets one record of a batch through holds that record, not the batch.
+/// If a filter passes one record of a batch, that record stays in memory, not the batch.
 #[test]
 fn wall_02_rows_of_a_strict_filter_are_charged_for_themselves() {
     const BATCHES: usize = 60;
@@ -140,17 +140,17 @@ fn wall_02_rows_of_a_strict_filter_are_charged_for_themselves() {
         ),
     );
     let run = start(&world, &blocked(file, port).write());
-    // Before, some sixteen batches were all that the budget had room for.
+    // Before the fault was fixed, the budget had room for only about sixteen batches.
     wait_for("the records", || {
         metric(port, "shardmill_source_records_total") as usize == BATCHES * RECORDS
     });
     let occupied = metric(port, "shardmill_buffer_bytes");
     let each = occupied / BATCHES as f64;
-    assert!((2_000.0..8_000.0).contains(&each), "{each} bytes are held for each row");
+    assert!((2_000.0..8_000.0).contains(&each), "{each} bytes are in use for each row");
     assert_below(&run, bound(4, 8, 1, 1));
 }
 
-/// Aggregates of a mebibyte, each of 131,000 events of two bytes, wait for a sink: ten on each of four shards.
+/// Aggregates of a mebibyte, each with 131,000 events of two bytes, wait for a sink: ten on each of four shards.
 #[test]
 fn wall_02_aggregates_that_wait_occupy_their_bytes() {
     let world = World::new(4);
@@ -164,7 +164,7 @@ fn wall_02_aggregates_that_wait_occupy_their_bytes() {
     let file = file.timing("retry_pause = \"50 ms\"\nmemory_blocked = \"200 ms\"\n");
     let file = file.stream(STREAM, "embedded", "format = \"application/json\"");
     let run = start(&world, &blocked(file, port).write());
-    // Taken apart, the aggregates that wait would be fifteen times as much.
+    // Split into records, the waiting aggregates would take fifteen times as much.
     wait_for("all lanes to be blocked, with aggregates that were read ahead", || {
         metric(port, "shardmill_blocked") == 4.0
             && metric(port, "shardmill_read_ahead_bytes") > 6.0 * MIB as f64
@@ -172,7 +172,7 @@ fn wall_02_aggregates_that_wait_occupy_their_bytes() {
     assert_below(&run, bound(32, 0, 0, 0));
 }
 
-/// Small events, of which samples are kept for trials, and answers in hand.
+/// Small events, of which samples are kept for trials, and answers in progress.
 #[test]
 fn wall_02_samples_for_trials_occupy_what_is_counted() {
     let world = World::new(1);
@@ -193,7 +193,7 @@ fn wall_02_samples_for_trials_occupy_what_is_counted() {
     assert_below(&run, bound(8, 8, 2, 2));
 }
 
-/// Five records of two bytes become 50,000 items, and each of them a dead letter with the same long reason.
+/// Five records of two bytes become 50,000 items, and each item becomes a dead letter with the same long reason.
 #[test]
 fn wall_04_dead_letters_of_many_items_occupy_what_they_are_bounded_by() {
     const RECORDS: usize = 5;
@@ -211,13 +211,13 @@ fn wall_04_dead_letters_of_many_items_occupy_what_they_are_bounded_by() {
     let file = file.table("[[sink]]\nname = \"out\"\ntype = \"discard\"");
     let path = file.table(&admin(port)).write();
     let run = start(&world, &path);
-    wait_for("the letters", || {
+    wait_for("the dead letters", || {
         metric(port, "shardmill_dead_letters_total") as usize == RECORDS * ITEMS
     });
     assert_below(&run, bound(8, 8, 2, 2));
 }
 
-/// Records that pass alone and are too much together: a search must not hold what all of them become.
+/// Each record passes alone, but together they are too much: a search must not keep all their outputs in memory.
 #[test]
 fn wall_02_a_search_occupies_no_more_than_one_answer_may() {
     const RECORDS: usize = 240;
@@ -244,7 +244,7 @@ fn wall_02_a_search_occupies_no_more_than_one_answer_may() {
     }
 }
 
-/// A template names a field of 9.9 MB sixty times: neither the line nor a tree of its payload is in memory.
+/// A template uses a field of 9.9 MB sixty times: neither the line nor a parsed payload is in memory as a whole.
 #[test]
 fn wall_02_a_template_that_repeats_a_field_occupies_no_more_than_a_piece_of_its_line() {
     const LINES: usize = 3;
@@ -276,7 +276,7 @@ fn wall_02_a_template_that_repeats_a_field_occupies_no_more_than_a_piece_of_its_
     }
 }
 
-/// An array of 4.9 million digits in one row: its elements are written as they are read, not listed before.
+/// An array of 4.9 million digits in one row: its elements are written as they are parsed, not collected first.
 #[test]
 fn wall_02_a_long_array_of_one_row_occupies_what_is_sent_of_it() {
     const ITEMS: usize = 4_900_000;
@@ -297,7 +297,7 @@ fn wall_02_a_long_array_of_one_row_occupies_what_is_sent_of_it() {
     assert_eq!(postgres(&format!("SELECT cardinality(a) FROM {table}")), [ITEMS.to_string()]);
 }
 
-/// What has room only in parts is there once, in its order.
+/// Records that fit only in parts of a batch are written once, in order.
 #[test]
 fn wall_02_what_is_run_in_parts_is_there_once() {
     let folder = tempfile::tempdir().expect("a folder");
@@ -330,8 +330,8 @@ fn wall_02_what_is_run_in_parts_is_there_once() {
     assert_eq!(written, 20 * MIB + plain as u64, "{said}");
 }
 
-/// With the defaults, an object is as large as `commit.bytes` says: what rows cost beside their payload does
-/// not cut it short.
+/// By default, an object is as large as `commit.bytes` says: the overhead of rows beside their payload does not make
+/// it smaller.
 #[test]
 fn wall_02_objects_keep_their_size_by_default() {
     const LINE: usize = 900;
@@ -352,12 +352,12 @@ fn wall_02_objects_keep_their_size_by_default() {
     let mut sizes = sizes_below(&logs);
     sizes.sort_unstable();
     let largest = *sizes.last().expect("an object");
-    // Give or take the last row, and what a line's end counts.
+    // The tolerance covers the last row, and the bytes counted for line ends.
     let commit = 64 * MIB;
     assert!((commit - MIB..commit + MIB).contains(&largest), "{sizes:?}");
 }
 
-/// The key of a request's header is held by each of its records, and counts for each.
+/// Each record of a request keeps a copy of the key from the request's header, and each copy counts.
 #[test]
 fn wall_02_the_intake_counts_the_key_of_each_record() {
     let world = World::new(1);
@@ -388,7 +388,7 @@ fn wall_02_the_intake_counts_the_key_of_each_record() {
     assert!(refused.starts_with("HTTP/1.1 413") && refused.contains("lines"), "{refused}");
 }
 
-/// The sizes of the data below a folder.
+/// Returns the sizes of the data below a folder.
 fn sizes_below(folder: &Path) -> Vec<u64> {
     let Ok(entries) = std::fs::read_dir(folder) else { return Vec::new() };
     let paths = entries.map(|entry| entry.expect("an entry").path());

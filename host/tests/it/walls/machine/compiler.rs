@@ -1,4 +1,4 @@
-//! The process that compiles ends with the one that started it, and has limits of its own.
+//! The process that compiles ends with the process that started it, and has limits of its own.
 
 use std::fs;
 use std::os::unix::process::ExitStatusExt as _;
@@ -9,11 +9,11 @@ use super::{COMPILED_DIR, said};
 use crate::hostile::binary::heavy;
 use crate::support::{Process, output, run, shardmill, wait_for};
 
-/// Time in which a process that was sent a signal has ended: many times what the kernel takes, and much
-/// less than what the compilation does.
+/// Time limit for the end of a process after a signal: many times what the kernel takes, and much less than the
+/// compilation takes.
 const END_MAX: Duration = Duration::from_secs(10);
 
-/// The compiler that a process has started, by its number.
+/// Returns the id of the compiler process that a process has started.
 fn compiler_of(parent: u32) -> Option<u32> {
     let processes = fs::read_dir("/proc").expect("processes").flatten();
     let numbers = processes.filter_map(|entry| entry.file_name().to_str()?.parse::<u32>().ok());
@@ -26,7 +26,7 @@ fn compiler_of(parent: u32) -> Option<u32> {
     })
 }
 
-/// Whether a process runs: a zombie, which nobody in this container may wait for, does not.
+/// Whether a process runs. A zombie, which nobody in this container may wait for, does not count.
 fn runs(pid: u32) -> bool {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
     let state = stat.rsplit_once(')').and_then(|(_, rest)| rest.trim().chars().next());
@@ -49,7 +49,7 @@ fn wall_13_the_compiler_ends_with_its_parent_and_has_limits() {
     let compiler = found.expect("found");
     let about =
         |file: &str| fs::read_to_string(format!("/proc/{compiler}/{file}")).expect("it runs");
-    // It sets its limits after it has begun.
+    // The compiler sets its limits after it has started.
     wait_for("its limits", || {
         about("limits")
             .lines()

@@ -1,4 +1,4 @@
-//! The state, locks, exports and compiled code are this user's alone.
+//! State, locks, exports and compiled code belong to this user alone.
 
 use std::fs;
 use std::os::unix::fs::{chown, lchown, symlink};
@@ -9,12 +9,12 @@ use super::{COMPILED_DIR, chmod, is_root, mode, said, tree};
 use crate::support::pipeline::PipelineToml;
 use crate::support::{output, plugin, run, shardmill};
 
-/// The name of the pipelines.
+/// Name of the pipelines.
 const NAME: &str = "alone";
 /// Another user.
 const STRANGER: u32 = 65_534;
 
-/// A pipeline of a few rows in a folder, one of which becomes a dead letter.
+/// Writes a pipeline of a few rows in a folder, one of which becomes a dead letter.
 fn pipeline(folder: &Path) -> String {
     let rows = folder.join("rows.ndjson");
     fs::write(&rows, "{\"id\":1}\nnot JSON\n{\"id\":2}\n").expect("written");
@@ -47,7 +47,7 @@ fn wall_14_state_is_made_for_its_owner_alone_and_tightened_where_it_is_not() {
         }
     };
     is_tight();
-    // As earlier versions made them.
+    // File modes as earlier versions set them.
     let (own, database) = (state.join(NAME), state.join(NAME).join("state.db"));
     chmod(&own, 0o755);
     chmod(&database, 0o644);
@@ -61,7 +61,7 @@ fn wall_14_state_is_made_for_its_owner_alone_and_tightened_where_it_is_not() {
     assert!(!printed.contains("open to other users"), "{printed}");
 }
 
-/// Asserts that every command refuses the state of a pipeline, because of `way`.
+/// Asserts that every command refuses the state of a pipeline, with the error `way`.
 fn refused_by_all(pipeline: &str, way: &str) {
     let commands: [&[&str]; 6] = [
         &["run", pipeline],
@@ -88,34 +88,34 @@ fn wall_14_state_that_others_can_replace_is_refused_by_every_command() {
     chmod(&open, 0o777);
     let way = format!("every user may replace what lies in {}", open.display());
     all_refuse(&way);
-    assert!(!open.join("state").exists(), "nothing is made");
-    // Each user's entries are safe from others there.
+    assert!(!open.join("state").exists(), "nothing is created");
+    // With the sticky bit, other users cannot replace this user's entries.
     chmod(&open, 0o1777);
     said(&in_state(&["run", &pipeline]), true);
-    // State that is there is refused as well.
+    // Existing state is refused as well.
     chmod(&open, 0o777);
     all_refuse(&way);
     said(&in_state(&["run", "--trust-state-dir", &pipeline]), true);
     said(&in_state(&["--trust-state-dir", "dlq", "list", "--pipeline", &pipeline]), true);
     chmod(&open, 0o755);
     said(&in_state(&["run", &pipeline]), true);
-    // To give files away takes root; without it the decision's own tests stand alone.
+    // Only root can give files away. Without root, only the unit tests of the decision cover this.
     if !is_root() {
         return;
     }
     let own = open.join("state").join(NAME);
     for foreign in [&own, &own.join("state.db"), &open] {
-        chown(foreign, Some(STRANGER), None).expect("given away");
+        chown(foreign, Some(STRANGER), None).expect("owner changed");
         all_refuse(&format!("{} belongs to user {STRANGER}", foreign.display()));
         said(&in_state(&["run", "--trust-state-dir", &pipeline]), true);
-        chown(foreign, Some(0), None).expect("taken back");
+        chown(foreign, Some(0), None).expect("owner restored");
     }
-    // A link to a place of this user, that another user has put and can put elsewhere.
+    // A link to a folder of this user, which another user has made and can change.
     let (real, link) = (folder.path().join("real"), open.join("state"));
     fs::rename(&link, &real).expect("moved");
     symlink(&real, &link).expect("a link");
     said(&in_state(&["run", &pipeline]), true);
-    lchown(&link, Some(STRANGER), None).expect("given away");
+    lchown(&link, Some(STRANGER), None).expect("owner changed");
     all_refuse(&format!("{} belongs to user {STRANGER}", link.display()));
 }
 
@@ -162,24 +162,24 @@ fn wall_14_a_folder_that_links_lead_to_is_tightened_or_refused_as_one_without_li
         chmod(open, 0o777);
     }
     said(&in_state(&["run", "--trust-state-dir", &pipeline]), true);
-    assert_eq!(mode(&real), 0o777, "others may rely on it");
+    assert_eq!(mode(&real), 0o777, "the option leaves the mode");
     chmod(&elsewhere, 0o755);
     if is_root() {
         for foreign in [&real, &hop] {
-            lchown(foreign, Some(STRANGER), None).expect("given away");
+            lchown(foreign, Some(STRANGER), None).expect("owner changed");
             let way = format!("{} belongs to user {STRANGER}", foreign.display());
             refused_by_all(&pipeline, &way);
-            lchown(foreign, Some(0), None).expect("taken back");
+            lchown(foreign, Some(0), None).expect("owner restored");
         }
     }
     if is_root() {
-        // Nothing is made where another user's link leads.
+        // Nothing is created where another user's link leads.
         let away = folder.join("away");
         fs::create_dir(&away).expect("a folder");
         fs::rename(folder.join("state"), folder.join("state.own")).expect("moved");
         let state = folder.join("state");
         symlink(&away, &state).expect("a link");
-        lchown(&state, Some(STRANGER), None).expect("given away");
+        lchown(&state, Some(STRANGER), None).expect("owner changed");
         let way = format!("{} belongs to user {STRANGER}", state.display());
         refused_by_all(&pipeline, &way);
         let at = state.display().to_string();
@@ -190,7 +190,7 @@ fn wall_14_a_folder_that_links_lead_to_is_tightened_or_refused_as_one_without_li
         fs::remove_file(&state).expect("removed");
         fs::rename(folder.join("state.own"), &state).expect("moved");
     }
-    // A link to a folder that is missing: no command makes it, and all say so.
+    // A link to a missing folder: no command creates the folder, and all report it.
     fs::remove_file(&hop).expect("removed");
     symlink("nowhere", &hop).expect("a link");
     let missing = folder.join("nowhere");
@@ -214,7 +214,7 @@ fn wall_14_a_database_that_a_link_leads_to_is_tightened_or_refused() {
     fs::rename(&database, &moved).expect("moved");
     symlink("../../elsewhere/moved.db", &database).expect("a link");
     chmod(&moved, 0o644);
-    // The folder of the link is tightened as it is without one.
+    // The modes of files behind a link are tightened as they are without a link.
     chmod(&own, 0o777);
     let printed = said(&in_state(&["run", &pipeline]), true);
     assert!(printed.contains(&format!("{} was open to other users", moved.display())), "{printed}");
@@ -246,7 +246,7 @@ fn wall_14_a_lock_does_not_follow_a_link() {
         let printed = said(&in_state(command), false);
         assert!(printed.contains("expected a file, found a symbolic link"), "{printed}");
         fs::remove_file(&lock).expect("removed");
-        // A second name of a file is no link.
+        // A hard link is not a symbolic link.
         fs::hard_link(&precious, &lock).expect("linked");
         let printed = said(&in_state(command), false);
         assert!(printed.contains("expected a lock"), "{printed}");
@@ -278,7 +278,7 @@ fn wall_14_check_refuses_a_lock_that_a_start_refuses() {
     is_refused("expected a file, found something else");
     assert_eq!(fs::read_to_string(&precious).expect("read"), "precious\n");
     said(&in_state(&["check", &pipeline]), true);
-    assert!(!lock.exists(), "check made the lock");
+    assert!(!lock.exists(), "check created the lock");
     said(&in_state(&["run", &pipeline]), true);
     said(&in_state(&["check", &pipeline]), true);
 }
@@ -303,21 +303,21 @@ fn wall_14_exported_dead_letters_are_their_owners_alone() {
     for path in [&new, &old] {
         said(&export(path), true);
         assert_eq!(mode(path), 0o600, "{}", path.display());
-        let text = fs::read_to_string(path).expect("letters");
+        let text = fs::read_to_string(path).expect("dead letters");
         assert!(text.starts_with('{') && text.lines().count() == 1, "{text}");
     }
     said(&export(Path::new("/dev/null")), true);
     if is_root() {
-        lchown(&link, Some(STRANGER), None).expect("given away");
+        lchown(&link, Some(STRANGER), None).expect("owner changed");
         let printed = said(&export(&link), false);
         assert!(printed.contains("symbolic link of user"), "{printed}");
-        chown(&old, Some(STRANGER), None).expect("given away");
+        chown(&old, Some(STRANGER), None).expect("owner changed");
         let printed = said(&export(&old), false);
         assert!(printed.contains("who could read it"), "{printed}");
     }
 }
 
-/// The files of compiled plugins in a folder.
+/// Returns the files of compiled plugins in a folder.
 fn compiled(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten();
     let paths = entries.map(|entry| entry.expect("an entry").path());
@@ -349,9 +349,9 @@ fn wall_14_compiled_code_of_one_plugin_does_not_run_as_another() {
         inspect("stamp");
         let all = compiled(&cache);
         let forged = all.iter().find(|path| *path != of_honest).expect("two files");
-        fs::copy(forged, of_honest).expect("forged");
+        fs::copy(forged, of_honest).expect("copied");
         assert_eq!(inspect("car-decode"), honest, "{variable}");
-        // Nor do bytes that were changed.
+        // Changed bytes do not run either.
         let mut bytes = fs::read(of_honest).expect("read");
         let middle = bytes.len() / 2;
         bytes[middle] ^= 1;
@@ -372,7 +372,7 @@ fn wall_14_all_commands_share_what_was_compiled() {
         let expected = if path.is_dir() { 0o700 } else { 0o600 };
         assert_eq!(mode(&path), expected, "{}", path.display());
     }
-    let made = fs::metadata(file).expect("there").modified().expect("a time");
+    let made = fs::metadata(file).expect("metadata").modified().expect("a time");
     let run = |caches: &Path| {
         let mut command = shardmill(&["run", &pipeline]);
         let ran = output(command.env_remove(COMPILED_DIR).env("XDG_CACHE_HOME", caches));
@@ -380,10 +380,10 @@ fn wall_14_all_commands_share_what_was_compiled() {
     };
     run(&caches);
     assert_eq!(compiled(&cache).len(), 1);
-    assert_eq!(fs::metadata(file).expect("there").modified().expect("a time"), made);
+    assert_eq!(fs::metadata(file).expect("metadata").modified().expect("a time"), made);
     let in_state = folder.path().join("state/compiled");
     assert!(!in_state.exists());
-    // Where there can be no such folder, the state has it; without that, each start compiles.
+    // If that folder cannot be created, it lies in the state; if that fails too, each start compiles.
     let no_folder = folder.path().join("rows.ndjson");
     run(&no_folder);
     assert_eq!(compiled(&in_state).len(), 1);

@@ -1,4 +1,4 @@
-//! Files, compilers and connections beside other users of the machine.
+//! Files, compilers and connections on a machine with other users.
 
 mod compiler;
 mod files;
@@ -10,10 +10,10 @@ use std::os::unix::fs::{MetadataExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
-/// The variable that names the folder of compiled plugins. The tests' own environment has it.
+/// Variable that names the folder of compiled plugins. It may be set for the tests themselves.
 const COMPILED_DIR: &str = "SHARDMILL_COMPILED_DIR";
 
-/// Standard error of a command that ended as it must.
+/// Returns standard error of a command, which must have succeeded or failed as expected.
 fn said(output: &Output, succeeds: bool) -> String {
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.success(), succeeds, "{said}");
@@ -29,12 +29,12 @@ fn chmod(path: &Path, mode: u32) {
     fs::set_permissions(path, Permissions::from_mode(mode)).expect("changed");
 }
 
-/// Everything below a folder, and itself.
+/// Returns a folder and everything below it.
 fn tree(folder: &Path) -> Vec<PathBuf> {
     let mut found = vec![folder.to_owned()];
     let entries = fs::read_dir(folder).expect("a folder");
     for path in entries.map(|entry| entry.expect("an entry").path()) {
-        match fs::symlink_metadata(&path).expect("there").is_dir() {
+        match fs::symlink_metadata(&path).expect("metadata").is_dir() {
             true => found.extend(tree(&path)),
             false => found.push(path),
         }

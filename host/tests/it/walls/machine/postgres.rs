@@ -1,4 +1,4 @@
-//! PostgreSQL is spoken to by TLS where it has it, whoever asks.
+//! Connections to PostgreSQL use TLS if the server supports it, whatever makes the connection.
 
 use std::path::Path;
 
@@ -6,10 +6,10 @@ use crate::sql_sinks::proxy::Proxy;
 use crate::support::pipeline::PipelineToml;
 use crate::support::{output, postgres, postgres_url, shardmill};
 
-/// What was said of a connection in plain text.
+/// Warning about an unencrypted connection.
 const PLAIN: &str = "the connection is not encrypted";
 
-/// The server's address with parameters of its own, such as a name by which its connections are found.
+/// Returns the server's URL with parameters, such as a name by which its connections are found.
 fn url(host: &str, port: u16, parameters: &str) -> String {
     let mut url = url::Url::parse(&postgres_url()).expect("a URL");
     url.set_host(Some(host)).expect("a host");
@@ -34,8 +34,8 @@ fn pipeline(folder: &Path, table: &str, url: &str) -> String {
         .write()
 }
 
-/// Runs a pipeline with a table at `url`, whose row notes whether the connection that brought it is encrypted;
-/// gives standard error.
+/// Runs a pipeline with a table at `url`. The row records whether its connection is encrypted. Returns standard
+/// error.
 fn run(folder: &Path, table: &str, url: &str) -> String {
     let ran = output(&mut shardmill(&["run", &pipeline(folder, table, url)]));
     let said = String::from_utf8_lossy(&ran.stderr).into_owned();
@@ -49,9 +49,9 @@ fn wall_18_a_server_with_tls_is_spoken_to_by_tls() {
     let certificate = std::env::var("SHARDMILL_TEST_POSTGRES_CERTIFICATE")
         .expect("SHARDMILL_TEST_POSTGRES_CERTIFICATE names the server's certificate: run `cargo xtask test`");
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-    // A server that has no TLS.
+    // A server without TLS.
     let plain = runtime.block_on(Proxy::start(format!("{host}:{port}")));
-    // 0.0.0.0 leads to this machine, and does not look as if it did.
+    // 0.0.0.0 leads to this machine, but does not look like a loopback address.
     for (number, (host, port, parameters, encrypted, warned)) in [
         (host.as_str(), port, String::new(), true, false),
         (&host, port, "sslmode=prefer".into(), true, false),
@@ -94,13 +94,13 @@ fn wall_18_with_a_root_certificate_nothing_goes_in_plain_text() {
     let certificate = std::env::var("SHARDMILL_TEST_POSTGRES_CERTIFICATE")
         .expect("SHARDMILL_TEST_POSTGRES_CERTIFICATE names the server's certificate: run `cargo xtask test`");
     let runtime = tokio::runtime::Runtime::new().expect("a runtime");
-    // A server that has no TLS.
+    // A server without TLS.
     let plain = runtime.block_on(Proxy::start(format!("{host}:{port}")));
     let table = format!("wall_18_roots_{}", std::process::id());
     postgres(&format!("CREATE TABLE {table} (id int)"));
     for mode in ["", "sslmode=prefer&", "sslmode=allow&", "sslmode=require&"] {
         for (host, port, cause) in [
-            // The certificate is of another name.
+            // The certificate is for another name.
             ("0.0.0.0", port, "not valid for name"),
             (&host, plain.port, "server does not support TLS"),
         ] {

@@ -1,4 +1,4 @@
-//! Builds run no tool that another user of the machine has put somewhere, and give tools no secrets.
+//! Builds run no tool that another user of the machine could have put somewhere, and pass no secrets to tools.
 
 use std::fs;
 use std::os::unix::fs::{chown, lchown, symlink};
@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 use super::{chmod, is_root, said};
 use crate::support::{output, shardmill, with_tools};
 
-/// A plugin's folder, with what is looked for before a tool runs.
+/// Makes a plugin's folder with everything that is checked before a tool runs.
 fn plugin_in(folder: &Path, language: &str) -> PathBuf {
     let sources: &[(&str, &str)] = match language {
         "rust" => &[("Cargo.toml", "[package]\nname = \"one\"\n")],
@@ -26,9 +26,9 @@ fn plugin_in(folder: &Path, language: &str) -> PathBuf {
     folder.to_owned()
 }
 
-/// A tool that writes its environment to a file, and fails.
+/// Writes a tool that stores its environment in a file, and fails.
 fn spy(tool: &Path, environment: &Path) {
-    fs::create_dir_all(tool.parent().expect("a folder")).expect("made");
+    fs::create_dir_all(tool.parent().expect("a folder")).expect("created");
     let script = format!("#!/bin/sh\nenv > '{}'\nexit 3\n", environment.display());
     fs::write(tool, script).expect("written");
     chmod(tool, 0o755);
@@ -100,13 +100,13 @@ fn wall_16_build_tools_get_proxies_without_users_and_passwords() {
     ] {
         assert!(environment.contains(bare), "{bare}: {environment}");
         let (name, _) = bare.split_once('=').expect("a variable");
-        let warning = format!("{name} is given to build tools without the user and the password");
+        let warning = format!("{name} is passed to build tools without its user name and password");
         assert_eq!(printed.matches(&warning).count(), 1, "{printed}");
     }
     assert!(!printed.contains("hunter2"), "{printed}");
     let (environment, printed) = built("HTTPS_PROXY");
     assert!(environment.contains("HTTPS_PROXY=http://me:hunter2@proxy"), "{environment}");
-    assert!(!printed.contains("HTTPS_PROXY is given"), "{printed}");
+    assert!(!printed.contains("HTTPS_PROXY is passed"), "{printed}");
 }
 
 #[test]
@@ -118,7 +118,7 @@ fn wall_16_a_tool_below_a_folder_that_others_may_exchange_does_not_run() {
     spy(&on_path.join("componentize-qjs"), &seen.join("path"));
     spy(&above.join("q/t.js"), &seen.join("near"));
     let link = plugin.join(local);
-    fs::create_dir_all(link.parent().expect("a folder")).expect("made");
+    fs::create_dir_all(link.parent().expect("a folder")).expect("created");
     symlink("../../../other/q/t.js", &link).expect("a link");
     let ran = || {
         let _ = fs::remove_dir_all(&seen);
@@ -137,7 +137,7 @@ fn wall_16_a_tool_below_a_folder_that_others_may_exchange_does_not_run() {
         printed
     };
     is_near(true);
-    // Only the folder above that of the link's target is open: there, `q` is exchanged for another folder.
+    // Only the folder above the folder of the link's target is open: another user could replace `q` there.
     chmod(&above, 0o777);
     let printed = is_near(false);
     assert!(
@@ -147,20 +147,21 @@ fn wall_16_a_tool_below_a_folder_that_others_may_exchange_does_not_run() {
     chmod(&above, 0o1777);
     is_near(true);
     if is_root() {
-        // A link of another user on the way, to a folder of this one. In an open folder, Linux may not follow it.
+        // The path contains a link that belongs to another user and leads to a folder of this user. Linux may refuse
+        // to follow it in an open folder.
         chmod(&above, 0o755);
         fs::rename(above.join("q"), folder.path().join("q")).expect("moved");
         symlink("../q", above.join("q")).expect("a link");
         is_near(true);
-        lchown(above.join("q"), Some(65_534), None).expect("given away");
+        lchown(above.join("q"), Some(65_534), None).expect("owner changed");
         let printed = is_near(false);
         assert!(printed.contains("belongs to user 65534"), "{printed}");
     }
-    // PATH is this user's own: its tools run, with a warning.
+    // PATH is this user's own choice: its tools run, with a warning.
     chmod(&on_path, 0o777);
     chmod(&above, 0o777);
     let printed = is_near(false);
-    let warning = format!("build tools may be taken from {} in PATH", on_path.display());
+    let warning = format!("build tools may be run from {} in PATH", on_path.display());
     assert_eq!(printed.matches(&warning).count(), 1, "{printed}");
 }
 
@@ -175,7 +176,7 @@ fn wall_16_a_tool_in_a_folder_above_is_taken_within_the_repository_and_from_this
         let repository = root.join("repository");
         let plugin = plugin_in(&repository.join("plugins/one"), language);
         let (on_path, seen) = (folder.path().join("bin"), folder.path().join("seen"));
-        // Who ran says so by the file that it writes.
+        // The file that the tool writes shows which tool ran.
         let ran = || {
             let _ = fs::remove_dir_all(&seen);
             fs::create_dir(&seen).expect("a folder");
@@ -206,15 +207,15 @@ fn wall_16_a_tool_in_a_folder_above_is_taken_within_the_repository_and_from_this
         };
         let printed = open(&root);
         assert!(printed.contains("is not used, because every user may replace"), "{printed}");
-        // The search ends before it comes to the tool.
+        // The search ends before it reaches the tool.
         open(&repository);
         open(&root.join(local));
         if is_root() {
-            chown(&root, Some(65_534), None).expect("given away");
+            chown(&root, Some(65_534), None).expect("owner changed");
             let (who, printed) = ran();
             assert_eq!(who, "path", "{printed}");
             assert!(printed.contains("belongs to user 65534"), "{printed}");
-            chown(&root, Some(0), None).expect("taken back");
+            chown(&root, Some(0), None).expect("owner restored");
         }
         assert_eq!(ran().0, "above");
 
@@ -232,12 +233,12 @@ fn wall_16_cargo_follows_no_settings_of_another_user() {
     let (tool, seen) = (folder.path().join("wrapper"), folder.path().join("seen"));
     spy(&tool, &seen);
     let settings = folder.path().join(".cargo/config.toml");
-    fs::create_dir(settings.parent().expect("a folder")).expect("made");
+    fs::create_dir(settings.parent().expect("a folder")).expect("created");
     let text = format!("[build]\nrustc-wrapper = \"{}\"\n", tool.display());
     fs::write(&settings, text).expect("written");
     let is_refused = || {
         let printed = said(&build(&plugin, |command| _ = with_tools(command)), false);
-        assert!(printed.contains("refused to build: cargo would follow"), "{printed}");
+        assert!(printed.contains("refused to build: cargo would read"), "{printed}");
         assert!(printed.contains(&settings.display().to_string()), "{printed}");
         assert!(!seen.exists(), "the wrapper ran");
     };
@@ -249,7 +250,7 @@ fn wall_16_cargo_follows_no_settings_of_another_user() {
         let real = folder.path().join("real.toml");
         fs::rename(&settings, &real).expect("moved");
         symlink(&real, &settings).expect("a link");
-        lchown(&settings, Some(65_534), None).expect("given away");
+        lchown(&settings, Some(65_534), None).expect("owner changed");
         is_refused();
     }
 }
