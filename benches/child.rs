@@ -1,4 +1,4 @@
-//! Processes that benches start: what they cost, and their end.
+//! Processes that benches start: their cost, and their end.
 #![allow(dead_code, reason = "no bench uses all of it")]
 
 use std::io::{BufRead as _, BufReader};
@@ -7,43 +7,43 @@ use std::process::{Child, Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
 
-/// What a process cost that has ended.
+/// Cost of a process that has ended.
 pub struct Cost {
-    /// User and system time, in seconds.
+    /// User and system CPU time, in seconds.
     pub cpu_s: f64,
-    /// The peak of its resident memory, in MiB.
+    /// Peak of resident memory, in MiB.
     pub peak_mib: f64,
 }
 
-/// The binary that is measured: `cargo xtask bench` has built it and says where it is.
+/// Returns a command for the measured binary. `cargo xtask bench` has built it and set SHARDMILL_BIN.
 pub fn shardmill() -> Result<Command> {
     let path = std::env::var_os("SHARDMILL_BIN")
-        .context("SHARDMILL_BIN names no binary: run `cargo xtask bench`")?;
+        .context("missing SHARDMILL_BIN: run `cargo xtask bench`")?;
     let mut command = Command::new(path);
     command.stdin(Stdio::null());
     Ok(command)
 }
 
-/// This bench's own binary, told to do its baseline.
+/// Returns a command that runs the baseline in this bench's own binary.
 pub fn baseline(arguments: &[&str]) -> Result<Command> {
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("--baseline").args(arguments).stdin(Stdio::null());
     Ok(command)
 }
 
-/// The arguments of [`baseline`], in the process that was told so.
+/// Returns the arguments of [`baseline`], in the process that it starts.
 pub fn baseline_arguments() -> Option<Vec<String>> {
     let mut arguments = std::env::args().skip(1);
     (arguments.next()? == "--baseline").then(|| arguments.collect())
 }
 
-/// Runs a process to its good end.
+/// Runs a process to its end, which must be a success, and returns its cost.
 pub fn cost(command: &mut Command) -> Result<Cost> {
     let child = command.stdout(Stdio::null()).spawn().context("failed to start a process")?;
     let pid = libc::pid_t::try_from(child.id())?;
     let (mut status, mut usage) = (0, std::mem::MaybeUninit::<libc::rusage>::zeroed());
-    // SAFETY: both pointers are to values of ours that live through the call, and nobody else
-    // waits for this child.
+    // SAFETY: both pointers are to local values that live through the call, and nothing else waits for this
+    // child.
     let waited = unsafe { libc::wait4(pid, &raw mut status, 0, usage.as_mut_ptr()) };
     ensure!(waited == pid && status == 0, "a process failed: {status:#x}");
     // SAFETY: zeroed is a valid rusage, and wait4 has filled it in.
@@ -66,7 +66,7 @@ impl Drop for Running {
 }
 
 impl Running {
-    /// CPU seconds so far.
+    /// Returns the CPU seconds used so far.
     ///
     /// Source: proc(5), `/proc/PID/stat`, fields 14 and 15, in ticks of 10 ms.
     pub fn cpu_s(&self) -> Result<f64> {
@@ -76,7 +76,7 @@ impl Running {
         Ok((fields[11].parse::<f64>()? + fields[12].parse::<f64>()?) / 100.0)
     }
 
-    /// Resident memory now, in KiB.
+    /// Returns the current resident memory, in KiB.
     pub fn resident_kib(&self) -> Result<f64> {
         let status = std::fs::read_to_string(format!("/proc/{}/status", self.0.id()))?;
         let line = status.lines().find(|line| line.starts_with("VmRSS:")).context("no VmRSS")?;
@@ -84,7 +84,7 @@ impl Running {
     }
 }
 
-/// Serves the embedded stream from a process of its own; gives its URL.
+/// Serves the embedded stream in a separate process, and returns its URL.
 pub fn serve_stream(state_dir: &Path) -> Result<(Running, url::Url)> {
     let mut command = shardmill()?;
     command.args(["stream", "serve", "--json", "--state-dir"]).arg(state_dir);

@@ -1,9 +1,9 @@
-//! How much slower an honest lane is beside hostile ones: 16 lanes per core, all but one of them hostile, against the
-//! same number of lanes that are honest and use as much CPU.
+//! Slowdown of an honest lane beside hostile ones: 16 lanes per core, all but one hostile, against the same
+//! number of honest lanes that use as much CPU.
 //!
-//! The honest lane gets a batch every few milliseconds, as from a stream. The value is the 99th percentile
-//! of the time from the batch's arrival to its outcome. Both sides are measured in turns, and the median of
-//! the rounds is reported. An honest record that is dead-lettered ends the bench without a figure.
+//! The honest lane gets a batch every few milliseconds, as from a stream. The value is the 99th percentile of
+//! the time from the arrival of a batch to its outcome. Both sides are measured in turn, and the median of the
+//! rounds is reported. If an honest record becomes a dead letter, the bench fails without a figure.
 
 mod report;
 
@@ -22,7 +22,7 @@ use shardmill_engine::stage::{Chain, Revision, Samples};
 use shardmill_plugin::{Backends, CompileCache, PluginEngine, PluginHost};
 use tokio_util::sync::CancellationToken;
 
-/// The sink types that this bench has.
+/// Sink types of this bench.
 const SINK_TYPES: SinkTypes = SinkTypes::new(&[shardmill_sinks_common::discard::TYPE]);
 
 const UNIT: &str = "ms (p99 of a batch), lower is better";
@@ -30,11 +30,11 @@ const COMPONENT: &str = "../plugins/prebuilt/hostile.wasm";
 /// Lanes per core.
 const CROWD: usize = 16;
 const ROUNDS: usize = 3;
-/// Batches of the honest lane in a round, their records, and the pause between them.
+/// Batches of the honest lane in a round, records of each, and pause between them.
 const BATCHES: usize = 200;
 const BATCH_RECORDS: usize = 500;
 const PAUSE: Duration = Duration::from_millis(5);
-/// Records of the batches of all other lanes.
+/// Records in the batches of all other lanes.
 const OTHER_RECORDS: usize = 1_000;
 
 fn main() -> Result<()> {
@@ -59,7 +59,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Runs the honest lane beside others that never rest.
+/// Runs the honest lane beside other lanes that run all the time.
 fn p99_ms(honest: &Arc<Revision>, others: &Arc<Revision>, kind: &str, crowd: usize) -> Result<f64> {
     let (begun, stop) = (AtomicU64::new(0), CancellationToken::new());
     let other_batch = batch(kind, OTHER_RECORDS)?;
@@ -75,7 +75,7 @@ fn p99_ms(honest: &Arc<Revision>, others: &Arc<Revision>, kind: &str, crowd: usi
             scope.spawn(move || {
                 begun.fetch_add(1, Ordering::Relaxed);
                 while !stop.is_cancelled() {
-                    // Whatever becomes of it: only that it uses its time counts.
+                    // The outcome does not matter: only the used time does.
                     let _ = other.run(&batch, &Default::default());
                 }
             });
@@ -109,7 +109,7 @@ fn chain(revision: &Arc<Revision>, stop: &CancellationToken) -> Result<Chain> {
         .map_err(|error| anyhow!("{error}"))
 }
 
-/// A stage of the hostile plugin, with limits that it reaches again and again.
+/// Loads a stage of the hostile plugin, with limits that it reaches again and again.
 fn stage(config: &str) -> Result<Arc<Revision>> {
     let component = Path::new(env!("CARGO_MANIFEST_DIR")).join(COMPONENT);
     let text = format!(
@@ -128,7 +128,7 @@ fn stage(config: &str) -> Result<Arc<Revision>> {
     Ok(Arc::new(revision))
 }
 
-/// A batch in which every hundredth record is of this kind and all others are fine.
+/// Makes a batch in which every hundredth record is of the given kind and all others are fine.
 fn batch(kind: &str, records: usize) -> Result<Arc<Batch>> {
     let records: Vec<Record> = (0..records)
         .map(|number| {

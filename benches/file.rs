@@ -1,16 +1,16 @@
-//! What a file costs on its way through a plugin: the flights as CSV lines, decoded by the bundled
-//! plugin behind the wall, written as NDJSON with the file source's exact positions and the objects
-//! sink's claims; against a plain Rust program that makes the same output of the same file.
+//! Cost of processing a file with a plugin: the flights as CSV lines, decoded by the bundled plugin in its
+//! sandbox, and written as NDJSON with the exact positions of the file source and the claims of the objects
+//! sink; against a plain Rust program that makes the same output from the same file.
 //!
-//! Two plain programs, since there are two questions:
-//! - `flights`: as one writes it, with a struct, csv, chrono and serde_json. What does shardmill
-//!   cost somebody who would have written that program?
-//! - `flights,native=plugin`: the plugin's own crate compiled for this machine, without a check of
-//!   its output. What do the wall, the exact positions and the checks cost?
+//! There are two plain programs, because there are two questions:
+//! - `flights`: an ordinary program with a struct, csv, chrono and serde_json. What does shardmill cost
+//!   compared with such a program?
+//! - `flights,native=plugin`: the plugin's own crate compiled for this machine, without a check of its output.
+//!   What do the sandbox, the exact positions and the checks cost?
 //!
-//! Whole processes are compared, in turn: the round whose ratio is the median is shown, since a
-//! machine that others use as well may be half as fast in the next second. The plugin was compiled by an earlier run, as it is for all runs
-//! but the first on a machine.
+//! Whole processes are compared, in turn. The round with the median ratio is shown, because a machine that
+//! others use too may be half as fast in the next second. An earlier run has compiled the plugin, as for all
+//! runs but the first on a machine.
 
 mod child;
 mod report;
@@ -30,14 +30,14 @@ const MEMORY: &str = "MiB at the peak, lower is better";
 const EXAMPLE: &str = "../examples/flights/pipeline.toml";
 const FLIGHTS: &str = "../data/flights.csv";
 const ROUNDS: usize = 9;
-/// The plain programs.
+/// Names of the plain programs.
 const ORDINARY: &str = "ordinary";
 const PLUGIN: &str = "plugin";
 
 fn main() -> Result<()> {
     if let Some(arguments) = child::baseline_arguments() {
         let [program, csv, out] = &arguments[..] else {
-            return Err(anyhow!("a program and two paths are due"));
+            return Err(anyhow!("expected a program and two paths"));
         };
         let program = if program == ORDINARY { ordinary } else { plugin };
         return program(Path::new(csv), Path::new(out));
@@ -60,7 +60,7 @@ fn main() -> Result<()> {
         }
         let our = child::cost(child::shardmill()?.arg("run").arg(&pipeline))?;
         let their = (theirs(PLUGIN)?, theirs(ORDINARY)?);
-        // The first round compiles the plugin.
+        // The first round compiles the plugin, so it does not count.
         if round > 0 {
             ours.push(our);
             plugin.push(their.0);
@@ -94,7 +94,7 @@ fn here(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join(path)
 }
 
-/// The decoder's configuration, as the example has it.
+/// Returns the decoder's configuration from the example.
 fn decoder_table() -> Result<toml::Table> {
     let example: toml::Table = fs::read_to_string(here(EXAMPLE))?.parse()?;
     let decode = example["stage"].get(0).and_then(|stage| stage.get("config"));
@@ -131,7 +131,7 @@ commit = {{ bytes = "4 MiB" }}
     Ok(path)
 }
 
-/// A row as an ordinary program has it.
+/// A row of the ordinary program.
 #[derive(Deserialize, Serialize)]
 struct Flight {
     year: i32,
@@ -165,7 +165,7 @@ fn known<'de, D: Deserializer<'de>>(field: D) -> Result<Option<String>, D::Error
     Ok(Some(String::deserialize(field)?).filter(|text| text != "NA"))
 }
 
-/// The same work, as one writes it.
+/// Does the same work as an ordinary program.
 fn ordinary(csv: &Path, out: &Path) -> Result<()> {
     let mut input = csv::Reader::from_path(csv)?;
     let mut output = BufWriter::with_capacity(256 << 10, File::create(out)?);
@@ -177,7 +177,7 @@ fn ordinary(csv: &Path, out: &Path) -> Result<()> {
     Ok(output.into_inner()?.sync_all()?)
 }
 
-/// The same work by the plugin's own crate.
+/// Does the same work with the plugin's own crate.
 fn plugin(csv: &Path, out: &Path) -> Result<()> {
     let config: csv_decode::Config = decoder_table()?.try_into()?;
     let mut decoder = csv_decode::Decoder::new(config).map_err(|error| anyhow!("{error}"))?;
@@ -198,7 +198,7 @@ fn plugin(csv: &Path, out: &Path) -> Result<()> {
     Ok(output.into_inner()?.sync_all()?)
 }
 
-/// The lines of all data below a folder.
+/// Reads the lines of all data files below a folder.
 fn lines_below(folder: &Path, lines: &mut Vec<String>) -> Result<()> {
     for entry in fs::read_dir(folder)? {
         let path = entry?.path();

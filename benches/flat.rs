@@ -1,7 +1,7 @@
-//! Whether memory is flat: small records without end through one lane, the host's resident memory
-//! and the plugin's linear memory at the end against what they were after the first million.
+//! Growth of memory: an endless sequence of small records through one lane; the host's resident memory and the
+//! plugin's linear memory at the end against those after the first million.
 //!
-//! `SHARDMILL_FLAT_RECORDS` is the number of records; without it 100 million, some ten minutes.
+//! `SHARDMILL_FLAT_RECORDS` is the number of records; the default is 100 million, which take about ten minutes.
 
 mod child;
 mod report;
@@ -21,17 +21,19 @@ use report::Report;
 const MEMORY: &str = "MiB, lower is better";
 const PLUGIN: &str = "../plugins/prebuilt/csv-decode.wasm";
 const RECORDS: u64 = 100_000_000;
-/// The records after which memory must be what it will be.
+/// Number of records after which memory must have settled.
 const WARM_UP_RECORDS: u64 = 1_000_000;
 
 fn main() -> Result<()> {
     let report = Report::start("flat", MEMORY);
     let records = match std::env::var("SHARDMILL_FLAT_RECORDS") {
-        Ok(records) => records.parse().context("SHARDMILL_FLAT_RECORDS is a number")?,
+        Ok(records) => {
+            records.parse().context("invalid SHARDMILL_FLAT_RECORDS: expected a number")?
+        }
         Err(_) => RECORDS,
     };
     let folder = tempfile::tempdir()?;
-    // A port that was free a moment ago: who takes it in between makes the run fail, not lie.
+    // A port that was free a moment ago. If another process takes it meanwhile, the run fails visibly.
     let port = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
     let pipeline = pipeline(folder.path(), port)?;
     let mut run = child::shardmill()?;
@@ -60,7 +62,7 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// What a run shows of itself.
+/// State of a run, as seen from outside.
 #[derive(Clone, Copy)]
 struct Seen {
     records: u64,
@@ -69,7 +71,7 @@ struct Seen {
 }
 
 impl Seen {
-    /// A look at the run; `None` as long as its port does not answer.
+    /// Looks at the run; `None` if its port does not answer.
     fn now(run: &Running, port: u16) -> Option<Self> {
         let metrics = metrics(port).ok()?;
         let value = |name: &str| -> Option<f64> {

@@ -1,6 +1,6 @@
-//! What lanes cost that have nothing to do: a thousand shards, each polled once a second, against a
-//! bare loop of SDK calls per shard that does the same. CPU is taken in the steady state, after all
-//! lanes have begun; memory per lane is what a thousand lanes hold more than one.
+//! Cost of idle lanes: a thousand shards, each polled once a second, against a bare loop of SDK calls per shard
+//! that does the same. CPU is measured in the steady state, after all lanes have started. Memory per lane is
+//! the difference between a thousand lanes and one lane.
 
 mod child;
 mod report;
@@ -18,7 +18,7 @@ use shardmill_kinesis::{client, stream};
 const CPU: &str = "CPU seconds per minute, lower is better";
 const MEMORY: &str = "KiB per lane, lower is better";
 const SHARDS: u32 = 1_000;
-/// How long all lanes may take to begin, and how long they are left alone before the measurement.
+/// Longest time for all lanes to start, and time to settle before the measurement.
 const BEGIN_MAX: Duration = Duration::from_secs(120);
 const WARM_UP: Duration = Duration::from_secs(5);
 const MEASURE: Duration = Duration::from_secs(30);
@@ -26,7 +26,7 @@ const MEASURE: Duration = Duration::from_secs(30);
 fn main() -> Result<()> {
     let runtime = tokio::runtime::Runtime::new()?;
     if let Some(arguments) = child::baseline_arguments() {
-        let url = arguments.first().context("a URL is due")?.parse()?;
+        let url = arguments.first().context("expected a URL")?.parse()?;
         return runtime.block_on(poll_all(&url));
     }
     let report = Report::start("lanes", CPU);
@@ -41,13 +41,13 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// What a process cost while it had nothing to do.
+/// Cost of an idle process.
 struct Idle {
     cpu_s: f64,
     kib: f64,
 }
 
-/// shardmill and the bare loops, one after the other on the same stream.
+/// Measures shardmill and the bare loops, one after the other on the same stream.
 fn measure(runtime: &tokio::runtime::Runtime, folder: &Path, shards: u32) -> Result<[Idle; 2]> {
     let state = folder.join(format!("state-{shards}"));
     let (_served, url) = child::serve_stream(&state)?;
@@ -72,7 +72,7 @@ fn measure(runtime: &tokio::runtime::Runtime, folder: &Path, shards: u32) -> Res
     Ok([ours, bare])
 }
 
-/// Waits until the process says of every shard that it reads it, then measures.
+/// Waits until the process has logged for every shard that it reads it, then measures.
 fn idle(command: &mut std::process::Command, log: &Path, shards: u32) -> Result<Idle> {
     let output = std::fs::File::create(log)?;
     let running = Running(command.stdout(std::process::Stdio::null()).stderr(output).spawn()?);
@@ -83,7 +83,7 @@ fn idle(command: &mut std::process::Command, log: &Path, shards: u32) -> Result<
         if reading == shards as usize {
             break;
         }
-        ensure!(begun.elapsed() < BEGIN_MAX, "{reading} of {shards} shards are read");
+        ensure!(begun.elapsed() < BEGIN_MAX, "only {reading} of {shards} shards are being read");
         std::thread::sleep(Duration::from_millis(100));
     }
     std::thread::sleep(WARM_UP);
@@ -94,7 +94,7 @@ fn idle(command: &mut std::process::Command, log: &Path, shards: u32) -> Result<
     Ok(idle)
 }
 
-/// The baseline: polls every shard once a second until it is killed.
+/// Baseline: polls every shard once a second until it is killed.
 async fn poll_all(url: &url::Url) -> Result<()> {
     let client = client::connect(&client::Server::at(url)).await?;
     let mut loops = tokio::task::JoinSet::new();

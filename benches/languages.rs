@@ -1,9 +1,8 @@
-//! What a plugin costs in each language: the plugin that `shardmill new plugin` makes, behind the wall
-//! as a lane runs it, against the same in native Rust: JSON in, a member read, JSON out.
+//! Cost of a plugin in each language: the plugin that `shardmill new plugin` makes, in its sandbox as a lane
+//! runs it, against the same work in native Rust: parse JSON, read a member, write JSON.
 //!
-//! `SHARDMILL_LANGUAGES` is a folder with a component per language, `LANGUAGE.wasm`, which
-//! `cargo xtask bench languages` has built. `SHARDMILL_PICTURE`, if set, is where the figures go as an
-//! SVG, too.
+//! `SHARDMILL_LANGUAGES` is a folder with a component per language, `LANGUAGE.wasm`, which `cargo xtask bench
+//! languages` has built. If `SHARDMILL_PICTURE` is set, the figures are also drawn into that file as SVG.
 
 mod report;
 
@@ -42,7 +41,7 @@ fn main() -> Result<()> {
             let expected: serde_json::Value = serde_json::from_slice(&greet(&record.payload)?)?;
             let payload = fate.outputs[0].payload.as_ref().context("an output")?;
             let found: serde_json::Value = serde_json::from_slice(payload)?;
-            ensure!(found == expected, "{language} gives {found}, not {expected}");
+            ensure!(found == expected, "{language}: expected {expected}, found {found}");
         }
         let (mut ours, mut native) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
@@ -84,7 +83,7 @@ fn load(file: &Path) -> Result<Workbench> {
     Ok(Workbench::new(Plugin::load_file(&engine, &CompileCache::none(), file)?.0))
 }
 
-/// Nanoseconds per record.
+/// Measures the nanoseconds per record.
 fn time(mut run: impl FnMut() -> Result<()>) -> Result<f64> {
     let begun = Instant::now();
     run()?;
@@ -107,13 +106,13 @@ struct Greeting {
     greeting: String,
 }
 
-/// The plugin as one writes it without a sandbox.
+/// The plugin's work without a sandbox.
 fn greet(payload: &[u8]) -> Result<Vec<u8>> {
     let person: Person = serde_json::from_slice(payload)?;
     Ok(serde_json::to_vec(&Greeting { greeting: format!("Hello, {}!", person.name) })?)
 }
 
-/// Bars of the ratios, on a logarithmic scale.
+/// Draws the ratios as bars, on a logarithmic scale.
 fn draw(path: &Path, figures: &[(&str, f64)]) -> Result<()> {
     let area = SVGBackend::new(path, (640, 320)).into_drawing_area();
     area.fill(&WHITE)?;

@@ -1,8 +1,9 @@
-//! From a record's arrival to its row being visible in PostgreSQL, at 1,000 records a second: the
-//! whole pipeline, against a bare loop of SDK calls that INSERTs what each call brings.
+//! Time from the arrival of a record until its row is visible in PostgreSQL, at 1,000 records per second: the
+//! whole pipeline, against a bare loop of SDK calls that INSERTs the records of each call.
 //!
-//! Both read one stream that a third process serves, and poll it equally often. A row carries when it
-//! was put; when it became visible is the server's `clock_timestamp()`, looked at every millisecond.
+//! Both read one stream that a third process serves, and poll it equally often. A row contains the time at
+//! which its record was put. The time at which it became visible is the server's `clock_timestamp()`, checked
+//! every millisecond.
 
 mod child;
 mod report;
@@ -21,18 +22,18 @@ use shardmill_kinesis::client;
 use tokio_postgres::NoTls;
 
 const UNIT: &str = "ms, lower is better";
-/// How long each side is fed.
+/// Seconds for which each side gets records.
 const SECONDS: u64 = 20;
-/// Records of one PutRecords call, one call each 10 ms.
+/// Records of one PutRecords call; one call every 10 ms.
 const RECORDS_PER_CALL: u64 = 10;
 const CALL_EVERY: Duration = Duration::from_millis(10);
-/// What AWS allows: five reads a second and shard.
+/// AWS allows five reads per second and shard.
 const POLL_EVERY: Duration = Duration::from_millis(200);
 
 #[tokio::main]
 async fn main() -> Result<()> {
     let url = std::env::var("SHARDMILL_TEST_POSTGRES")
-        .context("SHARDMILL_TEST_POSTGRES names no server: run `cargo xtask bench latency`")?;
+        .context("missing SHARDMILL_TEST_POSTGRES: run `cargo xtask bench latency`")?;
     if let Some(arguments) = child::baseline_arguments() {
         return bare_loop(&arguments[0], &url).await;
     }
@@ -52,7 +53,7 @@ async fn main() -> Result<()> {
     Ok(())
 }
 
-/// The latencies of a reader, in milliseconds.
+/// Measures the latencies of a reader, in milliseconds.
 async fn measure(
     stream_name: &str,
     stream: &url::Url,
@@ -80,7 +81,7 @@ async fn measure(
                      FROM bench_latency WHERE id >= $1 ORDER BY id";
         for row in sql.query(query, &[&seen]).await? {
             let (id, micros): (i64, i64) = (row.get(0), row.get(1));
-            // One shard, in order: what is visible up to here was not before.
+            // One shard, in order: rows up to here were not visible before.
             ensure!(id == seen, "row {id} is visible before row {seen}");
             latencies.push(micros as f64 / 1_000.0);
             seen = id + 1;
@@ -92,9 +93,9 @@ async fn measure(
     Ok(latencies)
 }
 
-/// Puts records at an even rate, from when the reader has had time to start.
+/// Puts records at an even rate, after the reader has had time to start.
 async fn put(kinesis: Kinesis, stream: String, records: u64) -> Result<()> {
-    // The reader starts meanwhile.
+    // The reader starts during this pause.
     tokio::time::sleep(Duration::from_secs(3)).await;
     let mut ticks = tokio::time::interval(CALL_EVERY);
     for first in (0..records).step_by(RECORDS_PER_CALL as usize) {
@@ -148,7 +149,7 @@ linger = "1 ms"
     Ok(Running(run.spawn().context("failed to start a process")?))
 }
 
-/// The baseline, in a process of its own: GetRecords, INSERT, again.
+/// Baseline, in a separate process: GetRecords, INSERT, repeat.
 async fn bare_loop(stream: &str, postgres: &str) -> Result<()> {
     let url: url::Url = stream.parse()?;
     let kinesis = client::connect(&client::Server::at(&url)).await?;
@@ -178,7 +179,7 @@ async fn bare_loop(stream: &str, postgres: &str) -> Result<()> {
     Ok(())
 }
 
-/// A percentile.
+/// Returns a percentile.
 fn at(latencies: &mut [f64], percentile: usize) -> f64 {
     latencies.sort_by(f64::total_cmp);
     latencies[(latencies.len() * percentile / 100).min(latencies.len() - 1)]

@@ -1,4 +1,4 @@
-//! The case `objects` of `sinks`: lines of a file into objects on S3, with their claims; against a
+//! The case `objects` of the bench `sinks`: lines of a file into objects on S3, with their claims; against a
 //! bare loop of PutObject calls with the same bytes, in objects of equal size.
 //!
 //! The server is s3s-fs in this process, for both.
@@ -19,15 +19,15 @@ use s3s::service::S3ServiceBuilder;
 use crate::child;
 
 const MIB: usize = 1 << 20;
-/// What both write.
+/// Amount that both sides write.
 const TOTAL_MIB: usize = 512;
-/// One object, of both.
+/// Size of one object, for both sides.
 const OBJECT_MIB: usize = 16;
 const LINE_BYTES: usize = 1_024;
 const BUCKET: &str = "bench";
 const KEY: &str = "bench-key";
 
-/// A server over a folder.
+/// An S3 server over a folder.
 pub struct Server {
     endpoint: String,
     folder: tempfile::TempDir,
@@ -38,7 +38,7 @@ impl Server {
     pub async fn start() -> Result<Self> {
         let folder = tempfile::tempdir()?;
         let files = s3s_fs::FileSystem::new(folder.path())
-            .map_err(|error| anyhow::anyhow!("s3s-fs does not serve: {error:?}"))?;
+            .map_err(|error| anyhow::anyhow!("failed to start s3s-fs: {error:?}"))?;
         let mut service = S3ServiceBuilder::new(files);
         service.set_auth(SimpleAuth::from_single(KEY, KEY));
         let service = service.build();
@@ -49,7 +49,7 @@ impl Server {
                 let service = service.clone();
                 tokio::spawn(async move {
                     let http = hyper::server::conn::http1::Builder::new();
-                    // A client that goes away is no failure of the server.
+                    // A client that disconnects is not a failure of the server.
                     let _ = http.serve_connection(TokioIo::new(socket), service).await;
                 });
             }
@@ -73,7 +73,7 @@ impl Server {
         Ok(fs::create_dir(bucket)?)
     }
 
-    /// The bytes of all objects in a folder of the bucket.
+    /// Returns the bytes of all objects in a folder of the bucket.
     fn bytes_in(&self, folder: &str) -> Result<u64> {
         let mut sum = 0;
         let mut folders = vec![self.folder.path().join(BUCKET).join(folder)];
@@ -90,14 +90,14 @@ impl Server {
     }
 }
 
-/// The lines of a file, which is as long as what both write.
+/// Writes a file of lines, as large as the amount that both sides write.
 pub fn write_lines(path: &Path) -> Result<()> {
     let mut text = String::with_capacity(TOTAL_MIB * MIB);
     for id in 0..TOTAL_MIB * MIB / LINE_BYTES {
         let begin = format!("{{\"id\":{id},\"note\":\"");
         let end = "\"}\n";
         text.push_str(&begin);
-        // No two lines are alike.
+        // No two lines are equal.
         let mut random = fastrand::Rng::with_seed(id as u64);
         for _ in 0..LINE_BYTES - begin.len() - end.len() {
             text.push(random.alphanumeric());
@@ -107,7 +107,7 @@ pub fn write_lines(path: &Path) -> Result<()> {
     Ok(fs::write(path, text)?)
 }
 
-/// MiB a second of a whole run, its start and end included.
+/// Measures a whole run, including its start and end, in MiB per second.
 pub fn pipeline(server: &Server, folder: &Path, lines: &Path) -> Result<f64> {
     server.empty()?;
     let state = folder.join("state/objects");
@@ -142,16 +142,16 @@ linger = "60 s"
     child::cost(child::shardmill()?.arg("run").arg(&path))?;
     let took = begun.elapsed();
     let written = server.bytes_in("ours")?;
-    // The claims lie beside the data.
+    // The claims are stored beside the data.
     let expected = (TOTAL_MIB * MIB) as u64;
     ensure!(
         (expected..expected + (MIB as u64)).contains(&written),
-        "{written} bytes in place of {expected}"
+        "expected {expected} bytes, found {written}"
     );
     Ok(TOTAL_MIB as f64 / took.as_secs_f64())
 }
 
-/// MiB a second of the bare loop, which has the bytes in memory.
+/// Measures the bare loop, which has the bytes in memory, in MiB per second.
 pub async fn bare_puts(server: &Server, lines: &Path) -> Result<f64> {
     server.empty()?;
     let bytes = Bytes::from(fs::read(lines)?);
@@ -163,6 +163,9 @@ pub async fn bare_puts(server: &Server, lines: &Path) -> Result<f64> {
         put.await.context("PutObject failed")?;
     }
     let took = begun.elapsed();
-    ensure!(server.bytes_in("bare")? == bytes.len() as u64, "the bare loop wrote something else");
+    ensure!(
+        server.bytes_in("bare")? == bytes.len() as u64,
+        "the bare loop wrote other bytes than it was given"
+    );
     Ok(TOTAL_MIB as f64 / took.as_secs_f64())
 }

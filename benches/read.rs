@@ -1,7 +1,6 @@
-//! How fast records come off a stream: a bare loop of SDK calls that only counts, which is the
-//! limit, against shardmill's reader, lanes and checkpoints with no stage, until the last record is
-//! handed to a sink that discards.
-//! Same stream, same run, turn by turn; the stream is served by a process of its own.
+//! Rate of reading a stream: a bare loop of SDK calls that only counts, which is the upper limit, against
+//! shardmill's reader, lanes and checkpoints with no stage, until the last record is given to a sink that
+//! discards it. Both use the same stream in the same run, in turn. The stream is served by a separate process.
 
 mod child;
 mod report;
@@ -65,7 +64,7 @@ async fn fill(client: &Client) -> Result<()> {
     Ok(producer.flush().await?)
 }
 
-/// One loop per shard, which counts.
+/// Counts the records with one loop per shard.
 async fn count(client: &Client) -> Result<Duration> {
     let shards = client.list_shards().stream_name("test").send().await?;
     let begun = Instant::now();
@@ -96,7 +95,7 @@ async fn count(client: &Client) -> Result<Duration> {
     Ok(begun.elapsed())
 }
 
-/// A pipeline from its start until every record is handed to the sink.
+/// Runs a pipeline from its start until every record has been given to the sink.
 async fn run(client: &Client, state: &std::path::Path) -> Result<Duration> {
     let text = format!(
         "[pipeline]\nname = \"read\"\nstate_dir = {state:?}\n[source]\ntype = \"kinesis\"\n\
@@ -104,7 +103,7 @@ async fn run(client: &Client, state: &std::path::Path) -> Result<Duration> {
     );
     let types = SinkTypes::new(&[shardmill_sinks_common::discard::TYPE]);
     let config = shardmill_config::parse("pipeline.toml", text, &types, &|_| None)?;
-    let kinesis = config.source.kinesis().context("a stream is due")?;
+    let kinesis = config.source.kinesis().context("expected a stream")?;
     let (batch, buffer) = (config.source.batch, config.buffer_bytes_max);
     let source = KinesisSource::new(client.clone(), kinesis, batch, buffer);
     let sink: Arc<dyn Sink> = Arc::new(DiscardSink::new(SinkName::from("nowhere")));

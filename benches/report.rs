@@ -1,8 +1,8 @@
-//! What all benches print: one line per case, for people or as JSON.
+//! Output of all benches: one line per case, for people or as JSON.
 #![allow(clippy::print_stdout, reason = "this is what a bench is for")]
 #![allow(dead_code, reason = "no bench uses all of it")]
 
-/// A bench's lines. Arguments that are no option name cases; without any, all are run.
+/// Report of a bench. Arguments that are not options name cases; without any, all cases run.
 pub struct Report {
     bench: &'static str,
     unit: &'static str,
@@ -11,7 +11,7 @@ pub struct Report {
 }
 
 impl Report {
-    /// Reads the command line.
+    /// Parses the command line.
     pub fn start(bench: &'static str, unit: &'static str) -> Self {
         let (options, only): (Vec<_>, Vec<_>) =
             std::env::args().skip(1).partition(|argument| argument.starts_with("--"));
@@ -22,17 +22,17 @@ impl Report {
         Self { bench, unit, json, only }
     }
 
-    /// Whether a case is asked for.
+    /// Whether a case is selected.
     pub fn wants(&self, case: &str) -> bool {
         self.only.is_empty() || self.only.iter().any(|only| only == case)
     }
 
-    /// Prints a case's line in the bench's unit.
+    /// Prints the line of a case in the unit of the bench.
     pub fn line(&self, case: &str, value: f64, baseline: f64) {
         self.line_in(case, value, baseline, self.unit);
     }
 
-    /// Prints a case's line in another unit.
+    /// Prints the line of a case in another unit.
     pub fn line_in(&self, case: &str, value: f64, baseline: f64, unit: &str) {
         let ratio = value / baseline;
         if !self.json {
@@ -51,15 +51,15 @@ impl Report {
     }
 }
 
-/// The round whose ratio is the median: what is measured in turn holds although the machine's speed
-/// drifts.
+/// Returns the round with the median ratio. Both sides of a round are measured in turn, so their ratio is valid
+/// although the speed of the machine drifts.
 pub fn median_round(ours: &[f64], baseline: &[f64]) -> (f64, f64) {
     let mut rounds: Vec<_> = ours.iter().copied().zip(baseline.iter().copied()).collect();
     rounds.sort_by(|one, other| (one.0 / one.1).total_cmp(&(other.0 / other.1)));
     rounds[rounds.len() / 2]
 }
 
-/// To two decimals: more would pretend to a precision that nobody measured.
+/// Rounds to two decimals. More would suggest a precision that was not measured.
 fn rounded(number: f64) -> f64 {
     (number * 100.0).round() / 100.0
 }

@@ -1,7 +1,6 @@
-//! What exactly-once costs on the way into a table: lines of a file, decoded by the bundled plugin
-//! behind the wall and committed with their positions; against a bare loop that COPYs the same rows,
-//! which it has in memory already, in transactions of equal size on one connection. The case `objects`
-//! is in `objects.rs`.
+//! Cost of exactly-once writes into a table: lines of a file, decoded by the bundled plugin in its sandbox and
+//! committed with their positions; against a bare loop that COPYs the same rows, which it already has in
+//! memory, in transactions of equal size on one connection. The case `objects` is in `objects.rs`.
 
 mod child;
 mod objects;
@@ -20,18 +19,18 @@ use tokio_postgres::{Client, NoTls};
 
 const UNIT: &str = "rows/s, higher is better";
 const ROWS: i64 = 2_000_000;
-/// Rows of one transaction, of both.
+/// Rows per transaction, for both sides.
 const COMMIT_ROWS: i64 = 10_000;
-/// The rate of a bare COPY alone differs by a quarter from run to run.
+/// The rate of a bare COPY varies by a quarter from run to run.
 const ROUNDS: usize = 9;
 const MAKES: [&str; 4] = ["Honda", "Volvo", "Peugeot", "Mazda"];
 
-/// How rows go into the table.
+/// Write mode of a case.
 struct Case {
     name: &'static str,
-    /// What follows the columns in the table's definition.
+    /// Text after the columns in the table's definition.
     constraint: &'static str,
-    /// Lines of the sink.
+    /// Configuration lines of the sink.
     mode: &'static str,
 }
 
@@ -48,7 +47,7 @@ const CASES: [Case; 2] = [
 async fn main() -> Result<()> {
     let report = Report::start("sinks", UNIT);
     let url = std::env::var("SHARDMILL_TEST_POSTGRES")
-        .context("SHARDMILL_TEST_POSTGRES names no server: run `cargo xtask bench sinks`")?;
+        .context("missing SHARDMILL_TEST_POSTGRES: run `cargo xtask bench sinks`")?;
     let (client, connection) = tokio_postgres::connect(&url, NoTls).await?;
     let connection = tokio::spawn(connection);
     let folder = tempfile::tempdir()?;
@@ -59,7 +58,7 @@ async fn main() -> Result<()> {
         for round in 0..=ROUNDS {
             let our = pipeline(case, folder.path(), &lines, &url, &client).await?;
             let their = bare_copy(case, &client).await?;
-            // The first round compiles the plugin.
+            // The first round compiles the plugin, so it does not count.
             if round > 0 {
                 ours.push(our);
                 baseline.push(their);
@@ -86,7 +85,7 @@ async fn main() -> Result<()> {
     Ok(())
 }
 
-/// A row's values.
+/// Returns the values of a row.
 fn row(id: i64) -> (&'static str, i64, i64) {
     let place = usize::try_from(id.rem_euclid(MAKES.len() as i64)).unwrap_or(0);
     (MAKES[place], id * 7 % 100_000, 1_700_000_000_000 + id)
@@ -116,11 +115,11 @@ async fn check(client: &Client) -> Result<()> {
     let found = client.query_one(query, &[]).await?;
     let found: (i64, i64, i64) = (found.get(0), found.get(1), found.get(2));
     let cents = (0..ROWS).map(|id| row(id).1).sum();
-    ensure!(found == (ROWS, ROWS, cents), "the table holds {found:?}");
+    ensure!(found == (ROWS, ROWS, cents), "the table has other rows than expected: {found:?}");
     Ok(())
 }
 
-/// Rows a second of a whole run, its start and end included.
+/// Measures a whole run, including its start and end, in rows per second.
 async fn pipeline(
     case: &Case,
     folder: &Path,
@@ -175,7 +174,7 @@ linger = "10 s"
     Ok(ROWS as f64 / took.as_secs_f64())
 }
 
-/// Rows a second of the bare loop.
+/// Measures the bare loop, in rows per second.
 async fn bare_copy(case: &Case, client: &Client) -> Result<f64> {
     create(case, client).await?;
     let begun = Instant::now();

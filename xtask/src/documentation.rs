@@ -1,8 +1,8 @@
-//! Checks the host's documentation: every link leads somewhere.
+//! Checks the host's documentation: every link must have a target.
 //!
-//! `cargo doc` would check all dependencies before, minutes of work from nothing. Cargo's tests of the
-//! documentation use what the other tests are compiled from. So cargo is asked for these tests, with this
-//! program in place of rustdoc, which makes rustdoc write the documentation rather than test it.
+//! `cargo doc` would first check all dependencies, which takes minutes. Cargo's doc tests use the same builds
+//! as the other tests. Therefore this module starts cargo's doc tests with this program in place of rustdoc,
+//! which makes rustdoc write the documentation instead of testing it.
 
 use std::ffi::{OsStr, OsString};
 use std::path::Path;
@@ -12,10 +12,10 @@ use anyhow::{Context as _, Result};
 
 use crate::process::{host_tests, run};
 
-/// Set to the folder of the documentation where this program stands in for rustdoc.
+/// Variable with the output folder, set when this program replaces rustdoc.
 const OUT_DIR: &str = "XTASK_DOCUMENTATION";
 
-/// Writes the host's documentation into `target/doc`; a warning is an error.
+/// Writes the host's documentation into `target/doc`. A warning is an error.
 pub fn check(root: &Path) -> Result<()> {
     let itself = std::env::current_exe().context("failed to find this program")?;
     run(host_tests(root)?
@@ -24,21 +24,21 @@ pub fn check(root: &Path) -> Result<()> {
         .env(OUT_DIR, root.join("target/doc")))
 }
 
-/// The folder to document into, where cargo has started this program as rustdoc.
+/// Returns the output folder if cargo has started this program in place of rustdoc.
 pub fn is_asked_as_rustdoc() -> Option<OsString> {
     std::env::var_os(OUT_DIR)
 }
 
-/// Runs rustdoc with the arguments of a test of documentation, without the test.
+/// Runs rustdoc with the arguments of a doc test, but without the test.
 pub fn stand_in_for_rustdoc(out_dir: &OsStr) -> Result<()> {
     let mut rustdoc = Command::new("rustdoc");
     rustdoc.args(without_test(std::env::args_os().skip(1))).arg("--out-dir").arg(out_dir);
-    // Private items too: they are what the host's documentation is read for.
+    // Includes private items, because they are the purpose of this documentation.
     rustdoc.args(["--document-private-items", "-Dwarnings", "-Arustdoc::private-intra-doc-links"]);
     run(&mut rustdoc)
 }
 
-/// Leaves out the arguments that make rustdoc test, each with its value.
+/// Removes the arguments that make rustdoc test, each with its value.
 fn without_test(mut arguments: impl Iterator<Item = OsString>) -> Vec<OsString> {
     let mut kept = Vec::new();
     while let Some(argument) = arguments.next() {

@@ -1,9 +1,9 @@
-//! `cargo xtask graph`: which crate or module uses which, and which heavy dependencies reach a crate.
+//! `cargo xtask graph`: shows which crate or module uses which, and which heavy dependencies reach a crate.
 //!
-//! The crates of the workspace are asked of cargo, the modules of a crate's top level are read from its sources
-//! ([`modules`]). Dependencies for tests alone are left out: tests may use crates above. An arrow that closes a circle
-//! is an error, with the files that it is in. So is a heavy dependency that `host/dependencies.toml` does not allow
-//! ([`heavy`]), and a picture in ARCHITECTURE.md that shows other arrows. `cargo xtask test` looks for all of it, too.
+//! Cargo lists the crates of the workspace; the top-level modules of a crate are read from its sources
+//! ([`modules`]). Dependencies of tests are left out, because tests may use crates above. Errors are: an arrow
+//! that closes a cycle (with its files), a heavy dependency that `host/dependencies.toml` does not allow
+//! ([`heavy`]), and a picture in ARCHITECTURE.md with other arrows. `cargo xtask test` checks all of this, too.
 
 mod heavy;
 mod modules;
@@ -19,16 +19,16 @@ use serde_json::Value;
 use self::uses::Uses;
 use crate::process::{metadata, packages, project_root};
 
-/// The file with the picture of the crates.
+/// File with the picture of the crates.
 const ARCHITECTURE: &str = "ARCHITECTURE.md";
-/// What stands before and after a picture.
+/// Text before and after a picture.
 const FENCES: (&str, &str) = ("```mermaid\n", "```\n");
 
-/// Show which crate or module uses which, layer by layer, and fail on a circle and on a heavy dependency that
+/// Show which crate or module uses which, layer by layer. Fails on a cycle and on a heavy dependency that
 /// host/dependencies.toml does not allow.
 #[derive(clap::Args)]
 pub struct Graph {
-    /// Print the pictures in the language of Mermaid on standard output; ARCHITECTURE.md has the first one.
+    /// Print the pictures in Mermaid syntax to standard output; ARCHITECTURE.md contains the first one.
     #[arg(long)]
     mermaid: bool,
 }
@@ -54,7 +54,7 @@ impl Graph {
     }
 }
 
-/// Checks that no arrows form a circle, that heavy dependencies are where they are allowed, and the picture.
+/// Checks that there are no cycles, that heavy dependencies are allowed, and that the picture is current.
 pub fn check(root: &Path) -> Result<()> {
     let graphs = Graphs::read(root)?;
     let titled = graphs.modules.iter().map(|(title, uses)| (title.as_str(), uses));
@@ -65,7 +65,7 @@ pub fn check(root: &Path) -> Result<()> {
     let mut problems = Vec::new();
     if !circles.is_empty() {
         problems.push(format!(
-            "expected arrows in one direction, found circles; move what both sides need below both\n{}",
+            "expected no cycles, found some; move what both sides need into a crate or module below both\n{}",
             circles.join("\n")
         ));
     }
@@ -74,7 +74,7 @@ pub fn check(root: &Path) -> Result<()> {
         .with_context(|| format!("failed to read {ARCHITECTURE}"))?;
     if !architecture.contains(&fenced(&graphs.host())) {
         problems.push(format!(
-            "{ARCHITECTURE}: expected the picture of the crates as they are, found another; replace it by the first \
+            "{ARCHITECTURE}: expected the picture of the current crates, found another; replace it with the first \
              one of `cargo xtask graph --mermaid`"
         ));
     }
@@ -84,12 +84,12 @@ pub fn check(root: &Path) -> Result<()> {
     }
 }
 
-/// The crates of the workspace, and the modules of each.
+/// Graphs of the workspace's crates, and of the modules in each.
 struct Graphs {
     crates: Uses,
-    /// Each with a title.
+    /// Graphs of modules, with titles.
     modules: Vec<(String, Uses)>,
-    /// The names of the crates under `host`.
+    /// Names of the crates under `host`.
     host: BTreeSet<String>,
 }
 
@@ -125,7 +125,7 @@ impl Graphs {
         Ok(graphs)
     }
 
-    /// The crates under `host`, as they are called within the project.
+    /// Returns the graph of the crates under `host`, with their short names.
     fn host(&self) -> Uses {
         self.crates
             .only(|name| self.host.contains(name))

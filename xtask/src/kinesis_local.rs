@@ -1,5 +1,5 @@
-//! A second Kinesis server for tests, not ours: npm's `kinesis-local`, installed below `target/`,
-//! started on loopback, ended when dropped.
+//! A second Kinesis server for tests, independent of ours: npm's `kinesis-local`, installed below `target/`,
+//! started on loopback, and stopped when dropped.
 
 use std::fs;
 use std::io::{Read as _, Write as _};
@@ -12,9 +12,9 @@ use anyhow::{Context as _, Result, bail};
 
 use crate::tools;
 
-/// How long it may take to answer.
+/// Longest wait for its first answer.
 const START_MAX: Duration = Duration::from_secs(60);
-/// The server listens on every interface and has no option for it.
+/// Patch to listen on loopback only: the server listens on every interface and has no option for this.
 const LOOPBACK_ONLY: &str = "\
 const net = require('net');
 const listen = net.Server.prototype.listen;
@@ -25,24 +25,25 @@ net.Server.prototype.listen = function (...given) {
 };
 ";
 
-/// A running server. Dropping it ends it.
+/// A running server. Dropping it stops the server.
 pub struct KinesisLocal {
-    /// Where it listens.
+    /// URL of the server.
     pub url: String,
     process: Child,
 }
 
 impl KinesisLocal {
-    /// Installs it below `folder` if it is not there; gives the package's own folder.
+    /// Installs the server below `folder` if it is missing. Returns the folder of the package.
     pub fn install(folder: &Path) -> Result<PathBuf> {
-        tools::npm_install(folder, "kinesis-local")
-            .context("the second Kinesis server of the tests needs npm: install nodejs and npm")?;
+        tools::npm_install(folder, "kinesis-local").context(
+            "failed to install the second Kinesis server of the tests: install nodejs and npm",
+        )?;
         Ok(folder.join("node_modules/kinesis-local"))
     }
 
-    /// Installs it below `folder` if it is not there, and starts it on a free port.
+    /// Installs the server below `folder` if it is missing, and starts it on a free port.
     pub fn start(folder: &Path) -> Result<Self> {
-        // It reads its certificate from the current folder.
+        // The server reads its certificate from the current folder.
         let package = Self::install(folder)?;
         let patch = folder.join("loopback-only.js");
         fs::write(&patch, LOOPBACK_ONLY)?;
@@ -78,7 +79,7 @@ impl KinesisLocal {
             }
             std::thread::sleep(Duration::from_millis(100));
         }
-        bail!("kinesis-local does not answer after {} s", START_MAX.as_secs())
+        bail!("kinesis-local did not answer within {} s", START_MAX.as_secs())
     }
 }
 
@@ -89,7 +90,7 @@ impl Drop for KinesisLocal {
     }
 }
 
-/// Any HTTP answer will do.
+/// Any HTTP answer is sufficient.
 fn answers(port: u16) -> std::io::Result<()> {
     let mut connection = TcpStream::connect(("127.0.0.1", port))?;
     connection.set_read_timeout(Some(Duration::from_secs(2)))?;

@@ -1,8 +1,8 @@
-//! The compilers of the languages that plugins are written in, for the tests.
+//! Compilers for the languages of plugins, for the tests.
 //!
-//! Installed once into `target/languages`, by the lock files of `xtask/tools`: by pip Zig for C, Go, and
-//! componentize-py; by npm componentize-qjs for JavaScript. Rust's compiler for WebAssembly is found by
-//! [`WasmToolchain`].
+//! They are installed once into `target/languages`, from the lock files of `xtask/tools`: Zig (for C), Go and
+//! componentize-py by pip; componentize-qjs (for JavaScript) by npm. [`WasmToolchain`] finds Rust's compiler
+//! for WebAssembly.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -13,17 +13,17 @@ use crate::process::run;
 use crate::tools;
 use crate::wasm_toolchain::WasmToolchain;
 
-/// The program that the npm package brings.
+/// Program of the npm package.
 const NPM_PROGRAM: &str = "node_modules/.bin/componentize-qjs";
-/// What the tests put in front of PATH for `shardmill plugin build`, and for nothing else.
+/// Variable with the folders that tests put in front of PATH, only for `shardmill plugin build`.
 const TOOLS: &str = "SHARDMILL_TEST_TOOLS";
-/// What the tests set RUSTC to for `shardmill plugin build`. Not RUSTC itself, which would compile the
-/// host by it.
+/// Variable with the compiler that tests set as RUSTC, only for `shardmill plugin build`. RUSTC itself would
+/// apply to the host, too.
 const WASM_RUSTC: &str = "SHARDMILL_TEST_WASM_RUSTC";
 
-/// Compilers that are installed.
+/// The installed compilers.
 pub struct Languages {
-    /// Folders with programs.
+    /// Folders of programs.
     folders: Vec<PathBuf>,
     wasm_toolchain: WasmToolchain,
 }
@@ -42,15 +42,18 @@ impl Languages {
     pub fn put_on_path(&self, command: &mut Command) -> Result<()> {
         let known = std::env::var_os("PATH").unwrap_or_default();
         let path = self.folders.iter().cloned().chain(std::env::split_paths(&known));
-        command.env("PATH", std::env::join_paths(path).context("a folder's name holds a colon")?);
+        command.env(
+            "PATH",
+            std::env::join_paths(path).context("the name of a folder contains a colon")?,
+        );
         self.wasm_toolchain.apply_to(command);
         Ok(())
     }
 
-    /// Tells the tests of a command where the compilers are.
+    /// Sets the variables through which the tests of a command find the compilers.
     pub fn apply_to(&self, command: &mut Command) -> Result<()> {
         let folders =
-            std::env::join_paths(&self.folders).context("a folder's name holds a colon")?;
+            std::env::join_paths(&self.folders).context("the name of a folder contains a colon")?;
         command.env(TOOLS, folders);
         if let Some(rustc) = self.wasm_toolchain.rustc() {
             command.env(WASM_RUSTC, rustc);
@@ -59,21 +62,22 @@ impl Languages {
     }
 }
 
-/// A Python environment with the packages, made once.
+/// Makes a Python environment with the packages, once.
 fn python_environment(folder: &Path) -> Result<PathBuf> {
     let lock = tools::lock("languages/requirements.txt");
     tools::installed_once(folder, &lock, || {
-        run(Command::new("python3").args(["-m", "venv"]).arg(folder))
-            .context("the tests of plugins' languages need python3 with venv")?;
+        run(Command::new("python3").args(["-m", "venv"]).arg(folder)).context(
+            "failed to make a Python environment for the tests: install python3 with venv",
+        )?;
         run(&mut tools::pip_install(&folder.join("bin/python"), &lock))
     })?;
     Ok(folder.to_owned())
 }
 
-/// A folder with the program of the npm package, installed once.
+/// Installs the npm package once, and returns the folder of its program.
 fn npm_programs(folder: &Path) -> Result<PathBuf> {
     tools::npm_install(folder, "componentize-qjs")
-        .context("the tests of plugins' languages need npm: install nodejs and npm")?;
+        .context("failed to install componentize-qjs for the tests: install nodejs and npm")?;
     let program = folder.join(NPM_PROGRAM);
     Ok(program.parent().unwrap_or(folder).to_owned())
 }

@@ -1,10 +1,9 @@
 //! `cargo xtask plugins`: builds the bundled plugins into `plugins/prebuilt`.
 //!
-//! The components are committed, so that a machine without a WebAssembly compiler runs them.
-//! `SOURCES.sha256` next to them says what they were built from. A component is fresh if
-//! the hash of its sources is the recorded one, and its own hash too. With the recorded
-//! compiler, building again must also yield the same bytes; with another compiler the bytes
-//! differ, and it must just build.
+//! The components are committed, so that machines without a WebAssembly compiler can run them. `SOURCES.sha256`
+//! next to them records what they were built from. A component is current if the hash of its sources and its
+//! own hash are the recorded ones. With the recorded compiler, a new build must give the same bytes. With
+//! another compiler the bytes differ, and the build must only succeed.
 
 use std::collections::BTreeMap;
 use std::fmt::Write as _;
@@ -19,16 +18,17 @@ use sha2::{Digest as _, Sha256};
 use crate::process::{cargo_for_tests, forget_this_package, project_root, read, run};
 use crate::wasm_toolchain::WasmToolchain;
 
-/// The plugins, by the names of their crates.
+/// Names of the plugins' crates.
 const PLUGINS: [&str; 7] =
     ["car-decode", "car-transform", "csv-decode", "hostile", "probe", "route-json", "stamp"];
 
-/// What each component is built from, besides its own crate.
+/// Sources of every component, in addition to its own crate.
 const SHARED_SOURCES: [&str; 4] =
     ["wit", "plugins/sdk", "plugins/Cargo.toml", "plugins/Cargo.lock"];
 
 const PREBUILT: &str = "plugins/prebuilt";
-/// Where plugins are compiled to. The tests of the host use it too: one compilation of what plugins depend on.
+/// Build folder of the plugins. The host's tests use it, too, so the plugins' dependencies are compiled only
+/// once.
 const TARGET_DIR: &str = "target/plugins-in-tests";
 const RECORD: &str = "plugins/prebuilt/SOURCES.sha256";
 const RECORD_HEAD: &str = "\
@@ -39,7 +39,7 @@ const RECORD_HEAD: &str = "\
 /// Build the bundled plugins.
 #[derive(clap::Args)]
 pub struct Plugins {
-    /// Change nothing: fail if a committed component is stale or does not build.
+    /// Change nothing; fail if a committed component is stale or does not build.
     #[arg(long)]
     check: bool,
 }
@@ -74,10 +74,10 @@ pub fn check(root: &Path) -> Result<()> {
         match record.plugins.get(plugin) {
             None => complaints.push(format!("{plugin}: not recorded")),
             Some(expected) if expected.sources != sources_hash(root, plugin)? => {
-                complaints.push(format!("{plugin}: its sources changed since it was built"));
+                complaints.push(format!("{plugin}: its sources have changed since it was built"));
             }
             Some(expected) if expected.component != hash(&component)? => {
-                complaints.push(format!("{plugin}: the component is not the one recorded"));
+                complaints.push(format!("{plugin}: the component differs from the recorded one"));
             }
             Some(_) => {}
         }
@@ -89,11 +89,11 @@ pub fn check(root: &Path) -> Result<()> {
         let complaints = complaints.join("\n  ");
         bail!("stale in {PREBUILT}:\n  {complaints}\nrun `cargo xtask plugins` and commit");
     }
-    eprintln!("{} components in {PREBUILT} are fresh", PLUGINS.len());
+    eprintln!("{} components in {PREBUILT} are current", PLUGINS.len());
     Ok(())
 }
 
-/// Builds all plugins aside, and compares if the compiler is the recorded one.
+/// Builds all plugins in another folder, and compares them if the compiler is the recorded one.
 fn compare_rebuilt(root: &Path, record: &Record, complaints: &mut Vec<String>) -> Result<()> {
     let builder = Builder::new(root)?;
     let same_compiler = builder.toolchain.version()? == record.rustc;
@@ -102,13 +102,13 @@ fn compare_rebuilt(root: &Path, record: &Record, complaints: &mut Vec<String>) -
         if same_compiler
             && record.plugins.get(plugin).is_some_and(|expected| expected.component != rebuilt)
         {
-            complaints.push(format!("{plugin}: the same compiler builds another component"));
+            complaints.push(format!("{plugin}: the same compiler builds a different component"));
         }
     }
     Ok(())
 }
 
-/// Builds components with `shardmill plugin build`.
+/// Builder of components, with `shardmill plugin build`.
 struct Builder {
     toolchain: WasmToolchain,
     shardmill: PathBuf,
@@ -137,9 +137,9 @@ impl Builder {
     }
 }
 
-/// Builds the host by `cargo`, and says where its binary is. The host gets the usual compiler, so it is
-/// built apart from the plugins. `packages` are those whose features count: the workspace's, as in the tests, or the
-/// host's alone, as for people who use it.
+/// Builds the host with `cargo`, and returns the path of its binary. The host uses the usual compiler, so it is
+/// built separately from the plugins. `packages` selects whose features apply: those of the workspace, as in
+/// the tests, or those of the host alone, as for users.
 pub fn build_shardmill(mut cargo: Command, packages: &str, root: &Path) -> Result<PathBuf> {
     let messages = read(
         cargo
@@ -151,11 +151,11 @@ pub fn build_shardmill(mut cargo: Command, packages: &str, root: &Path) -> Resul
         .lines()
         .filter_map(|line| serde_json::from_str::<Value>(line).ok())
         .find_map(|message| message["executable"].as_str().map(PathBuf::from))
-        .context("cargo built no shardmill binary")
+        .context("cargo did not build a shardmill binary")
 }
 
 struct Record {
-    /// The compiler's version line.
+    /// Version line of the compiler.
     rustc: String,
     plugins: BTreeMap<String, Hashes>,
 }
@@ -192,7 +192,7 @@ impl Record {
     }
 }
 
-/// One hash over the paths and contents of all that a plugin is built from.
+/// Returns one hash over the paths and contents of all sources of a plugin.
 fn sources_hash(root: &Path, plugin: &str) -> Result<String> {
     let mut files = Vec::new();
     let own = format!("plugins/{plugin}");
@@ -205,7 +205,7 @@ fn sources_hash(root: &Path, plugin: &str) -> Result<String> {
         let name = file.strip_prefix(root)?.to_string_lossy().into_owned();
         let contents =
             fs::read(&file).with_context(|| format!("failed to read {}", file.display()))?;
-        // Lengths keep neighbours apart.
+        // The length separates the contents of neighbouring files.
         hasher.update(format!("{name}\n{}\n", contents.len()));
         hasher.update(contents);
     }
@@ -218,7 +218,7 @@ fn collect_files(path: &Path, files: &mut Vec<PathBuf>) -> Result<()> {
             collect_files(&entry?.path(), files)?;
         }
     } else {
-        ensure!(path.is_file(), "{} is missing", path.display());
+        ensure!(path.is_file(), "missing {}", path.display());
         files.push(path.to_owned());
     }
     Ok(())

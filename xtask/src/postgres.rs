@@ -1,7 +1,7 @@
-//! A throw-away PostgreSQL for tests: found or installed, started on loopback, ended when dropped.
+//! A temporary PostgreSQL server for tests: found or installed, started on loopback, and stopped when dropped.
 //!
-//! The server refuses to run as root, so root starts it as an unprivileged user. Its data lies in a
-//! folder of its own, which goes with it. Nothing but that one server is ever stopped.
+//! The server refuses to run as root, so root starts it as an unprivileged user. Its data is in its own folder,
+//! which is deleted with it. No other server is ever stopped.
 
 use std::ffi::OsStr;
 use std::fs;
@@ -13,37 +13,37 @@ use anyhow::{Context as _, Result, bail, ensure};
 
 use crate::process::is_installed;
 
-/// Between choosing a free port and listening on it another process may take it.
+/// Attempts to start: another process may take a free port before the server listens on it.
 const START_ATTEMPTS: usize = 5;
 
-/// The longest path of a Unix socket that every system takes, less the socket's own name.
+/// Maximum length of a Unix socket's path on all systems, less the socket's own name.
 const SOCKET_FOLDER_BYTES_MAX: usize = 80;
 
-/// The users that the server may run as when we are root, the best first.
+/// Users that the server may run as if we are root, in order of preference.
 const UNPRIVILEGED_USERS: [&str; 2] = ["postgres", "nobody"];
 
-/// Where Debian's packages keep the server, one folder per version.
+/// Folder in which Debian's packages install the server, with one folder per version.
 const DEBIAN_FOLDER: &str = "/usr/lib/postgresql";
 
-/// Where Debian's package has the pooler: in a folder that is not on everybody's PATH.
+/// Path of the pooler in Debian's package; its folder is not on every user's PATH.
 const DEBIAN_POOLER: &str = "/usr/sbin/pgbouncer";
 
-/// What tells Debian's packages to start no cluster of their own.
+/// Settings file that keeps Debian's packages from starting a cluster.
 const DEBIAN_CLUSTER_SETTINGS: &str = "/etc/postgresql-common/createcluster.conf";
 
-/// A running server. Dropping it ends the server and deletes its data.
+/// A running server. Dropping it stops the server and deletes its data.
 pub struct Cluster {
-    /// How to connect: `postgres://…`, to a database whose owner the user is.
+    /// URL of a database that the user owns: `postgres://…`.
     pub url: String,
-    /// The certificate that the server shows: its own, for 127.0.0.1 and no other name.
+    /// The server's own certificate, for 127.0.0.1 and no other name.
     pub certificate: PathBuf,
-    /// The folder of `pg_ctl`.
+    /// Folder of `pg_ctl`.
     pub programs: PathBuf,
     folder: PathBuf,
     user: Option<User>,
 }
 
-/// The unprivileged user that the server runs as.
+/// Unprivileged user that the server runs as.
 #[derive(Clone, Copy)]
 struct User {
     uid: u32,
@@ -51,8 +51,8 @@ struct User {
 }
 
 impl Cluster {
-    /// Starts a server with its data below `scratch`, or below the system's temporary folder where
-    /// the server's user cannot reach `scratch`.
+    /// Starts a server with its data below `scratch`, or below the system's temporary folder if the server's
+    /// user cannot access `scratch`.
     pub fn start(scratch: &Path) -> Result<Self> {
         let programs = find_or_install()?;
         let user = if is_root()? { Some(unprivileged_user()?) } else { None };
@@ -71,13 +71,13 @@ impl Cluster {
         run(initdb.arg(self.data()))
     }
 
-    /// Makes the server's key and certificate. Debian's package of the server brings openssl along;
-    /// others may not.
+    /// Makes the server's key and certificate. Debian's package of the server installs openssl, too; other
+    /// packages may not.
     fn make_certificate(&self) -> Result<()> {
         if !is_installed("openssl") {
             apt_get(&["update"])?;
             apt_get(&["install", "-y", "--no-install-recommends", "openssl"])
-                .context("the tests of TLS need openssl: install it")?;
+                .context("failed to install openssl for the tests of TLS: install it")?;
         }
         let mut openssl = as_user(self.user, OsStr::new("openssl"));
         openssl
@@ -91,7 +91,7 @@ impl Cluster {
         let output = openssl.output().context("failed to start openssl: install it")?;
         ensure!(
             output.status.success(),
-            "openssl makes no certificate: {}",
+            "openssl failed to make a certificate: {}",
             String::from_utf8_lossy(&output.stderr)
         );
         Ok(())
@@ -118,11 +118,11 @@ impl Cluster {
         }
         let log = fs::read_to_string(self.log()).unwrap_or_default();
         let error = last.unwrap_or_else(|| anyhow::anyhow!("no attempt was made"));
-        Err(error.context(format!("the throw-away PostgreSQL does not start; its log: {log}")))
+        Err(error.context(format!("failed to start the temporary PostgreSQL; its log: {log}")))
     }
 
-    /// The server's options. Tests kill our processes, never the machine, so what the server has
-    /// handed to the kernel is safe without fsync.
+    /// Returns the server's options. Tests kill our processes, but never the machine, so data that the server
+    /// has given to the kernel is safe without fsync.
     fn settings(&self, port: u16) -> String {
         let folder = self.folder.as_os_str();
         let sockets = match folder.to_str() {
@@ -146,7 +146,7 @@ impl Cluster {
         self.folder.join("log")
     }
 
-    /// One of PostgreSQL's programs, to run as the server's user.
+    /// Returns a command for one of PostgreSQL's programs, run as the server's user.
     fn program(&self, name: &str) -> Command {
         let mut command = as_user(self.user, self.programs.join(name).as_os_str());
         command.current_dir(&self.folder).env("LC_ALL", "C");
@@ -160,47 +160,47 @@ impl Drop for Cluster {
             let mut stop = self.program("pg_ctl");
             stop.args(["stop", "-w", "-m", "immediate", "-D"]).arg(self.data());
             if let Err(error) = run(&mut stop) {
-                eprintln!("cannot stop the PostgreSQL in {}: {error:#}", self.folder.display());
+                eprintln!("failed to stop the PostgreSQL in {}: {error:#}", self.folder.display());
                 return;
             }
         }
         if let Err(error) = fs::remove_dir_all(&self.folder) {
-            eprintln!("cannot delete {}: {error}", self.folder.display());
+            eprintln!("failed to delete {}: {error}", self.folder.display());
         }
     }
 }
 
-/// Installs PgBouncer where it is missing: tests start it themselves, each with settings of its own.
+/// Installs PgBouncer if it is missing. Tests start it themselves, each with its own settings.
 pub fn install_pooler() -> Result<()> {
     if is_installed("pgbouncer") || Path::new(DEBIAN_POOLER).is_file() {
         return Ok(());
     }
-    ensure!(is_root()?, "install pgbouncer: only root may install packages");
+    ensure!(is_root()?, "missing pgbouncer: install it (only root may install packages)");
     apt_get(&["update"])?;
     apt_get(&["install", "-y", "--no-install-recommends", "pgbouncer"])
-        .context("install pgbouncer, which tests start on loopback")
+        .context("failed to install pgbouncer, which tests start on loopback")
 }
 
 fn apt_get(arguments: &[&str]) -> Result<()> {
     run(Command::new("apt-get").args(arguments).env("DEBIAN_FRONTEND", "noninteractive"))
 }
 
-/// The folder of `initdb` and `pg_ctl`: on the PATH, named by `pg_config`, Debian's newest, or
-/// Debian's after an installation.
+/// Returns the folder of `initdb` and `pg_ctl`: on the PATH, named by `pg_config`, Debian's newest, or Debian's
+/// after an installation.
 pub fn find_or_install() -> Result<PathBuf> {
     if let Some(found) = find() {
         return Ok(found);
     }
     let hint = "install PostgreSQL's server, or put its `initdb` and `pg_ctl` on the PATH";
     install().context(hint)?;
-    find().with_context(|| format!("PostgreSQL was installed and is not to be found: {hint}"))
+    find().with_context(|| format!("PostgreSQL was installed but cannot be found: {hint}"))
 }
 
 fn find() -> Option<PathBuf> {
     on_path().or_else(by_pg_config).or_else(newest_of_debian)
 }
 
-/// The programs' own folder; a link on the PATH may lie without the other programs beside it.
+/// Follows links: a link on the PATH may be in a folder without the other programs.
 fn on_path() -> Option<PathBuf> {
     let path = std::env::var_os("PATH")?;
     let initdb = std::env::split_paths(&path).map(|folder| folder.join("initdb"));
@@ -225,7 +225,7 @@ fn newest_of_debian() -> Option<PathBuf> {
     found.pop().map(|(_, folder)| folder)
 }
 
-/// The folder, if it has the programs that are needed.
+/// Returns the folder if it has all required programs.
 fn complete(folder: &Path) -> Option<PathBuf> {
     let programs = ["initdb", "pg_ctl", "postgres"];
     programs.iter().all(|name| folder.join(name).is_file()).then(|| folder.to_owned())
@@ -239,7 +239,7 @@ fn install() -> Result<()> {
     let mut settings = fs::read_to_string(DEBIAN_CLUSTER_SETTINGS).unwrap_or_default();
     settings.push_str("\ncreate_main_cluster = false\n");
     fs::write(DEBIAN_CLUSTER_SETTINGS, settings)
-        .with_context(|| format!("cannot write {DEBIAN_CLUSTER_SETTINGS}"))?;
+        .with_context(|| format!("failed to write {DEBIAN_CLUSTER_SETTINGS}"))?;
     apt_get(&["install", "-y", "--no-install-recommends", "postgresql"])
 }
 
@@ -254,24 +254,28 @@ fn unprivileged_user() -> Result<User> {
         }
     }
     bail!(
-        "PostgreSQL does not run as root, and there is no user {}",
+        "PostgreSQL refuses to run as root, and there is no user {}",
         UNPRIVILEGED_USERS.join(" or ")
     )
 }
 
 fn id(arguments: &[&str]) -> Result<u32> {
-    let answer = Command::new("id").args(arguments).output().context("cannot run id")?;
+    let answer = Command::new("id").args(arguments).output().context("failed to run id")?;
     let text = String::from_utf8_lossy(&answer.stdout);
-    text.trim().parse().with_context(|| format!("id {} says {text:?}", arguments.join(" ")))
+    text.trim()
+        .parse()
+        .with_context(|| format!("id {}: expected a number, found {text:?}", arguments.join(" ")))
 }
 
-/// A folder that belongs to the server's user, in the first place that this user can reach.
+/// Makes a folder that belongs to the server's user, in the first place that this user can access.
 fn make_folder(scratch: &Path, user: Option<User>) -> Result<PathBuf> {
-    fs::create_dir_all(scratch).with_context(|| format!("cannot make {}", scratch.display()))?;
+    fs::create_dir_all(scratch)
+        .with_context(|| format!("failed to create {}", scratch.display()))?;
     let mut tried = Vec::new();
     for place in [scratch.canonicalize()?, std::env::temp_dir()] {
         let folder = place.join(format!("postgres-{}-{}", std::process::id(), unique()));
-        fs::create_dir(&folder).with_context(|| format!("cannot make {}", folder.display()))?;
+        fs::create_dir(&folder)
+            .with_context(|| format!("failed to create {}", folder.display()))?;
         if let Some(User { uid, gid }) = user {
             std::os::unix::fs::chown(&folder, Some(uid), Some(gid))?;
         }
@@ -282,17 +286,17 @@ fn make_folder(scratch: &Path, user: Option<User>) -> Result<PathBuf> {
         fs::remove_dir(&folder)?;
         tried.push(place.display().to_string());
     }
-    bail!("the user that PostgreSQL is to run as cannot reach {}", tried.join(" or "))
+    bail!("the user that PostgreSQL would run as cannot access {}", tried.join(" or "))
 }
 
-/// A number that no other cluster of this process has.
+/// Returns a number that is unique among the clusters of this process.
 fn unique() -> usize {
     use std::sync::atomic::{AtomicUsize, Ordering};
     static NEXT: AtomicUsize = AtomicUsize::new(0);
     NEXT.fetch_add(1, Ordering::Relaxed)
 }
 
-/// A program, run as another user where one is given.
+/// Returns a command that runs as another user, if one is given.
 fn as_user(user: Option<User>, program: &OsStr) -> Command {
     let Some(User { uid, gid }) = user else { return Command::new(program) };
     let mut command = Command::new("setpriv");
@@ -301,10 +305,9 @@ fn as_user(user: Option<User>, program: &OsStr) -> Command {
     command
 }
 
-/// Runs a program to its end; its output is shown only when it fails.
+/// Runs a program to its end, and shows its output only if it fails.
 ///
-/// The output goes to a file and not through a pipe: a server that `pg_ctl` leaves behind keeps
-/// what it has inherited open.
+/// The output goes to a file instead of a pipe: a server started by `pg_ctl` keeps inherited pipes open.
 fn run(command: &mut Command) -> Result<()> {
     let output = tempfile_for_output()?;
     let status = command
@@ -312,7 +315,7 @@ fn run(command: &mut Command) -> Result<()> {
         .stdout(output.1.try_clone()?)
         .stderr(output.1)
         .status()
-        .with_context(|| format!("cannot run {:?}", command.get_program()))?;
+        .with_context(|| format!("failed to run {:?}", command.get_program()))?;
     let said = fs::read_to_string(&output.0).unwrap_or_default();
     fs::remove_file(&output.0)?;
     ensure!(status.success(), "{command:?} ended with {status}: {}", said.trim());
@@ -323,7 +326,7 @@ fn tempfile_for_output() -> Result<(PathBuf, fs::File)> {
     let name = format!("shardmill-xtask-{}-{}", std::process::id(), unique());
     let path = std::env::temp_dir().join(name);
     let file =
-        fs::File::create(&path).with_context(|| format!("cannot make {}", path.display()))?;
+        fs::File::create(&path).with_context(|| format!("failed to create {}", path.display()))?;
     Ok((path, file))
 }
 

@@ -1,40 +1,41 @@
-//! Where the project is, and how its tools are run.
+//! Location of the project, and execution of its tools.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, bail};
 
-/// The root of the project.
+/// Returns the root folder of the project.
 pub fn project_root() -> PathBuf {
     let xtask = Path::new(env!("CARGO_MANIFEST_DIR"));
     xtask.parent().unwrap_or(xtask).to_owned()
 }
 
-/// The S3 server of the tests. In `cargo xtask bench` it is optimised, so that a bench does not measure the server.
+/// Crates of the tests' S3 server. `cargo xtask bench` optimises them, so that a bench does not measure the
+/// server.
 const S3_SERVER: [&str; 2] = ["s3s", "s3s-fs"];
 
-/// The cargo that runs this task, for another run of it.
+/// Returns a command for the cargo that runs this task.
 pub fn cargo() -> Command {
     let mut command = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
     forget_this_package(&mut command);
     command
 }
 
-/// The same for tests: our own crates are checked by Clippy as they are compiled, and a warning is an error.
+/// Returns cargo for tests: Clippy checks our own crates as they are compiled, and a warning is an error.
 ///
-/// `cargo clippy` would check all dependencies before, 10 minutes of work from nothing that no test uses. So
-/// its compiler takes the place of rustc for our crates, in the way of `cargo clippy` itself (whose
-/// separator of arguments this is). It does not promise optimised code, which is not wanted here: the tests
-/// need the host's own crate with and without the tests within it, and it is compiled in a fifth of the time
-/// without optimisations. What a release depends on is compiled as for one, and shared with it.
+/// `cargo clippy` would first check all dependencies, 10 minutes of work that no test uses. Therefore Clippy's
+/// compiler replaces rustc for our crates, in the same way as in `cargo clippy` (including its separator of
+/// arguments). Clippy's compiler does not guarantee optimised code. That is acceptable: the tests need the
+/// host's own crate with and without unit tests, and it compiles five times faster without optimisations. The
+/// dependencies are compiled as for a release, and shared with it.
 pub fn cargo_for_tests() -> Result<Command> {
     let mut command = cargo();
     let own = own_packages()?;
     for package in own.iter().map(String::as_str).chain(S3_SERVER) {
         command.args(["--config", &format!("profile.release.package.{package}.opt-level=0")]);
     }
-    // A number that is too large is an error in tests, not another number.
+    // In tests, integer overflow is an error.
     for package in own {
         let setting = format!("profile.release.package.{package}.overflow-checks=true");
         command.args(["--config", &setting]);
@@ -43,20 +44,23 @@ pub fn cargo_for_tests() -> Result<Command> {
     Ok(command)
 }
 
-/// The tests of the workspace, with the packages and features that all parts of the task share.
+/// Returns the test command of the workspace, with the packages and features that all parts of the task share.
 pub fn host_tests(root: &Path) -> Result<Command> {
     let mut tests = cargo_for_tests()?;
     tests.current_dir(root).args(["test", "--release", "--workspace", "--locked"]);
     Ok(tests)
 }
 
-/// The packages of the workspace, as cargo describes them.
+/// Returns cargo's descriptions of the workspace's packages.
 pub fn packages(root: &Path) -> Result<Vec<serde_json::Value>> {
     let metadata = metadata(root, &["--no-deps"])?;
-    metadata["packages"].as_array().cloned().context("`cargo metadata` names no packages")
+    metadata["packages"]
+        .as_array()
+        .cloned()
+        .context("missing packages in the output of `cargo metadata`")
 }
 
-/// The workspace and its dependencies, as cargo describes them.
+/// Returns cargo's description of the workspace and its dependencies.
 pub fn metadata(root: &Path, arguments: &[&str]) -> Result<serde_json::Value> {
     let mut metadata = cargo();
     metadata.current_dir(root).args(["metadata", "--format-version", "1"]).args(arguments);
@@ -64,27 +68,26 @@ pub fn metadata(root: &Path, arguments: &[&str]) -> Result<serde_json::Value> {
     if !output.status.success() {
         bail!("`cargo metadata` failed: {}", String::from_utf8_lossy(&output.stderr));
     }
-    serde_json::from_slice(&output.stdout).context("failed to read what `cargo metadata` prints")
+    serde_json::from_slice(&output.stdout).context("failed to parse the output of `cargo metadata`")
 }
 
-/// The names of our own packages, without this one: it is compiled before it can say how.
+/// Returns the names of our own packages without this one, which is already compiled when it runs.
 fn own_packages() -> Result<Vec<String>> {
     let packages = packages(&project_root())?;
     let names = packages.iter().filter_map(|package| package["name"].as_str());
     Ok(names.filter(|name| *name != env!("CARGO_PKG_NAME")).map(str::to_owned).collect())
 }
 
-/// Makes a cargo command compile the packages of its workspace by Clippy's compiler.
+/// Makes a cargo command compile the workspace's packages with Clippy's compiler.
 pub fn lint(command: &mut Command) {
-    // Not by a variable: cargo hands these on to the tests, some of which compile plugins.
+    // Not through a variable: cargo would pass it to the tests, and some of them compile plugins.
     command
         .args(["--config", "build.rustc-workspace-wrapper='clippy-driver'"])
         .env("CLIPPY_ARGS", "-D__CLIPPY_HACKERY__warnings__CLIPPY_HACKERY__");
 }
 
-/// Removes what cargo told us about this package. Build scripts watch some of it, so a
-/// cargo below us would compile half of the dependencies again, and so would the next one
-/// that is not.
+/// Removes the variables that cargo has set for this package. Build scripts watch some of them, so a nested
+/// cargo would compile half of the dependencies again, and so would the next one that is not nested.
 pub fn forget_this_package(command: &mut Command) {
     for (name, _) in std::env::vars_os() {
         let text = name.to_string_lossy();
@@ -97,7 +100,7 @@ pub fn forget_this_package(command: &mut Command) {
     }
 }
 
-/// Runs a command to its end, its output going where ours goes.
+/// Runs a command to its end, with our standard output and standard error.
 pub fn run(command: &mut Command) -> Result<()> {
     let status =
         command.status().with_context(|| format!("failed to start `{}`", text(command)))?;
@@ -107,7 +110,7 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// Runs a command and returns what it prints, without the last line end.
+/// Runs a command and returns its standard output, without the last line end.
 pub fn read(command: &mut Command) -> Result<String> {
     let output = command
         .stdin(Stdio::null())
@@ -118,7 +121,7 @@ pub fn read(command: &mut Command) -> Result<String> {
         bail!("`{}` ended with {}", text(command), output.status);
     }
     let printed = String::from_utf8(output.stdout)
-        .with_context(|| format!("`{}` prints no UTF-8", text(command)))?;
+        .with_context(|| format!("`{}`: expected output in UTF-8", text(command)))?;
     Ok(printed.trim_end().to_owned())
 }
 

@@ -1,4 +1,4 @@
-//! The profiles of `Cargo.toml`.
+//! Tests of the profiles in `Cargo.toml`.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -41,7 +41,7 @@ fn is_full(package: &Package) -> bool {
     package.opt_level.is_none_or(|level| level == 3)
 }
 
-/// `dist` inherits the entries of `release`, those that trade speed for a shorter build too.
+/// `dist` inherits the entries of `release`, including those that trade speed for a shorter build.
 #[test]
 fn all_of_a_release_is_optimised() {
     let profile = profiles();

@@ -1,4 +1,4 @@
-//! `cargo xtask soak`: fuzz targets and randomised tests, with many seeds.
+//! `cargo xtask soak`: runs fuzz targets and randomised tests with many seeds.
 
 use anyhow::{Context as _, Result};
 
@@ -6,31 +6,31 @@ use crate::fuzz::Fuzzing;
 use crate::process::{host_tests, project_root, run};
 use crate::test::Parts;
 
-/// Tests of the host that take their choices from a seed.
+/// Tests of the host that make random choices from a seed.
 const SEEDED_TESTS: [&str; 3] = ["model::", "resharding::", "crash::"];
 
-/// Run the fuzz targets and the tests that take a seed, with one seed after the other.
+/// Run the fuzz targets and the randomised tests, with one seed after the other.
 #[derive(clap::Args)]
 pub struct Soak {
-    /// How many seeds.
+    /// Number of seeds.
     #[arg(long, default_value_t = 10)]
     rounds: u64,
-    /// The first seed.
+    /// First seed.
     #[arg(long, default_value_t = 1)]
     seed: u64,
-    /// How long each fuzz target runs per seed, in seconds; all run side by side.
+    /// Seconds for which each fuzz target runs per seed; all run side by side.
     #[arg(long, default_value_t = 60)]
     fuzz_seconds: u64,
-    /// Only fuzz targets.
+    /// Run only fuzz targets.
     #[arg(long)]
     fuzz_only: bool,
-    /// Only this fuzz target.
+    /// Run only this fuzz target.
     #[arg(long)]
     target: Option<String>,
 }
 
 impl Soak {
-    /// Runs the task; stops at the first seed that fails, which is printed.
+    /// Runs the task. Stops at the first seed that fails, and prints it.
     pub fn run(self) -> Result<()> {
         let root = project_root();
         let fuzz_only = self.fuzz_only || self.target.is_some();

@@ -1,4 +1,4 @@
-//! `cargo xtask test`: everything that must hold, with real parts that are started and ended here.
+//! `cargo xtask test`: checks everything, with real servers that are started and stopped here.
 
 use std::ffi::OsString;
 use std::num::NonZeroUsize;
@@ -21,15 +21,15 @@ use crate::plugins;
 use crate::postgres::{self, Cluster};
 use crate::process::{cargo, host_tests, lint, project_root, run};
 
-/// Compile, and so check, what no test runs as well: the benches.
+/// Also compiles, and so checks, what no test runs: the benches.
 const EVERY_TARGET: [&str; 2] = ["--all-targets", "--no-run"];
-/// Known to the tests' own harness.
+/// Variable of the test harness with the number of threads.
 const TEST_THREADS: &str = "RUST_TEST_THREADS";
 
 /// Check format, lints, dependencies, documentation, the book and bundled plugins, and run all tests.
 #[derive(clap::Args)]
 pub struct Test {
-    /// Only tests whose name contains this; skips the other checks.
+    /// Run only tests whose name contains this text; skips the other checks.
     filter: Option<String>,
 }
 
@@ -44,19 +44,20 @@ impl Test {
 }
 
 fn check_all(root: &Path) -> Result<()> {
-    // Beside the compiler: downloads wait for the network, and the end of a build for its last crate. All
-    // but mdBook comes by package managers; both are done when they are there already.
+    // Runs beside the compiler, because downloads wait for the network, and the end of a build waits for its
+    // last crate. Package managers install everything but mdBook. Both do nothing if everything is installed.
     let installed = in_background(root, Parts::install);
     let mdbook = in_background(root, |root| book::mdbook(root).map(drop));
     let dependencies = in_background(root, deny::check);
 
     timed("format", || check_format(root))?;
     timed("arrows", || graph::check(root))?;
-    // First: what checks the plugins is a part of it.
+    // First, because the check of the plugins needs it.
     timed("build and lints of the tests", || run(host_tests(root)?.args(EVERY_TARGET)))?;
     timed("licences, bans and sources", || join(dependencies))?;
     timed("what else is to be installed", || join(installed))?;
-    // They are compiled to another folder, and linked one after the other: that leaves a core for their tests.
+    // The plugins are compiled into another folder, and linked one after the other: that leaves a core for
+    // their tests.
     let bundled = in_background(root, plugins::check);
     timed("fuzz targets", || Fuzzing::of_test().run(root))?;
     timed("tests and lints of the bundled plugins", || test_plugins(root))?;
@@ -68,17 +69,18 @@ fn check_all(root: &Path) -> Result<()> {
     timed("book", || join(mdbook).and_then(|()| book::build(root)))
 }
 
-/// Begins what starts no servers: where the task fails meanwhile, its programs end by themselves.
+/// Starts a part in the background that starts no servers. If the task fails meanwhile, its programs end by
+/// themselves.
 fn in_background(root: &Path, part: fn(&Path) -> Result<()>) -> JoinHandle<Result<()>> {
     let root = root.to_owned();
     thread::spawn(move || part(&root))
 }
 
 fn join(part: JoinHandle<Result<()>>) -> Result<()> {
-    part.join().unwrap_or_else(|_| bail!("it panicked, see above"))
+    part.join().unwrap_or_else(|_| bail!("a part of the task panicked; see above"))
 }
 
-/// Runs a part of the task, and says how long it took: the whole has a bound in CI.
+/// Runs a part of the task, and prints how long it took: CI limits the time of the whole.
 fn timed<T>(what: &str, part: impl FnOnce() -> Result<T>) -> Result<T> {
     let begun = Instant::now();
     let done = part()?;
@@ -96,13 +98,13 @@ fn check_format(root: &Path) -> Result<()> {
 fn test_plugins(root: &Path) -> Result<()> {
     let mut tests = cargo();
     lint(&mut tests);
-    // Nothing is measured here, and each test runs for a moment: most of the time is the compiler's.
+    // Nothing is measured here, and each test is short: most of the time is compilation.
     for setting in ["opt-level=0", "codegen-units=16", "lto=false", "panic='unwind'", "strip=false"]
     {
         tests.args(["--config", &format!("profile.release.{setting}")]);
     }
-    // Not where the root's packages are. A package that is a library and a module of WebAssembly has an output without
-    // a hash in its name: what is compiled here would take the place of what the benches are linked with.
+    // Not in the target folder of the root's packages: a package that is both a library and a WebAssembly
+    // module has an output file without a hash in its name, so this build would replace what the benches link.
     tests.env("CARGO_TARGET_DIR", root.join("target/tests-of-plugins"));
     run(tests.current_dir(root.join("plugins")).args(["test", "--release", "--locked"]))
 }
@@ -117,26 +119,27 @@ fn test_host(root: &Path, parts: &Parts, filter: Option<&str>) -> Result<()> {
     run(&mut tests)
 }
 
-/// How many tests run at a time: most wait more than they work. With more, the cores have nothing left to give.
+/// Returns the number of concurrent tests. Most wait more than they work; with more tests the cores would be
+/// saturated.
 fn test_threads() -> usize {
     2 * std::thread::available_parallelism().map_or(1, NonZeroUsize::get)
 }
 
-/// The real parts of the host's tests: two servers of PostgreSQL and a second Kinesis server of their own, and the
-/// compilers of plugins' languages. All are ended when dropped.
+/// Real services for the host's tests: two PostgreSQL servers, a second Kinesis server, and the compilers of
+/// plugin languages. All are stopped when dropped.
 pub struct Parts {
     postgres: Cluster,
-    /// A server that a test restarts, under nobody else's feet.
+    /// A server that a test restarts, without effects on other tests.
     restarted_postgres: Cluster,
     kinesis_local: KinesisLocal,
     languages: Languages,
-    /// A folder in which all tests keep compiled plugins.
+    /// Folder in which all tests keep compiled plugins.
     compiled: PathBuf,
     _scratch: tempfile::TempDir,
 }
 
 impl Parts {
-    /// Installs what is missing, so that a start finds all of it.
+    /// Installs what is missing, so that a start finds everything.
     fn install(root: &Path) -> Result<()> {
         data::flights(root)?;
         postgres::install_pooler()?;
@@ -160,7 +163,7 @@ impl Parts {
         })
     }
 
-    /// Tells the tests of a command where the parts are.
+    /// Sets the variables through which the tests of a command find the parts.
     pub fn apply_to(&self, command: &mut Command) -> Result<()> {
         command
             .env("SHARDMILL_TEST_POSTGRES", &self.postgres.url)
@@ -177,8 +180,8 @@ fn kinesis_local(root: &Path) -> PathBuf {
     root.join("target/kinesis-local")
 }
 
-/// Start the tests' real parts (PostgreSQL, a Kinesis server, compilers), run a command that finds them
-/// in its environment, and end them.
+/// Start the real services of the tests (PostgreSQL, a Kinesis server, compilers), run a command with them in
+/// its environment, and stop them.
 #[derive(clap::Args)]
 pub struct WithParts {
     /// The command and its arguments, such as `cargo test --release --test it fault_07`.
@@ -191,7 +194,7 @@ impl WithParts {
     pub fn run(self) -> Result<()> {
         let root = project_root();
         let parts = Parts::start(&root)?;
-        let (program, arguments) = self.command.split_first().context("a command is missing")?;
+        let (program, arguments) = self.command.split_first().context("missing command")?;
         let mut command = Command::new(program);
         command.args(arguments);
         parts.apply_to(&mut command)?;

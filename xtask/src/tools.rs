@@ -45,8 +45,8 @@ pub fn pip_install(python: &Path, lock: &Path) -> Command {
     pip
 }
 
-/// Installs the packages of a lock file into a folder of their own, once. What an older lock file has left there
-/// goes first: pip replaces nothing in such a folder by itself.
+/// Installs the packages of a lock file into a folder of their own, once. Files from an older lock file are
+/// removed first, because pip does not replace anything in such a folder.
 pub fn pip_install_into(folder: &Path, lock: &Path) -> Result<()> {
     installed_once(folder, lock, || {
         if folder.exists() {
@@ -58,7 +58,7 @@ pub fn pip_install_into(folder: &Path, lock: &Path) -> Result<()> {
     })
 }
 
-/// Installs the packages of a `package-lock.json` into a folder, without running scripts of theirs.
+/// Installs the packages of a `package-lock.json` into a folder, without running their scripts.
 pub fn npm_install(folder: &Path, tool: &str) -> Result<()> {
     let from = lock(tool);
     installed_once(folder, &from.join("package-lock.json"), || {
@@ -67,13 +67,18 @@ pub fn npm_install(folder: &Path, tool: &str) -> Result<()> {
             fs::copy(from.join(file), folder.join(file))
                 .with_context(|| format!("failed to copy {file} of {}", from.display()))?;
         }
-        // Where `target` is a link, npm compares the two paths of the folder and finds its own package missing.
+        // npm compares two paths of the folder. If `target` is a link, these differ, and npm reports its own
+        // package as missing.
         let real = fs::canonicalize(folder)
             .with_context(|| format!("failed to find {}", folder.display()))?;
         let mut npm = Command::new("npm");
         npm.args(["ci", "--ignore-scripts", "--no-audit", "--no-fund", "--prefix"]).arg(real);
         run(&mut npm)?;
-        ensure!(folder.join("node_modules").is_dir(), "npm left no {}", folder.display());
+        ensure!(
+            folder.join("node_modules").is_dir(),
+            "npm did not create node_modules in {}",
+            folder.display()
+        );
         Ok(())
     })
 }
@@ -99,7 +104,7 @@ mod tests {
             let text = fs::read_to_string(&file).expect("text");
             let name = file.file_name().expect("a name").to_string_lossy().into_owned();
             if name.ends_with(".txt") {
-                // A requirement and its hashes are one line.
+                // Joins a requirement and its hashes into one line.
                 let joined = text.replace("\\\n", " ");
                 for line in joined.lines().filter(|line| !line.starts_with('#')) {
                     assert!(
@@ -117,7 +122,7 @@ mod tests {
                     assert!(hash.starts_with("sha512-"), "{package} of {}", file.display());
                     npm_packages += 1;
                 }
-                // A registry's address is the machine's own matter.
+                // The address of the registry depends on the machine.
                 assert!(!text.contains("\"resolved\""), "{}", file.display());
             }
         }
@@ -126,7 +131,7 @@ mod tests {
 
     #[test]
     fn wall_19_nothing_is_installed_without_a_lock_file() {
-        // `cargo install` names a version, whose bytes the registry's index holds to a checksum.
+        // `cargo install` names a version, and the registry's index has a checksum of it.
         let sources = files_below(&project_root().join("xtask/src"));
         for file in sources.iter().filter(|file| !file.ends_with("tools.rs")) {
             let text = fs::read_to_string(file).expect("text");

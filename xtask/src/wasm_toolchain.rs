@@ -1,11 +1,11 @@
 //! Finds a compiler for WebAssembly without downloading a toolchain from Rust's servers.
 //!
-//! In this order: the compiler in use, if its target is installed; Debian's compiler,
-//! unpacked once into `target/wasm-toolchain` (about 140 MB to download, 600 MB on disk,
-//! two minutes) and not installed; else an error that says what to install.
+//! The order is: the compiler in use, if the target is installed; Debian's compiler, unpacked once into
+//! `target/wasm-toolchain` (about 140 MB of downloads, 600 MB on disk, two minutes) and not installed;
+//! otherwise an error that says what to install.
 //!
-//! Debian ships no library for WebAssembly, but its source, of the same version as its
-//! compiler: the library is compiled from that, and put into the unpacked sysroot.
+//! Debian does not ship the library for WebAssembly, but it ships the library's source in the same version as
+//! the compiler. The library is compiled from that source, and copied into the unpacked sysroot.
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt as _, symlink};
@@ -18,12 +18,12 @@ use crate::process::{cargo, is_installed, read, run};
 
 const TARGET: &str = "wasm32-unknown-unknown";
 
-/// What to do where there is neither a target nor Debian.
+/// Advice if there is neither a target nor Debian.
 const WAY_OUT: &str = "run `rustup target add wasm32-unknown-unknown`";
 
 /// A compiler that has the target.
 pub struct WasmToolchain {
-    /// None: the one that cargo uses anyway.
+    /// `None`: the compiler that cargo uses anyway.
     rustc: Option<PathBuf>,
 }
 
@@ -51,12 +51,12 @@ impl WasmToolchain {
         }
     }
 
-    /// The compiler, where it is not the one that cargo uses anyway.
+    /// Returns the compiler, unless it is the one that cargo uses anyway.
     pub fn rustc(&self) -> Option<&Path> {
         self.rustc.as_deref()
     }
 
-    /// The compiler's version line, such as `rustc 1.96.0 (…)`.
+    /// Returns the compiler's version line, such as `rustc 1.96.0 (…)`.
     pub fn version(&self) -> Result<String> {
         let installed = || std::env::var_os("RUSTC").unwrap_or_else(|| "rustc".into()).into();
         let rustc = self.rustc.clone().unwrap_or_else(installed);
@@ -76,13 +76,13 @@ fn has_target(rustc: &Path) -> bool {
 
 fn unpack_debian(folder: &Path) -> Result<()> {
     for tool in ["apt-get", "apt-cache", "dpkg-deb"] {
-        ensure!(is_installed(tool), "this is no Debian: it has no `{tool}`");
+        ensure!(is_installed(tool), "unsupported system: expected Debian, but `{tool}` is missing");
     }
     let installed_sysroot =
         PathBuf::from(read(Command::new("rustc").args(["--print", "sysroot"]))?);
     eprintln!("unpacking Debian's compiler into {}, once", folder.display());
 
-    // Built aside and renamed, so that an interrupted attempt is not taken for a result.
+    // Built in another folder and renamed, so that an interrupted attempt is not mistaken for a result.
     let partial = folder.with_extension("partial");
     if partial.exists() {
         fs::remove_dir_all(&partial)?;
@@ -98,7 +98,10 @@ fn unpack_debian(folder: &Path) -> Result<()> {
     let rustc = partial.join("rustc");
     write_wrapper(&partial, &rustc)?;
     link_linker(&installed_sysroot, &partial, &rustc)?;
-    ensure!(partial.join("usr/lib/rustlib/src/rust/library").exists(), "the source is missing");
+    ensure!(
+        partial.join("usr/lib/rustlib/src/rust/library").exists(),
+        "missing source of the standard library"
+    );
     build_library(&partial, &rustc)?;
     ensure!(has_target(&rustc), "the library was built, but the compiler does not find it");
 
@@ -116,29 +119,31 @@ fn download_packages(folder: &Path) -> Result<()> {
             let digits = name.strip_prefix(prefix)?;
             digits.starts_with(|c: char| c.is_ascii_digit()).then(|| name.to_owned())
         });
-        found.with_context(|| format!("`{of}` depends on no {prefix}…"))
+        found.with_context(|| {
+            format!("expected `{of}` to depend on {prefix}…, found no such dependency")
+        })
     };
-    // Package lists may be missing (a container's) or older than the archive.
+    // Package lists may be missing (as in containers) or older than the archive.
     if let Err(error) = run(Command::new("apt-get").args(["--quiet=2", "update"])) {
-        eprintln!("{error}; going on with the lists that are here");
+        eprintln!("{error}; continuing with the existing package lists");
     }
     let library = dependency("libstd-rust-web-dev", "libstd-rust-web-")?;
     let llvm = dependency(&library, "libllvm")?;
     let packages = ["rustc-web", "libstd-rust-web-dev", &library, "rust-web-src", &llvm];
-    // As root, apt drops its rights and then cannot write here, unless told not to.
+    // As root, apt drops its privileges and then cannot write here, unless this option is set.
     run(Command::new("apt-get")
         .args(["--quiet=2", "--option", "APT::Sandbox::User=root", "download"])
         .args(packages)
         .current_dir(folder))
 }
 
-/// A script that runs the unpacked compiler with its own libraries, wherever it lies.
+/// Writes a script that runs the unpacked compiler with its own libraries, wherever it is located.
 fn write_wrapper(root: &Path, rustc: &Path) -> Result<()> {
     let multiarch = fs::read_dir(root.join("usr/lib"))?
         .flatten()
         .map(|folder| folder.path())
         .find(|folder| folder.is_dir() && folder.to_string_lossy().contains("-linux-gnu"))
-        .context("the packages hold no usr/lib/*-linux-gnu")?;
+        .context("missing usr/lib/*-linux-gnu in the packages")?;
     let libraries = multiarch.file_name().unwrap_or_default().to_string_lossy().into_owned();
     let script = format!(
         "#!/bin/sh\n\
@@ -149,20 +154,22 @@ fn write_wrapper(root: &Path, rustc: &Path) -> Result<()> {
     Ok(fs::set_permissions(rustc, fs::Permissions::from_mode(0o755))?)
 }
 
-/// Lends the unpacked compiler the linker of the installed one. A link and not a copy: the
+/// Gives the unpacked compiler the linker of the installed one. It is a link instead of a copy, because the
 /// linker finds its libraries relative to itself.
 fn link_linker(installed_sysroot: &Path, root: &Path, rustc: &Path) -> Result<()> {
     let version = read(Command::new(rustc).arg("-vV"))?;
     let host = version.lines().find_map(|line| line.strip_prefix("host: "));
-    let folder = Path::new("lib/rustlib").join(host.context("rustc names no host")?).join("bin");
+    let folder = Path::new("lib/rustlib")
+        .join(host.context("missing host in the output of rustc")?)
+        .join("bin");
     let linker = installed_sysroot.join(&folder).join("rust-lld");
-    ensure!(linker.exists(), "the installed compiler has no {}", linker.display());
+    ensure!(linker.exists(), "missing {} in the installed compiler", linker.display());
     let folder = root.join("usr").join(folder);
     fs::create_dir_all(&folder)?;
     Ok(symlink(linker, folder.join("rust-lld"))?)
 }
 
-/// Compiles the target's library on the way of an empty crate, and puts it in its place.
+/// Compiles the target's library by building an empty crate, and copies it into the sysroot.
 fn build_library(root: &Path, rustc: &Path) -> Result<()> {
     let empty = root.join("empty");
     fs::create_dir_all(empty.join("src"))?;
@@ -191,8 +198,8 @@ fn build_library(root: &Path, rustc: &Path) -> Result<()> {
     Ok(fs::remove_dir_all(empty)?)
 }
 
-/// How the library is compiled: with the bitcode that link-time optimisation needs, and
-/// without this machine's folders, which would end up in every plugin.
+/// Returns the flags for compiling the library: with the bitcode for link-time optimisation, and without this
+/// machine's folders, which would otherwise be part of every plugin.
 fn library_flags(sysroot: &Path) -> String {
     let home = std::env::var_os("HOME").map(|home| PathBuf::from(home).join(".cargo"));
     let cargo_home = std::env::var_os("CARGO_HOME").map(PathBuf::from).or(home);

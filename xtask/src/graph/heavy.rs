@@ -1,9 +1,10 @@
-//! Which crate may use which heavy dependency: `host/dependencies.toml` says so, with reasons, and this holds it.
+//! Check of heavy dependencies: `host/dependencies.toml` lists which crate may use which, with reasons.
 //!
-//! Heavy is what takes long to compile, or brings much that one would not guess. Each crate of the workspace has the
-//! heavy ones that its own manifest names (`uses`), and those that reach it by other dependencies (`through`). Both are
-//! compared with the list in both directions: nothing that is not listed, and no line that nothing needs. What a heavy
-//! one depends on is not looked at, and neither are dependencies for tests and of build scripts.
+//! A dependency is heavy if it takes long to compile, or brings many others that are not obvious. For each
+//! crate of the workspace, the list has the heavy dependencies in its own manifest (`uses`), and those that
+//! reach it through other dependencies (`through`). Both are compared with reality in both directions: no
+//! unlisted dependency, and no line that is not needed. Dependencies of a heavy dependency, of tests and of
+//! build scripts are not checked.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::path::Path;
@@ -12,10 +13,11 @@ use anyhow::{Context as _, Result};
 use serde::Deserialize;
 use serde_json::Value;
 
-/// The list.
+/// Path of the list.
 const LIST: &str = "host/dependencies.toml";
 
-/// Compares the dependencies of all crates of the workspace with the list; a line for each difference.
+/// Compares the dependencies of all crates of the workspace with the list, and returns a line for each
+/// difference.
 pub fn violations(root: &Path, metadata: &Value) -> Result<Vec<String>> {
     let text = std::fs::read_to_string(root.join(LIST))
         .with_context(|| format!("failed to read {LIST}"))?;
@@ -23,32 +25,32 @@ pub fn violations(root: &Path, metadata: &Value) -> Result<Vec<String>> {
     Ok(list.violations(&Packages::of(metadata)?))
 }
 
-/// The list as it is written.
+/// Content of the list.
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
 struct List {
-    /// Names for heavy packages that belong together, each with the packages (`aws-*`: all that begin so).
+    /// Names of groups of heavy packages, each with its packages (`aws-*`: all with this prefix).
     heavy: BTreeMap<String, Vec<String>>,
-    /// What each crate may use; one that is not named may use none.
+    /// Heavy dependencies that each crate may use; a crate that is not listed may use none.
     crates: BTreeMap<String, Allowed>,
 }
 
-/// What a crate may use: names of heavy packages, each with the reason.
+/// Heavy dependencies that a crate may use, each with the reason.
 #[derive(Default, Deserialize)]
 #[serde(deny_unknown_fields)]
 struct Allowed {
-    /// Those that its manifest names.
+    /// Those in its own manifest.
     #[serde(default)]
     uses: BTreeMap<String, String>,
-    /// Those that other dependencies bring.
+    /// Those that come through other dependencies.
     #[serde(default)]
     through: BTreeMap<String, String>,
-    /// Why it may be reached by all: for what puts everything together.
+    /// Reason why all may reach it, for crates that combine everything.
     through_all: Option<String>,
 }
 
 impl List {
-    /// Compares the list with what is; a line for each difference.
+    /// Compares the list with the packages, and returns a line for each difference.
     fn violations(&self, packages: &Packages<'_>) -> Vec<String> {
         let mut violations = Vec::new();
         let nothing = Allowed::default();
@@ -56,14 +58,14 @@ impl List {
             for pattern in patterns {
                 if !packages.names.values().any(|name| is_of(pattern, name)) {
                     violations.push(format!(
-                        "[heavy] {heavy}: expected `{pattern}` to name a package, found none; mend or remove it in {LIST}"
+                        "[heavy] {heavy}: expected a package named `{pattern}`, found none; fix or remove it in {LIST}"
                     ));
                 }
             }
         }
         for name in self.crates.keys().filter(|name| !packages.own.contains_key(name.as_str())) {
             violations.push(format!(
-                "[crates.{name}]: expected the name of a crate of the workspace; remove or rename it in {LIST}"
+                "[crates.{name}]: unknown crate: expected a crate of the workspace; remove or rename it in {LIST}"
             ));
         }
         for (name, id) in &packages.own {
@@ -74,7 +76,7 @@ impl List {
                 ("through", &allowed.through, false, allowed.through_all.is_some()),
             ];
             for (table, allowed, is_direct, are_all_allowed) in kinds {
-                // What a crate names itself is not listed again as something that reaches it.
+                // A dependency in a crate's own manifest is not listed again as one that reaches it.
                 let found: BTreeMap<&str, &Vec<&str>> = found
                     .iter()
                     .filter(|(_, way)| (way.len() == 2) == is_direct)
@@ -116,7 +118,7 @@ impl List {
         violations
     }
 
-    /// The heavy ones that a crate has, each with the shortest way to it.
+    /// Returns the heavy dependencies of a crate, each with the shortest path to it.
     fn found<'a>(
         &'a self,
         packages: &Packages<'a>,
@@ -142,7 +144,7 @@ impl List {
         found
     }
 
-    /// The name under which the list has a package.
+    /// Returns the name of the group that has a package.
     fn heavy_name(&self, package: &str) -> Option<&str> {
         let has = |patterns: &Vec<String>| patterns.iter().any(|pattern| is_of(pattern, package));
         let heavy = self.heavy.iter().find(|(_, patterns)| has(patterns));
@@ -150,7 +152,7 @@ impl List {
     }
 }
 
-/// Whether a pattern of the list names a package: `aws-*` names all that begin so.
+/// Whether a pattern of the list matches a package: `aws-*` matches all with this prefix.
 fn is_of(pattern: &str, package: &str) -> bool {
     match pattern.strip_suffix('*') {
         Some(beginning) => package.starts_with(beginning),
@@ -158,19 +160,21 @@ fn is_of(pattern: &str, package: &str) -> bool {
     }
 }
 
-/// Who depends on whom, from what `cargo metadata` says.
+/// Dependencies of all packages, from `cargo metadata`.
 struct Packages<'a> {
     names: BTreeMap<&'a str, &'a str>,
-    /// The crates of the workspace by name, with their ids.
+    /// Crates of the workspace by name, with their IDs.
     own: BTreeMap<&'a str, &'a str>,
-    /// Dependencies that are compiled into each, by id.
+    /// Dependencies that are compiled into each package, by ID.
     uses: BTreeMap<&'a str, Vec<&'a str>>,
 }
 
 impl<'a> Packages<'a> {
     fn of(metadata: &'a Value) -> Result<Self> {
         let list = |value: &'a Value, of: &str| {
-            value[of].as_array().with_context(|| format!("`cargo metadata` gives no {of}"))
+            value[of]
+                .as_array()
+                .with_context(|| format!("missing {of} in the output of `cargo metadata`"))
         };
         let text = |value: &'a Value| value.as_str().unwrap_or_default();
         let packages = list(metadata, "packages")?;
@@ -200,8 +204,8 @@ mod tests {
     use super::*;
     use serde_json::json;
 
-    /// What cargo would say: `top` uses `engine` and `http`, which uses `heavy-http`; `engine` uses `plain`, which
-    /// uses `jit-core`; `heavy-http` uses `jit-core` as well. `top` has `jit-tests` for its tests.
+    /// Returns metadata as from cargo: `top` uses `engine` and `http`; `http` uses `heavy-http`; `engine` uses
+    /// `plain`, which uses `jit-core`; `heavy-http` uses `jit-core`, too. The tests of `top` use `jit-tests`.
     fn metadata() -> Value {
         let names = ["top", "engine", "http", "plain", "jit-core", "jit-tests", "heavy-http"];
         let packages: Vec<Value> =
@@ -269,7 +273,7 @@ mod tests {
               `jit = \"the reason\"` to [crates.top.through] in host/dependencies.toml"
             ]
         );
-        // All of it: a crate that is not on the list may use none.
+        // Everything is reported: a crate that is not listed may use none.
         assert_eq!(violations("heavy = { http = [\"heavy-http\"] }\ncrates = {}").len(), 2);
     }
 
@@ -295,7 +299,7 @@ mod tests {
         assert_eq!(
             found,
             [
-                "[heavy] http: expected `heavy-htpp` to name a package, found none; mend or remove it in \
+                "[heavy] http: expected a package named `heavy-htpp`, found none; fix or remove it in \
               host/dependencies.toml"
             ]
         );

@@ -1,12 +1,12 @@
-//! Reads from the sources of a crate which module of its top level uses which.
+//! Reads from the sources of a crate which of its top-level modules uses which.
 //!
-//! The modules are found as the compiler finds them, from the root file by `mod` declarations. A path is followed to
-//! the module of the top level that it leads to: by `crate::`, by `super::` and `self::`, by groups, in macros and in
-//! the texts of attributes (`#[serde(with = "super::text")]`). A name that the root imports leads to the module that it
-//! comes from. Code that is compiled for tests or fuzzing alone is left out, as it may look at everything.
+//! Modules are found as the compiler finds them, from the root file through `mod` declarations. A path is
+//! followed to the top-level module that it leads to: through `crate::`, `super::` and `self::`, through
+//! groups, in macros, and in strings of attributes (`#[serde(with = "super::text")]`). A name that the root
+//! imports leads to the module that it comes from. Code that is compiled only for tests or fuzzing is left out,
+//! because it may use everything.
 //!
-//! The root itself is not a module here: it imports from its modules to offer what they have, and they may use what it
-//! defines.
+//! The root itself is not a module here: it re-exports items of its modules, and they may use what it defines.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
@@ -16,7 +16,7 @@ use proc_macro2::{Delimiter, Ident, TokenStream, TokenTree};
 
 use super::uses::Uses;
 
-/// Reads the modules of the crate with this root file, whose path begins in `project`.
+/// Reads the modules of the crate with this root file, whose path is relative to `project`.
 pub fn modules(project: &Path, root_file: &Path) -> Result<Uses> {
     let mut sources = Sources { project, modules: Vec::new(), macros: BTreeMap::new() };
     sources.file(&[], root_file)?;
@@ -37,18 +37,18 @@ pub fn modules(project: &Path, root_file: &Path) -> Result<Uses> {
     Ok(uses)
 }
 
-/// One module: its path from the root, which has none, and its code without its inline modules.
+/// One module: its path from the root (empty for the root), and its code without its inline modules.
 struct Module {
     path: Vec<String>,
     file: PathBuf,
     tokens: Vec<TokenTree>,
 }
 
-/// All modules of a crate, as they are found.
+/// All modules of a crate, as far as they have been found.
 struct Sources<'a> {
     project: &'a Path,
     modules: Vec<Module>,
-    /// Exported macros, which are names of the root, and the modules of the top level that they are in.
+    /// Exported macros, which are names of the root, and the top-level modules that define them.
     macros: BTreeMap<String, Option<String>>,
 }
 
@@ -59,7 +59,7 @@ impl Sources<'_> {
         let tokens = text.parse::<TokenStream>();
         let tokens = tokens.map_err(|error| anyhow::anyhow!("{}: {error}", file.display()))?;
         let folder = file.parent().context("expected a file in a folder")?;
-        // `a.rs` has its modules in the folder `a`; the root and `mod.rs` have them beside themselves.
+        // `a.rs` has its modules in the folder `a`; the root and `mod.rs` have them in their own folder.
         let is_beside = path.is_empty() || file.file_stem().is_some_and(|stem| stem == "mod");
         let below = if is_beside { folder.to_owned() } else { file.with_extension("") };
         self.module(path, file, &below, without_tests(tokens))
@@ -139,18 +139,18 @@ impl Sources<'_> {
     }
 }
 
-/// The file of `[path = "…"]`.
+/// Returns the file of `[path = "…"]`.
 fn path_of(attribute: &str) -> Option<String> {
     let (name, value) = attribute.trim_matches(['[', ']']).split_once('=')?;
     (name.trim() == "path").then(|| value.trim().trim_matches('"').to_owned())
 }
 
-/// The names of a crate's root, and the modules of the top level that they lead to.
+/// Names in a crate's root, and the top-level modules that they lead to.
 struct Root {
     modules: BTreeSet<String>,
-    /// `None`: to none, for the root defines it or has it from another crate.
+    /// `None`: the name leads to no module, because the root defines it or imports it from another crate.
     names: BTreeMap<String, Option<String>>,
-    /// Modules of which all is imported.
+    /// Modules that are imported with `*`.
     globs: BTreeSet<String>,
 }
 
@@ -164,7 +164,7 @@ impl Root {
             collect_paths(&module.tokens, &mut paths);
         }
         let imports: Vec<UsedPath> = paths.into_iter().filter(|path| path.is_import).collect();
-        // An import may go by another one: `use self::a as b; use b::C;`.
+        // An import may use another one: `use self::a as b; use b::C;`.
         for _ in 0..=imports.len() {
             let before = root.names.clone();
             for import in &imports {
@@ -200,7 +200,7 @@ impl Root {
         root
     }
 
-    /// The modules of the top level that a path leads to from a module.
+    /// Returns the top-level modules that a path in a module leads to.
     fn lead_to(&self, path: &UsedPath, from: &[String]) -> Vec<String> {
         let mut depth = from.len();
         let mut names = path.names.iter().peekable();
@@ -221,17 +221,18 @@ impl Root {
             Some(name) if self.modules.contains(name) => vec![name.clone()],
             Some(name) => match self.names.get(name) {
                 Some(module) => module.iter().cloned().collect(),
-                // What the root defines, or has from one of these: nobody can say from here.
+                // The root defines the name, or a module with a glob import has it: that cannot be decided
+                // here.
                 None => self.globs.iter().cloned().collect(),
             },
-            // The root under another name, or all of it: whatever it leads to is not followed.
+            // The root under another name, or everything in it: what its names lead to is not followed.
             None if path.is_import => self.modules.iter().cloned().collect(),
             None => Vec::new(),
         }
     }
 }
 
-/// A path as it stands in the code.
+/// A path in the code.
 #[derive(Clone, Debug, PartialEq, Eq)]
 struct UsedPath {
     names: Vec<String>,
@@ -286,7 +287,7 @@ fn collect_paths(tokens: &[TokenTree], paths: &mut Vec<UsedPath>) {
     }
 }
 
-/// Collects the paths of a tree of imports: `a::{b, c::{self, d as e}, f::*}`.
+/// Collects the paths of an import tree: `a::{b, c::{self, d as e}, f::*}`.
 fn collect_imports(tree: &[TokenTree], prefix: &[String], paths: &mut Vec<UsedPath>) {
     for branch in tree.split(|token| is_mark(Some(token), ',')) {
         let mut path =
@@ -318,13 +319,14 @@ fn collect_imports(tree: &[TokenTree], prefix: &[String], paths: &mut Vec<UsedPa
     }
 }
 
-/// A name as `mod` writes it: `r#b` is `b`.
+/// Returns a name as in its `mod` declaration: `r#b` is `b`.
 fn plain(word: &Ident) -> String {
     let word = word.to_string();
     word.strip_prefix("r#").map(str::to_owned).unwrap_or(word)
 }
 
-/// Collects the paths of an attribute, also of its texts; comments for readers are attributes as well, and left out.
+/// Collects the paths of an attribute and of the strings in it. Doc comments are attributes, too, and are left
+/// out.
 fn collect_from_attribute(attribute: &TokenStream, paths: &mut Vec<UsedPath>) {
     let tokens: Vec<TokenTree> = attribute.clone().into_iter().collect();
     if is_word(tokens.first(), "doc") {
@@ -350,7 +352,7 @@ fn collect_from_attribute(attribute: &TokenStream, paths: &mut Vec<UsedPath>) {
     }
 }
 
-/// The code without what is compiled for tests or fuzzing alone.
+/// Removes code that is compiled only for tests or fuzzing.
 fn without_tests(tokens: TokenStream) -> Vec<TokenTree> {
     let tokens: Vec<TokenTree> = tokens.into_iter().collect();
     let mut kept = Vec::new();
@@ -358,7 +360,7 @@ fn without_tests(tokens: TokenStream) -> Vec<TokenTree> {
     while let Some(token) = tokens.get(at) {
         let is_attribute = is_mark(Some(token), '#');
         if is_attribute && is_mark(tokens.get(at + 1), '!') && is_of_tests(tokens.get(at + 2)) {
-            // `#![cfg(test)]` is of the whole module.
+            // `#![cfg(test)]` applies to the whole module.
             return Vec::new();
         }
         if is_attribute && is_of_tests(tokens.get(at + 1)) {
@@ -377,9 +379,9 @@ fn without_tests(tokens: TokenStream) -> Vec<TokenTree> {
     kept
 }
 
-/// The place after the item, field, variant or statement that begins here.
+/// Returns the index after the item, field, variant or statement that begins here.
 fn end_of_item(tokens: &[TokenTree], mut at: usize) -> usize {
-    // Other attributes, and who may see it.
+    // Skips further attributes and the visibility.
     loop {
         match tokens.get(at) {
             Some(TokenTree::Punct(mark)) if mark.as_char() == '#' => at += 2,
@@ -406,7 +408,8 @@ fn end_of_item(tokens: &[TokenTree], mut at: usize) -> usize {
         "use",
     ];
     let is_item = ITEMS.iter().any(|word| is_word(tokens.get(at), word));
-    // Braces in the value of one of these do not end it. A function may be `const`, and a block of foreign items too.
+    // Braces in the value of one of these do not end it. Functions and blocks of foreign items may also begin
+    // with `const`.
     let has_value =
         ["let", "static", "type", "use"].iter().any(|word| is_word(tokens.get(at), word))
             || is_word(tokens.get(at), "const")
@@ -416,11 +419,11 @@ fn end_of_item(tokens: &[TokenTree], mut at: usize) -> usize {
     let mut before = None;
     while let Some(token) = tokens.get(at) {
         at += 1;
-        // `{N}` is an argument between `<` and `>`, and no body.
+        // `{N}` between `<` and `>` is an argument, not a body.
         let is_argument = is_mark(before, '<') || is_mark(before, ',');
         let is_braced =
             matches!(token, TokenTree::Group(group) if group.delimiter() == Delimiter::Brace);
-        // A field or a variant ends at a comma; in an item it may stand between parameters of types.
+        // A comma ends a field or a variant. In an item it may separate type parameters.
         let is_end = is_mark(Some(token), ';') || (!is_item && is_mark(Some(token), ','));
         if is_end || (is_braced && !is_argument && !has_value) {
             break;
@@ -430,7 +433,7 @@ fn end_of_item(tokens: &[TokenTree], mut at: usize) -> usize {
     at
 }
 
-/// Whether `[cfg(…)]` is false wherever neither tests nor fuzz targets are compiled.
+/// Whether `[cfg(…)]` is false in every build without tests and fuzz targets.
 fn is_of_tests(attribute: Option<&TokenTree>) -> bool {
     let Some(TokenTree::Group(group)) = attribute else { return false };
     let tokens: Vec<TokenTree> = group.stream().into_iter().collect();
@@ -443,7 +446,7 @@ fn is_of_tests(attribute: Option<&TokenTree>) -> bool {
     }
 }
 
-/// What a condition of `cfg` can be in a build without tests.
+/// Possible values of a `cfg` condition in a build without tests.
 #[derive(Clone, Copy)]
 struct Condition {
     is_possible: bool,
@@ -493,7 +496,7 @@ fn is_word(token: Option<&TokenTree>, word: &str) -> bool {
     matches!(token, Some(TokenTree::Ident(it)) if *it == word)
 }
 
-/// Whether `::` stands here.
+/// Whether there is a `::` at this index.
 fn is_separator(tokens: &[TokenTree], at: usize) -> bool {
     is_mark(tokens.get(at), ':') && is_mark(tokens.get(at + 1), ':')
 }
@@ -502,7 +505,7 @@ fn is_separator(tokens: &[TokenTree], at: usize) -> bool {
 mod tests {
     use super::*;
 
-    /// The arrows of a crate of these files.
+    /// Returns the arrows of a crate with these files.
     fn arrows(files: &[(&str, &str)]) -> Vec<String> {
         uses(files).arrows().map(|(user, used)| format!("{user} → {used}")).collect()
     }
@@ -587,7 +590,7 @@ mod tests {
             let text = format!("#[cfg({condition})] use crate::b;");
             assert_eq!(arrows_of(&text), ["a → b"], "{condition}");
         }
-        // The item alone is left out, and not the one after it.
+        // Only this item is left out, not the next one.
         assert_eq!(arrows_of("#[cfg(test)] const X: u8 = 1; use crate::b;"), ["a → b"]);
         assert_eq!(arrows_of("#[cfg(test)] const fn f() {} use crate::b;"), ["a → b"]);
         assert_eq!(arrows_of("#[cfg(test)] use c::{D}; use crate::b;"), ["a → b"]);

@@ -1,4 +1,4 @@
-//! A graph of who uses whom: its circles, its layers, and pictures of it.
+//! A graph of users and used: its cycles, its layers, and pictures of it.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
@@ -7,34 +7,34 @@ use std::path::{Path, PathBuf};
 use petgraph::algo::tarjan_scc;
 use petgraph::graphmap::DiGraphMap;
 
-/// Who uses whom, and the files that say so.
+/// Users with what they use, and the files with the uses.
 #[derive(Debug, Default)]
 pub struct Uses {
-    /// Everybody, with whom they use.
+    /// All users, each with what it uses.
     of: BTreeMap<String, BTreeMap<String, BTreeSet<PathBuf>>>,
 }
 
 impl Uses {
-    /// Adds one who uses nobody yet.
+    /// Adds a user that uses nothing yet.
     pub fn add_user(&mut self, user: &str) {
         self.of.entry(user.to_owned()).or_default();
     }
 
-    /// Adds an arrow, and a file that it is in.
+    /// Adds an arrow, and a file that contains it.
     pub fn add(&mut self, user: &str, used: &str, file: &Path) {
         self.add_user(used);
         let files = self.of.entry(user.to_owned()).or_default().entry(used.to_owned()).or_default();
         files.insert(file.to_owned());
     }
 
-    /// All arrows: who uses, and who is used.
+    /// Returns all arrows: user and used.
     pub fn arrows(&self) -> impl Iterator<Item = (&str, &str)> {
         self.of
             .iter()
             .flat_map(|(user, used)| used.keys().map(move |used| (user.as_str(), used.as_str())))
     }
 
-    /// The part between those that are kept.
+    /// Returns the part of the graph between the kept names.
     pub fn only(&self, is_kept: impl Fn(&str) -> bool) -> Self {
         let mut part = Self::default();
         for (user, used) in &self.of {
@@ -49,7 +49,7 @@ impl Uses {
         part
     }
 
-    /// The same under other names.
+    /// Returns the same graph with other names.
     pub fn renamed(&self, name: impl Fn(&str) -> String) -> Self {
         let of = self.of.iter().map(|(user, used)| {
             let used = used.iter().map(|(used, files)| (name(used), files.clone())).collect();
@@ -58,7 +58,8 @@ impl Uses {
         Self { of: of.collect() }
     }
 
-    /// Shows a line each with its layer, from those that use nobody (0) upwards: each uses lower layers alone.
+    /// Formats one line per name with its layer, beginning with names that use nothing (layer 0). Each name
+    /// uses only lower layers.
     pub fn shown(&self) -> String {
         let mut users: Vec<(usize, &str)> =
             self.layers().into_iter().map(|(user, layer)| (layer, user)).collect();
@@ -73,8 +74,7 @@ impl Uses {
         text
     }
 
-    /// Shows the graph in the language of Mermaid. Arrows that follow from others are left out: where a → b → c is
-    /// drawn, a → c is not.
+    /// Formats the graph in Mermaid syntax. Implied arrows are left out: with a → b → c, a → c is not drawn.
     pub fn mermaid(&self) -> String {
         let layers = self.layers();
         let node = |name: &str| name.replace('-', "_");
@@ -94,7 +94,7 @@ impl Uses {
         text
     }
 
-    /// The arrows between those that use each other, of all circles; `None`: there are none.
+    /// Returns the arrows of all cycles; `None`: there are none.
     pub fn circle(&self) -> Option<String> {
         let mut text = String::new();
         for circle in tarjan_scc(&self.graph()).into_iter().filter(|group| group.len() > 1) {
@@ -111,7 +111,7 @@ impl Uses {
         (!text.is_empty()).then_some(text)
     }
 
-    /// Whether one uses another, itself or by others, without a way through `avoided`.
+    /// Whether one name uses another, directly or indirectly, without a path through `avoided`.
     fn reaches(&self, user: &str, used: &str, avoided: &str) -> bool {
         let mut seen = BTreeSet::from([avoided]);
         let mut open = vec![user];
@@ -126,10 +126,11 @@ impl Uses {
         false
     }
 
-    /// The layer of each: one above the highest that it uses. Those of a circle are on one.
+    /// Returns the layer of each name: one above the highest layer that it uses. Names of a cycle have the same
+    /// layer.
     fn layers(&self) -> BTreeMap<&str, usize> {
         let mut layers = BTreeMap::new();
-        // Each group comes after those that it uses.
+        // Each group comes after the groups that it uses.
         for group in tarjan_scc(&self.graph()) {
             let used = group.iter().flat_map(|user| self.of[*user].keys());
             let highest = used.filter_map(|used| layers.get(used.as_str())).max();
@@ -186,12 +187,12 @@ mod tests {
         let circle = uses.circle().expect("a circle");
         assert!(circle.contains("c → a in y.rs") && circle.contains("a → b in x.rs"), "{circle}");
         assert!(!circle.contains("d → a"), "{circle}");
-        // All arrows of it stay in the picture, and its members are on one layer.
+        // All arrows of the cycle stay in the picture, and its members have the same layer.
         for arrow in ["a --> b", "b --> c", "c --> a", "d --> a"] {
             assert!(uses.mermaid().contains(arrow), "{}", uses.mermaid());
         }
         assert!(uses.shown().starts_with("  0  a → b\n  0  b → c\n  0  c → a\n  1  d → a"));
-        // A second circle is named as well.
+        // A second cycle is reported, too.
         uses.add("e", "f", Path::new("z.rs"));
         uses.add("f", "e", Path::new("z.rs"));
         let both = uses.circle().expect("circles");
