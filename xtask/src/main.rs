@@ -19,6 +19,7 @@ mod soak;
 mod test;
 mod tools;
 mod wasm_toolchain;
+mod words;
 
 use anyhow::Result;
 use clap::Parser;
@@ -37,6 +38,7 @@ enum Task {
     Bench(bench::Bench),
     Book(book::Book),
     Graph(graph::Graph),
+    Words(words::Words),
 }
 
 fn main() -> Result<()> {
@@ -54,5 +56,6 @@ fn main() -> Result<()> {
         Task::Bench(task) => task.run(),
         Task::Book(task) => task.run(),
         Task::Graph(task) => task.run(),
+        Task::Words(task) => task.run(),
     }
 }

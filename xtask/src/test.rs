@@ -20,6 +20,7 @@ use crate::languages::Languages;
 use crate::plugins;
 use crate::postgres::{self, Cluster};
 use crate::process::{cargo, host_tests, lint, project_root, run};
+use crate::words;
 
 /// Also compiles, and so checks, what no test runs: the benches.
 const EVERY_TARGET: [&str; 2] = ["--all-targets", "--no-run"];
@@ -52,6 +53,7 @@ fn check_all(root: &Path) -> Result<()> {
 
     timed("format", || check_format(root))?;
     timed("arrows", || graph::check(root))?;
+    timed("words", || words::check(root))?;
     // First, because the check of the plugins needs it.
     timed("build and lints of the tests", || run(host_tests(root)?.args(EVERY_TARGET)))?;
     timed("licences, bans and sources", || join(dependencies))?;
