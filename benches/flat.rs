@@ -21,7 +21,7 @@ use report::Report;
 const MEMORY: &str = "MiB, lower is better";
 const PLUGIN: &str = "../plugins/prebuilt/csv-decode.wasm";
 const RECORDS: u64 = 100_000_000;
-/// Number of records after which memory must have settled.
+/// Number of records after which memory must have become stable.
 const WARM_UP_RECORDS: u64 = 1_000_000;
 
 fn main() -> Result<()> {

@@ -18,7 +18,7 @@ use shardmill_kinesis::{client, stream};
 const CPU: &str = "CPU seconds per minute, lower is better";
 const MEMORY: &str = "KiB per lane, lower is better";
 const SHARDS: u32 = 1_000;
-/// Longest time for all lanes to start, and time to settle before the measurement.
+/// Longest time for all lanes to start, and time to become stable before the measurement.
 const BEGIN_MAX: Duration = Duration::from_secs(120);
 const WARM_UP: Duration = Duration::from_secs(5);
 const MEASURE: Duration = Duration::from_secs(30);

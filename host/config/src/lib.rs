@@ -109,7 +109,7 @@ pub struct PipelineConfig {
     pub buffer_bytes_max: usize,
     /// Number of rejected records after which the lane blocks.
     pub rejected_max: RejectedMax,
-    /// What to do if a sink's position is lower than the checkpoint.
+    /// Action if a sink's position is lower than the checkpoint.
     pub on_position_mismatch: OnPositionMismatch,
     /// Deadlines and pauses.
     pub timing: Timing,
@@ -260,7 +260,7 @@ pub struct KinesisConfig {
     pub server: StreamServer,
     /// Start of shards without a position.
     pub start: StartPosition,
-    /// What to do if the stream has dropped records that were not read yet.
+    /// Action if the stream has dropped records that were not read yet.
     pub on_lost_records: OnLostRecords,
     /// How to create the stream if it does not exist.
     pub create: Option<CreateStream>,
@@ -285,7 +285,7 @@ pub enum ReaderKind {
     },
 }
 
-/// What to do if the stream has dropped records that were not read yet.
+/// Action if the stream has dropped records that were not read yet.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnLostRecords {
     /// Stop with an error: a person must decide.
@@ -449,7 +449,7 @@ impl Grants {
     }
 }
 
-/// What to do if a sink's position is lower than the checkpoint.
+/// Action if a sink's position is lower than the checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnPositionMismatch {
     /// Stop, and name both positions and the choices.

@@ -43,7 +43,7 @@ pub struct Timing {
     pub give_back_after: Duration,
     /// Time of a candidate for all records of its trial.
     pub trial_max: Duration,
-    /// The same for the incumbent: the version that is replaced is often a bad one.
+    /// The same for the incumbent: the version that is replaced often fails.
     pub trial_incumbent_max: Duration,
     /// Deadlines of connections to the admin, control and intake ports.
     pub http: HttpDeadlines,

@@ -1,4 +1,4 @@
-//! What a row does if the table already has a row with its key, for sinks with tables.
+//! Effect of a row if the table already has a row with its key, for sinks with tables.
 
 /// How rows are written into a table.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]

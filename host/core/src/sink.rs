@@ -97,7 +97,7 @@ pub enum SinkError {
         sink: SinkName,
         /// Shard that was lost.
         shard: String,
-        /// What was found.
+        /// Value that was found.
         detail: String,
         /// The other owner, if the sink stores its name.
         by: Option<OwnerName>,
@@ -161,7 +161,7 @@ pub trait Sink: Send + Sync {
     /// table). Creates it if the configuration says so. Writes no row.
     ///
     /// # Errors
-    /// What does not match, with both sides; or that the destination is unreachable.
+    /// Mismatch, with both sides; or that the destination is unreachable.
     async fn prepare(&self, routes: &[BoundRoute]) -> Result<(), SinkError>;
 
     /// Checks whether rows could be written, without a change to the destination; `shardmill check` calls it. Returns

@@ -196,7 +196,7 @@ pub enum SourceError {
     File {
         /// The file.
         path: std::path::PathBuf,
-        /// What was tried, and where in the file.
+        /// Operation that failed, and where in the file.
         what: String,
         /// The cause.
         cause: String,

@@ -38,7 +38,7 @@ pub enum LimitError {
         .needed >> 20, .limit >> 20, MEMORY_BYTES >> 20
     )]
     AddressSpace {
-        /// What it is for.
+        /// Purpose.
         what: String,
         /// Bytes that are needed.
         needed: u64,
@@ -51,7 +51,7 @@ pub enum LimitError {
          a systemd unit by LimitNOFILE"
     )]
     OpenFiles {
-        /// What they are for.
+        /// Purpose.
         what: String,
         /// Number that is needed.
         needed: u64,
@@ -111,7 +111,7 @@ fn is_out_of_memory(cause: &str) -> bool {
     cause.contains(&format!("(os error {})", libc::ENOMEM))
 }
 
-/// What the lanes of a pipeline need from the system.
+/// Resources that the lanes of a pipeline need from the system.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Needs {
     /// Number of lanes.

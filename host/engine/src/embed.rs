@@ -453,7 +453,7 @@ impl Stage {
         }
     }
 
-    /// Sets the plugin's configuration, a JSON object. It is stored in the state folder as it is, so it is no place
+    /// Sets the plugin's configuration, a JSON object. It is stored in the state folder as it is, so it is not a place
     /// for secrets.
     pub fn config(self, config: serde_json::Value) -> Self {
         Self { config, ..self }

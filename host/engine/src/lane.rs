@@ -1,7 +1,7 @@
 //! A lane: one shard on its way from the source through the stages to the sinks.
 //!
 //! `pipeline.rs` shows the order of the steps; this module has the steps. `Lane::acquire` acquires the shard
-//! (`acquire.rs`), `change.rs` changes to another revision, `settle` and `abandon` end the lane.
+//! (`acquire.rs`), `change.rs` changes to another revision, `finish` and `abandon` end the lane.
 //!
 //! Invariants:
 //!
@@ -17,7 +17,7 @@
 //! | `at` | the last record handed to all deliveries | `deliver` |
 //! | `highest` | some sink has records up to here, or has promised them; fixed when the lane begins | `acquire` |
 //! | `DeliveryProgress::position` of a delivery | the last record committed by that sink | the committer |
-//! | the checkpoint | the minimum over the sinks | `checkpointer.rs`, and `settle` at the end |
+//! | the checkpoint | the minimum over the sinks | `checkpointer.rs`, and `finish` at the end |
 //!
 //! Races that this module handles:
 //!
@@ -25,7 +25,7 @@
 //!   its outcome is dropped and the batch is read again.
 //! - A stop while a batch is handed to the deliveries: some sinks may have it and others not. `at` did not move, so
 //!   the sinks that lack it get it again, and the others skip it.
-//! - A write to the ledger or the checkpoint that is still under way when the lane ends: `settle` and `abandon` wait
+//! - A write to the ledger or the checkpoint that is still under way when the lane ends: `finish` and `abandon` wait
 //!   for it, because it would otherwise overtake what the shard's next lane writes.
 
 mod acquire;

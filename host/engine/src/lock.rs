@@ -1,6 +1,6 @@
 //! The lock on a pipeline's state folder: on one machine, it decides who runs the pipeline.
 //!
-//! The lock keeps out a second `run` of the same pipeline. It is no fence: a process that has lost the lock but
+//! The lock keeps out a second `run` of the same pipeline. It is not a fence: a process that has lost the lock but
 //! still runs is fenced by the epoch in each sink. Leases that a fleet shares come in a later version.
 
 use std::fs::{File, TryLockError};

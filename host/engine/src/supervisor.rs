@@ -161,7 +161,7 @@ impl Supervisor {
     /// record.
     ///
     /// # Errors
-    /// What does not fit, with its place in the configuration where it has one.
+    /// Mismatch, with its place in the configuration where it has one.
     pub async fn prepare(
         config: PipelineConfig,
         host: PluginHost,

@@ -702,7 +702,7 @@ mod tests {
         assert_eq!(whole.add(b"{}"), Err(TooLong::Values));
         let mut events = Length::Events(Events::default());
         let bytes = ANSWER_VALUES_MAX as u32 + 1_000;
-        assert_eq!(events.add(&message(bytes, bytes, b',')), Ok(true), "headers are no values");
+        assert_eq!(events.add(&message(bytes, bytes, b',')), Ok(true), "headers are not values");
         assert_eq!(events.add(&message(bytes, 0, b',')), Err(TooLong::Values));
     }
 }

@@ -78,7 +78,7 @@ pub const HEADER_BYTES_MAX: usize = 64 << 10;
 /// Limit of the URL of a plugin's request, with its method, in bytes: more than servers accept.
 pub const URL_BYTES_MAX: usize = 16 << 10;
 
-/// What the plugin of one stage, or one sink, may send, and to which hosts. Its lanes share it and its connections.
+/// Requests that the plugin of one stage, or one sink, may send, and the hosts. Its lanes share it and its connections.
 pub struct HttpGrant {
     hosts: Vec<GrantedHost>,
     public: Client,

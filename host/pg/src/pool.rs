@@ -36,7 +36,7 @@ const PAUSE_MAX: Duration = Duration::from_secs(5);
 /// Longest time of a rollback. After it the connection is closed, which has the same effect.
 const ROLLBACK_MAX: Duration = Duration::from_secs(5);
 
-/// Expression that tells whether the server is a standby, which cannot be written to.
+/// Expression for whether the server is a standby, which cannot be written to.
 const IN_RECOVERY: &str = "pg_catalog.pg_is_in_recovery()";
 
 /// Sizes and deadlines of a pool.

@@ -48,7 +48,7 @@ struct State {
     unread: Option<Pace>,
 }
 
-/// What a connection waits for. Connections make room for others in this order: first those that have not asked for
+/// Event that a connection waits for. Connections make room for others in this order: first those that have not asked for
 /// anything, last those whose work would be lost.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub(super) enum Wait {

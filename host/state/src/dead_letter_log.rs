@@ -428,7 +428,7 @@ mod tests {
         // Written again, as by a replay: it is the same dead letter.
         dead_letters.put(&shard, vec![dead_letter(2)], false).await.expect("written");
         let sink = SinkName::from("mart");
-        dead_letters.confirm(&shard, &sink, &dead_letter(1).key.position).await.expect("settled");
+        dead_letters.confirm(&shard, &sink, &dead_letter(1).key.position).await.expect("confirmed");
         assert_eq!(numbers(0).await, [(1, "2".into()), (2, "1".into())]);
         assert_eq!(numbers(1).await, [(2, "1".into())]);
         // A redriven one is an empty mark.

@@ -539,7 +539,7 @@ mod tests {
         }
         // Giving up an empty range writes no dead letter, so a full store does not refuse it.
         let (sink, at) = (SinkName::from("mart"), dead_letter(9, "").key.position);
-        let own = dead_letters.acquire_shard(&shard, &sink, None).await.expect("taken over");
+        let own = dead_letters.acquire_shard(&shard, &sink, None).await.expect("acquired");
         let range = PositionRange { from_exclusive: None, to_inclusive: at };
         let given_up =
             dead_letters.give_up((&shard, &sink), own.epoch, &range, Vec::new(), true).await;

@@ -8,7 +8,7 @@
 //! looks up those of each batch before it runs the batch ([`DeadLetters::dead_lettered_within`]).
 //!
 //! **Race.** A user may redrive or purge a dead letter while the lane is still below it. Then a mark stays in its
-//! place until the checkpoint has passed it ([`forget`](super::dead_letters::forget)), and the item counts as settled
+//! place until the checkpoint has passed it ([`forget`](super::dead_letters::forget)), and the item counts as dead-lettered
 //! all the same.
 
 use std::collections::HashMap;
@@ -27,7 +27,7 @@ pub struct DeadLetteredItems {
     of_record: HashMap<Position, Vec<OfPlace>>,
 }
 
-/// Settled items of a record at one stage.
+/// Dead-lettered items of a record at one stage.
 #[derive(Clone, Debug)]
 struct OfPlace {
     place: DeadLetterPlace,
@@ -36,7 +36,7 @@ struct OfPlace {
 }
 
 impl DeadLetteredItems {
-    /// Whether no item is settled.
+    /// Whether no item is dead-lettered.
     pub fn is_empty(&self) -> bool {
         self.of_record.is_empty()
     }

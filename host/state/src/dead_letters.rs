@@ -14,7 +14,7 @@
 //! | 0 | visible | a redrive or a purge deletes it |
 //! | 1 | pending: a sink refused the row, and its commit may not have happened | `pending.rs` |
 //! | 2 | pending: the row was given up, and the sink may have it after all | `pending.rs` |
-//! | 3 | mark: redriven or purged while a lane may still replay the record | `settled.rs` deletes it |
+//! | 3 | mark: redriven or purged while a lane may still replay the record | `dead_lettered.rs` deletes it |
 //!
 //! How much is kept of each, and of all of them, is decided in `dead_letter_store.rs`.
 

@@ -21,7 +21,7 @@
 //! | after it | the new revision |
 //! | any, in a shard without a row | the new revision: the first row of a shard begins at its beginning |
 //!
-//! Many lanes change at the same time, so their rows are written in one transaction ([`Together`]).
+//! Many lanes change at the same time, so their rows are written in one transaction ([`GroupCommit`]).
 
 use rusqlite::OptionalExtension as _;
 use serde::Serialize;

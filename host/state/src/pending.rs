@@ -260,7 +260,7 @@ mod tests {
         let sink = SinkName::from("mart");
         let at = |n: u64| Position { sequence: SequenceNumber::from(n), sub_sequence: 0 };
         let own =
-            dead_letters.acquire_shard(&shard, &sink, Some(&at(5))).await.expect("taken over");
+            dead_letters.acquire_shard(&shard, &sink, Some(&at(5))).await.expect("acquired");
         assert_eq!(own.given_up_to, None);
         let range = PositionRange { from_exclusive: Some(at(5)), to_inclusive: at(9) };
         let whose = (&shard, &sink);
@@ -269,7 +269,7 @@ mod tests {
         // The sink stands where it stood; then an earlier backup is restored.
         for (stands, expected) in [(at(5), Some(at(9))), (at(3), None), (at(5), None)] {
             let own =
-                dead_letters.acquire_shard(&shard, &sink, Some(&stands)).await.expect("taken over");
+                dead_letters.acquire_shard(&shard, &sink, Some(&stands)).await.expect("acquired");
             assert_eq!(own.given_up_to, expected, "{stands}");
         }
     }

@@ -648,7 +648,7 @@ fn finish(
             (dead_letter, origin, joined_steps(state, origin, &made)?),
         )?;
         if place == origin_place && kept.insert(origin) {
-            // It failed in the same way: the original keeps its number and takes over the newest reason.
+            // It failed in the same way: the original keeps its number and gets the newest reason.
             state.execute(
                 "UPDATE letters SET (plugin, digest, reason, backtrace, written_ms) =
                      (SELECT plugin, digest, reason, backtrace, written_ms FROM letters

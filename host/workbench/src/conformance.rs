@@ -24,7 +24,7 @@ const PAYLOAD_BYTES_MAX: usize = 10 << 20;
 /// Source: Kinesis API reference, PutRecord and Record.
 const KEY_CHARS_MAX: usize = 256;
 const SEQUENCE_DIGITS_MAX: usize = 129;
-/// Calls after which memory must have settled, and further calls during which it must not grow.
+/// Calls after which memory must have become stable, and further calls during which it must not grow.
 const WARM_UP_CALLS: usize = 50;
 const CALLS: usize = 200;
 /// Time limit of one call, in milliseconds.

@@ -97,9 +97,9 @@ fn bincode_config() -> impl Config {
 fn refusal(payload: &[u8], error: &DecodeError) -> Error {
     let length = payload.len();
     match error {
-        _ if payload.is_empty() => Error::reject("empty payload where a bincode car was due"),
+        _ if payload.is_empty() => Error::reject("empty payload: expected a bincode car"),
         DecodeError::UnexpectedEnd { additional } => Error::reject(format!(
-            "truncated car: {length} bytes, at least {additional} more were due"
+            "truncated car: found {length} bytes, expected at least {additional} more"
         )),
         DecodeError::LimitExceeded => {
             Error::reject(format!("the car claims more than {CAR_BYTES_MAX} bytes"))
@@ -147,7 +147,7 @@ mod tests {
     #[test]
     fn every_truncation_is_rejected() {
         let honda = encode(&Car { id: 70_000, make: "Honda 70000" });
-        assert_eq!(reason(b""), "empty payload where a bincode car was due");
+        assert_eq!(reason(b""), "empty payload: expected a bincode car");
         for length in 1..honda.len() {
             let reason = reason(&honda[..length]);
             assert!(reason.starts_with("truncated car: "), "{length}: {reason}");

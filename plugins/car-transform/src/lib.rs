@@ -73,7 +73,7 @@ impl Reshaper {
     pub fn write_row(&self, payload: &[u8], row: impl Write) -> Result<(), Error> {
         let text = std::str::from_utf8(payload)?;
         let mut object: Object<'_> = serde_json::from_str(text)
-            .map_err(|error| Error::from(error).context("no JSON object"))?;
+            .map_err(|error| Error::from(error).context("invalid JSON object"))?;
         for (name, source) in &self.config.first_word {
             let word = first_word(object.get(source))?;
             object.set(name, word);
@@ -304,7 +304,7 @@ mod tests {
 
     #[test]
     fn what_is_no_object_is_rejected() {
-        assert!(reason(b"").starts_with("no JSON object: EOF"));
+        assert!(reason(b"").starts_with("invalid JSON object: EOF"));
         assert!(reason(b"[1]").contains("expected a JSON object"));
         assert!(reason(b"{} {}").contains("trailing characters"));
         assert!(reason(b"{\"a\":\"\xff\"}").contains("invalid utf-8"));

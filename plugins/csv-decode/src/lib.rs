@@ -107,7 +107,7 @@ impl Decoder {
             .ok()
             .filter(u8::is_ascii)
             .filter(|byte| !matches!(byte, b'"' | b'\r' | b'\n'))
-            .ok_or_else(|| Error::reject("config.delimiter: one ASCII character is due"))?;
+            .ok_or_else(|| Error::reject("config.delimiter: expected one ASCII character"))?;
         let mut columns: Vec<Column> = Vec::with_capacity(config.columns.len());
         let mut separator = '{';
         for ColumnConfig { name, column_type, nullable } in config.columns {
@@ -121,7 +121,7 @@ impl Decoder {
             columns.push(Column { name, column_type, nullable, row_key });
         }
         if separator == '{' {
-            return Err(Error::reject("config.columns: at least one column is due"));
+            return Err(Error::reject("config.columns: expected at least one column"));
         }
         // One more than needed, to distinguish a longer line from a matching one.
         let ends = vec![0; columns.len() + 1];
@@ -223,14 +223,14 @@ impl Decoder {
         let expected = self.columns.len();
         match result {
             ReadRecordResult::Record if read < line.len() => {
-                Err(Error::reject("a single line is due, found another line after it"))
+                Err(Error::reject("expected a single line, found another line after it"))
             }
             ReadRecordResult::Record if found == expected => Ok(self.ends[expected - 1]),
             ReadRecordResult::Record => {
-                Err(Error::reject(format_args!("{expected} fields are due, found {found}")))
+                Err(Error::reject(format_args!("expected {expected} fields, found {found}")))
             }
-            ReadRecordResult::End => Err(Error::reject("an empty line where fields are due")),
-            _ => Err(Error::reject(format_args!("{expected} fields are due, found more"))),
+            ReadRecordResult::End => Err(Error::reject("expected fields, found an empty line")),
+            _ => Err(Error::reject(format_args!("expected {expected} fields, found more"))),
         }
     }
 }
@@ -238,7 +238,7 @@ impl Decoder {
 impl Column {
     fn write_null(&self, row: &mut Writer<'_>) -> Result<(), Error> {
         if !self.nullable {
-            return Err(Error::reject("null where a value is due"));
+            return Err(Error::reject("expected a value, found null"));
         }
         row.append(b"null");
         Ok(())
@@ -363,14 +363,14 @@ mod tests {
     #[test]
     fn what_does_not_fit_is_rejected() {
         let cases: [(&[u8], &str); 10] = [
-            (b"", "an empty line where fields are due"),
-            (b"\n", "an empty line where fields are due"),
-            (b"2013,1,EWR", "4 fields are due, found 3"),
-            (b"2013,1,EWR,NA,5", "4 fields are due, found 5"),
-            (b"2013,1,EWR,NA,5,6,7", "4 fields are due, found more"),
-            (b"2013,1,EWR,NA\n2013,1,EWR,NA", "a single line is due, found another line after it"),
-            (b"NA,1,EWR,NA", "column `year`: null where a value is due"),
-            (b"2013,late,EWR,NA", "column `delay`: `late` is no smallint"),
+            (b"", "expected fields, found an empty line"),
+            (b"\n", "expected fields, found an empty line"),
+            (b"2013,1,EWR", "expected 4 fields, found 3"),
+            (b"2013,1,EWR,NA,5", "expected 4 fields, found 5"),
+            (b"2013,1,EWR,NA,5,6,7", "expected 4 fields, found more"),
+            (b"2013,1,EWR,NA\n2013,1,EWR,NA", "expected a single line, found another line after it"),
+            (b"NA,1,EWR,NA", "column `year`: expected a value, found null"),
+            (b"2013,late,EWR,NA", "column `delay`: invalid smallint `late`"),
             (b"2013,1,\xff,NA", "invalid utf-8 sequence of 1 bytes from index 7"),
             (b"2013,1,\"\xc3\",\xa9", "column `origin`: invalid utf-8"),
         ];
@@ -391,11 +391,11 @@ mod tests {
     #[test]
     fn each_type() {
         assert_eq!(value("smallint", "-32768"), "-32768");
-        assert_eq!(value("smallint", "32768"), "column `a`: `32768` is no smallint");
+        assert_eq!(value("smallint", "32768"), "column `a`: invalid smallint `32768`");
         assert_eq!(value("integer", "007"), "7");
-        assert_eq!(value("integer", "2147483648"), "column `a`: `2147483648` is no integer");
+        assert_eq!(value("integer", "2147483648"), "column `a`: invalid integer `2147483648`");
         assert_eq!(value("bigint", "9223372036854775807"), "9223372036854775807");
-        assert_eq!(value("bigint", " 1"), "column `a`: ` 1` is no bigint");
+        assert_eq!(value("bigint", " 1"), "column `a`: invalid bigint ` 1`");
         let exact = "-12345678901234567890.10";
         assert_eq!(value("numeric", exact), exact);
         assert_eq!(value("numeric", "+00.50"), "0.50");
@@ -404,16 +404,16 @@ mod tests {
         assert_eq!(value("numeric", "0"), "0");
         for wrong in ["1e5", "--1", ".", "-", "1.2.3", "NaN", "1,5"] {
             let field = format!("\"{wrong}\"");
-            assert_eq!(value("numeric", &field), format!("column `a`: `{wrong}` is no numeric"));
+            assert_eq!(value("numeric", &field), format!("column `a`: invalid numeric `{wrong}`"));
         }
         assert_eq!(value("double precision", "1e5"), "100000.0");
-        assert_eq!(value("double precision", "inf"), "column `a`: `inf` is no double precision");
+        assert_eq!(value("double precision", "inf"), "column `a`: invalid double precision `inf`");
         assert_eq!(value("boolean", "t"), "true");
         assert_eq!(value("boolean", "FALSE"), "false");
-        assert_eq!(value("boolean", "2"), "column `a`: `2` is no boolean");
+        assert_eq!(value("boolean", "2"), "column `a`: invalid boolean `2`");
         assert_eq!(value("text", "7"), "\"7\"");
         assert_eq!(value("date", "2013-02-28"), "\"2013-02-28\"");
-        assert_eq!(value("date", "2013-02-29"), "column `a`: `2013-02-29` is no date");
+        assert_eq!(value("date", "2013-02-29"), "column `a`: invalid date `2013-02-29`");
         assert_eq!(value("timestamp", "2013-01-01 10:00:00.5"), "\"2013-01-01T10:00:00.5\"");
         assert_eq!(
             value("timestamptz", "2013-01-01T10:00:00+05:30"),
@@ -435,7 +435,7 @@ mod tests {
             "2013-1-1T10:00:00Z",
             "\u{e9}013-01-1T10:00:00Z",
         ] {
-            let reason = format!("column `a`: `{wrong}` is no timestamptz");
+            let reason = format!("column `a`: invalid timestamptz `{wrong}`");
             assert_eq!(value("timestamptz", wrong), reason);
         }
     }
@@ -512,12 +512,12 @@ mod tests {
     #[test]
     fn a_wrong_configuration_is_refused() {
         let refusal = |config: &str| Harness::<Decoder>::new(config).err().unwrap();
-        assert_eq!(refusal(r#"{"columns":[]}"#), "config.columns: at least one column is due");
+        assert_eq!(refusal(r#"{"columns":[]}"#), "config.columns: expected at least one column");
         let twice = r#"{"columns":[{"name":"a","type":"text"},{"name":"a","type":"text"}]}"#;
         assert_eq!(refusal(twice), "config.columns: `a` is there twice");
         let unknown = refusal(r#"{"columns":[{"name":"a","type":"varchar"}]}"#);
         assert!(unknown.starts_with("config.columns[0].type: unknown variant"), "{unknown}");
         let delimiter = r#"{"columns":[{"name":"a","type":"text"}],"delimiter":"\n"}"#;
-        assert_eq!(refusal(delimiter), "config.delimiter: one ASCII character is due");
+        assert_eq!(refusal(delimiter), "config.delimiter: expected one ASCII character");
     }
 }

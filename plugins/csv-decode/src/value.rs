@@ -99,7 +99,7 @@ impl ColumnType {
     #[cold]
     fn wrong(self, field: &str) -> Error {
         let expected = self.sql_name().unwrap_or("value");
-        Error::reject(format_args!("`{field}` is no {expected}"))
+        Error::reject(format_args!("invalid {expected} `{field}`"))
     }
 }
 

@@ -86,8 +86,8 @@ impl Condition {
             (found, number) => {
                 let found = found.map_or("none".into(), |_| number.to_string());
                 Err(Error::reject(format_args!(
-                    "one of equals, in, prefix, exists, greater_than, at_least, less_than, \
-                     at_most is due, found {found}"
+                    "expected one of equals, in, prefix, exists, greater_than, at_least, \
+                     less_than, at_most, found {found}"
                 )))
             }
         }
@@ -152,7 +152,7 @@ impl TryFrom<serde_json::Number> for Number {
 }
 
 fn scalars(key: &str, values: Vec<Value>) -> Result<Vec<Scalar>, Error> {
-    let refused = || Error::reject(format_args!("{key}: a text, a number or a boolean is due"));
+    let refused = || Error::reject(format_args!("{key}: expected a text, a number or a boolean"));
     let scalar = |value| match value {
         Value::String(text) => Ok(Scalar::Text(text)),
         Value::Bool(value) => Ok(Scalar::Bool(value)),

@@ -97,7 +97,7 @@ impl Router {
     pub fn route(&self, payload: &[u8]) -> Result<Verdict, Error> {
         let text = std::str::from_utf8(payload)?;
         let fields = Fields::read(&self.fields, text)
-            .map_err(|error| Error::from(error).context("no JSON object"))?;
+            .map_err(|error| Error::from(error).context("invalid JSON object"))?;
         let matched = self.rules.iter().find(|(condition, _)| condition.holds(&fields));
         Ok(matched.map_or(self.default, |(_, route)| Verdict::Route(*route)))
     }
@@ -223,7 +223,7 @@ mod tests {
     #[test]
     fn what_is_no_object_is_rejected() {
         let config = r#"{"rules":[],"default":"all"}"#;
-        assert!(route(config, "").starts_with("no JSON object: EOF"));
+        assert!(route(config, "").starts_with("invalid JSON object: EOF"));
         assert!(route(config, "[]").contains("expected a JSON object"));
         assert!(route(config, "{}}").contains("trailing characters"));
         let fate = Harness::<Router>::new(config).unwrap().run_one(b"{\"a\":\"\xff\"}");
@@ -236,8 +236,8 @@ mod tests {
         let rule = |rule: &str| refusal(&format!(r#"{{"rules":[{rule}],"default":"no"}}"#));
         assert_eq!(
             rule(r#"{"field":"a","route":"r"}"#),
-            "config.rules[0]: one of equals, in, prefix, exists, greater_than, at_least, \
-             less_than, at_most is due, found none"
+            "config.rules[0]: expected one of equals, in, prefix, exists, greater_than, \
+             at_least, less_than, at_most, found none"
         );
         assert!(rule(r#"{"field":"a","equals":1,"in":[],"route":"r"}"#).contains("found 2"));
         assert!(rule(r#"{"field":"a..b","equals":1,"route":"r"}"#).contains("`a..b`"));

@@ -139,7 +139,7 @@ enum Grant {
 pub struct LongWait {
     /// Account that waits.
     pub account: Arc<str>,
-    /// What it waits for, and who holds it.
+    /// Reason of the wait, and who holds it.
     pub cause: String,
 }
 

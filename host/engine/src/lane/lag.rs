@@ -148,7 +148,7 @@ pub struct LiveDelivery {
     pub sink: SinkName,
     /// How far it is.
     pub progress: watch::Receiver<DeliveryProgress>,
-    /// Told when what is in hand is to be committed, though more would fit.
+    /// Notified when what is in hand is to be committed, though more would fit.
     pub commit_now: Arc<Notify>,
 }
 

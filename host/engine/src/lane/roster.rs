@@ -812,7 +812,7 @@ mod tests {
             let commit_now = live.0[place].1.commit_now.clone();
             async move { commit_now.notified().now_or_never().is_some() }
         };
-        assert!(is_notified(0).await, "it is told though it does not listen yet");
+        assert!(is_notified(0).await, "it is notified although it does not listen yet");
         assert!(!is_notified(1).await);
     }
 

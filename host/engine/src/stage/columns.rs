@@ -23,7 +23,7 @@ struct NeededColumn {
 /// Returns the columns that a plugin needs; none if it lists none.
 ///
 /// # Errors
-/// What is invalid in the list.
+/// Description of the invalid entry.
 pub fn needed(descriptor: &Descriptor) -> Result<Vec<Column>, String> {
     let Some((_, json)) = descriptor.extra.iter().find(|(name, _)| name == NEEDS) else {
         return Ok(Vec::new());

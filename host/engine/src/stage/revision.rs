@@ -160,7 +160,7 @@ impl Revision {
     /// from async code, call [`Revision::load`].
     ///
     /// # Errors
-    /// What does not fit, at its line and column in the configuration.
+    /// Mismatch, at its line and column in the configuration.
     pub fn from_config(
         config: &PipelineConfig,
         host: &PluginHost,
@@ -250,7 +250,7 @@ impl Revision {
     /// counters. Blocks.
     ///
     /// # Errors
-    /// What does not fit, and what to do.
+    /// Mismatch, and what to do.
     pub fn rebuilt(
         spec: RevisionSpec,
         plugins: &HashMap<String, Plugin>,

@@ -287,7 +287,7 @@ impl Inner {
         })
         .await?;
         let declared = described.spec.clone();
-        // A renamed sink is no reason to drop what was swapped in.
+        // A renamed sink does not drop what was swapped in.
         let running = setup.running.with_renamed(renamed(&config)).carried_over(&declared);
         let mut known = before.spec.clone();
         for (old, new) in renamed(&config) {

@@ -20,7 +20,7 @@
 //! | our epoch, position is `from`, after COMMIT without an answer | not landed so far | unavailable, tried again |
 //! | our epoch, any other position | somebody else moved it | fenced |
 //!
-//! A COMMIT without an answer may still be running on the server when the position is read. That is no problem: the
+//! A COMMIT without an answer may still be running on the server when the position is read. That is harmless: the
 //! next try waits for the row lock of step 1, then finds the position moved.
 
 use std::sync::{Arc, Mutex, PoisonError};

@@ -70,7 +70,7 @@ enum RowFailure {
 }
 
 impl Work {
-    /// Commits. After a failure the transaction may be open: dropping `Held` rolls it back.
+    /// Commits. After a failure the transaction may be open: dropping `LockedConnection` rolls it back.
     pub(super) fn run(
         self,
         mut locked: LockedConnection,

@@ -11,7 +11,7 @@ void sm_configure(const sm_context *context) {
     sm_bytes value, text;
     if (!sm_json_member(context->config, "url", &value) || !sm_json_string(value, &text)
         || text.size >= sizeof url) {
-        sm_refuse("`url` is due, a short text");
+        sm_refuse("expected `url`, a short text");
         return;
     }
     memcpy(url, text.data, text.size);

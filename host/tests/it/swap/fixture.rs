@@ -39,7 +39,7 @@ pub struct Fixture {
 }
 
 impl Fixture {
-    /// Makes a rig whose stage has version `v1`; its plugin's file is the world's `stage.wasm`.
+    /// Makes a fixture whose stage has version `v1`; its plugin's file is the world's `stage.wasm`.
     pub fn new(shards: u32) -> Self {
         static TABLES: AtomicU64 = AtomicU64::new(0);
         let number = TABLES.fetch_add(1, Ordering::Relaxed);

@@ -171,7 +171,7 @@ fn fault_27_a_2xx_head_is_the_answer_whatever_its_body() {
             }),
         ),
         (
-            "a body that is no gzip",
+            "a body that is not gzip",
             Box::new(|_, _, to: &mut TcpStream| {
                 say(
                     to,

@@ -95,7 +95,7 @@ fn fault_03_a_process_whose_server_is_silent_says_so_and_ends_at_sigterm() {
     wait_for("the commit", || proxy.has_cut());
     proxy.freeze();
     let said = || std::fs::read_to_string(&log).expect("a log");
-    wait_for("the silence to be told", || said().contains("no answer"));
+    wait_for("the silence to be reported", || said().contains("no answer"));
     let begun = Instant::now();
     run.terminate();
     assert!(begun.elapsed() < Duration::from_secs(20), "{:?} to end:\n{}", begun.elapsed(), said());
