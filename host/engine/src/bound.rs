@@ -100,7 +100,7 @@ impl MemoryBound {
     /// | part | bytes |
     /// |---|---|
     /// | the stages before, started once more | `limits.memory` per stage |
-    /// | their answers, and what they made of the letter's record | four times as an answer in hand |
+    /// | their answers, and what they made of the dead letter's record | four times as an answer in hand |
     /// | the batch that a payload is in | 4 × the same |
     /// | the record | 4 × 10 MiB |
     pub fn with_remade_payloads(self, config: &PipelineConfig) -> Self {

@@ -98,8 +98,8 @@ const SINK_BUFFERS: &str = metric::BUFFER_BYTES;
 const RETRIES_SHOWN_AFTER: Duration = Duration::from_secs(5);
 /// Bytes of rows up to which they are copied on the lane's own thread: about 100 µs of work.
 const COPIED_IN_PLACE_BYTES: usize = 1 << 20;
-/// Retries of a write of dead letters that failed. The pause grows, because a write of many letters keeps the state
-/// database locked for long before it finds the store too full, and other lanes need the database meanwhile.
+/// Retries of a write of dead letters that failed. The pause grows, because a write of many dead letters keeps the
+/// state database locked for long before it finds the store too full, and other lanes need the database meanwhile.
 const DEAD_LETTER_RETRY: RetryPolicy =
     RetryPolicy::doubling(Duration::from_secs(1), Duration::from_secs(8));
 /// Retries of a read of dead letters that failed.
@@ -549,7 +549,7 @@ impl Lane<'_> {
         }
     }
 
-    /// Reads which items of a batch have a dead letter of a stage already. Once the lane is past the letters that
+    /// Reads which items of a batch have a dead letter of a stage already. Once the lane is past the dead letters that
     /// existed when it started, nothing is read.
     async fn dead_lettered_in(&self, batch: &Batch) -> Result<DeadLetteredItems, LaneError> {
         let (Some(first), Some(last)) = (batch.records.first(), batch.records.last()) else {
@@ -685,7 +685,7 @@ impl Lane<'_> {
     /// Makes dead letters durable, before any sink commits the position range that they belong to.
     ///
     /// # Errors
-    /// [`LaneError::Stopped`]: letters that are not written belong to a batch that is read again.
+    /// [`LaneError::Stopped`]: dead letters that are not written belong to a batch that is read again.
     pub(crate) async fn write_dead_letters(
         &self,
         batch: &Batch,
@@ -864,7 +864,7 @@ impl Lane<'_> {
     }
 
     /// Waits until no delivery is at work. A delivery that went on would write the dead letters of refused rows
-    /// beside the shard's next lane, which writes the same letters.
+    /// beside the shard's next lane, which writes the same dead letters.
     async fn join_deliveries(&mut self) -> Result<(), SinkError> {
         self.abandon.cancel();
         let deliveries = std::mem::take(&mut self.deliveries);

@@ -27,7 +27,7 @@ pub type Made = (Bytes, Bytes);
 /// Makes again the input of a dead letter's place, where only its digest is kept.
 #[async_trait]
 pub trait Remake: Send {
-    /// Makes the input of a letter's place.
+    /// Makes the input of a dead letter's place.
     ///
     /// # Errors
     /// Why it cannot be made, as a sentence.
@@ -63,7 +63,7 @@ pub type LeftOut = Arc<std::sync::Mutex<Vec<(i64, String)>>>;
 
 impl RedriveSource {
     /// Makes a source of the dead letters of a redrive, except those that enter at the places of `without`. Dead
-    /// letters of which only a digest is kept are left out.
+    /// dead letters of which only a digest is kept are left out.
     pub fn new(
         redrives: Redrives,
         id: RedriveId,
@@ -135,7 +135,7 @@ struct RedriveReader {
 }
 
 impl RedriveReader {
-    /// Returns a dead letter with its payload; `None`: the payload could not be made again, and the letter is left
+    /// Returns a dead letter with its payload; `None`: the payload could not be made again, and the dead letter is left
     /// out.
     async fn whole(
         &self,
@@ -215,7 +215,7 @@ impl BatchReader for RedriveReader {
                 if common.as_ref().is_some_and(|common| *common != own) {
                     break;
                 }
-                // A letter that is left out is not read again.
+                // A dead letter that is left out is not read again.
                 let Some(dead_letter) = self.whole(dead_letter).await? else { continue };
                 bytes += dead_letter.key.len() + dead_letter.payload.len();
                 if common.is_some() && bytes > bytes_max {
@@ -253,8 +253,8 @@ impl BatchReader for RedriveReader {
 /// Returns the number of the dead letter that was read last; 0 before the first.
 ///
 /// # Errors
-/// [`SourceError::DeadLetters`]: a position that is not of dead letters. If it were read as any number, letters would be
-/// skipped or run twice.
+/// [`SourceError::DeadLetters`]: a position that is not of dead letters. If it were read as any number, dead letters
+/// would be skipped or run twice.
 pub(super) fn dead_letter_number(after: Option<&Position>) -> Result<u64, SourceError> {
     let Some(after) = after else { return Ok(0) };
     after.sequence.as_str().parse().map_err(|error| SourceError::DeadLetters {

@@ -1,9 +1,9 @@
 //! Refused rows on their way to the dead letters.
 //!
 //! The order is fixed: a refused row's dead letter is durable before the sink commits the row's range, as pending.
-//! It becomes visible after the commit. A crash in between leaves a pending letter, and the next acquisition decides
-//! by the sink's position: the commit landed (visible), or the row is read again (deleted). Nothing is lost or shown
-//! twice in either case.
+//! It becomes visible after the commit. A crash in between leaves a pending dead letter, and the next acquisition
+//! decides by the sink's position: the commit landed (visible), or the row is read again (deleted). Nothing is lost or
+//! shown twice in either case.
 //!
 //! Refusals are counted against `max_rejected` with the commit in hand, but the count becomes final only when that
 //! commit lands: a commit that is retried must not count its refusals twice.

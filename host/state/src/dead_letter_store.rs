@@ -555,7 +555,7 @@ mod tests {
             (None, 0, 10 * GIB),
             (Some(100 * GIB), 0, 10 * GIB),
             (Some(8 * GIB), 0, 4 * GIB),
-            // Started again with 4 GiB of letters.
+            // Started again with 4 GiB of dead letters.
             (Some(4 * GIB), 4 * GIB, 4 * GIB),
         ] {
             assert_eq!(default_max(free, kept), expected, "{free:?} {kept}");

@@ -136,7 +136,7 @@ const DEAD_LETTER_HEADS: &str =
     written_ms";
 
 impl StoredDeadLetter {
-    /// Reads a letter from [`DEAD_LETTER_COLUMNS`], which begin at column `at`.
+    /// Reads a dead letter from [`DEAD_LETTER_COLUMNS`], which begin at column `at`.
     pub(super) fn read(row: &Row<'_>, at: usize) -> rusqlite::Result<Self> {
         let bytes = |column: usize| -> rusqlite::Result<Vec<u8>> {
             row.get::<_, Option<Vec<u8>>>(at + column).map(Option::unwrap_or_default)

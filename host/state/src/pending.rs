@@ -259,8 +259,7 @@ mod tests {
         let shard = ShardKey { pipeline: "cars".into(), stream, shard };
         let sink = SinkName::from("mart");
         let at = |n: u64| Position { sequence: SequenceNumber::from(n), sub_sequence: 0 };
-        let own =
-            dead_letters.acquire_shard(&shard, &sink, Some(&at(5))).await.expect("acquired");
+        let own = dead_letters.acquire_shard(&shard, &sink, Some(&at(5))).await.expect("acquired");
         assert_eq!(own.given_up_to, None);
         let range = PositionRange { from_exclusive: Some(at(5)), to_inclusive: at(9) };
         let whose = (&shard, &sink);

@@ -368,7 +368,10 @@ mod tests {
             (b"2013,1,EWR", "expected 4 fields, found 3"),
             (b"2013,1,EWR,NA,5", "expected 4 fields, found 5"),
             (b"2013,1,EWR,NA,5,6,7", "expected 4 fields, found more"),
-            (b"2013,1,EWR,NA\n2013,1,EWR,NA", "expected a single line, found another line after it"),
+            (
+                b"2013,1,EWR,NA\n2013,1,EWR,NA",
+                "expected a single line, found another line after it",
+            ),
             (b"NA,1,EWR,NA", "column `year`: expected a value, found null"),
             (b"2013,late,EWR,NA", "column `delay`: invalid smallint `late`"),
             (b"2013,1,\xff,NA", "invalid utf-8 sequence of 1 bytes from index 7"),

@@ -150,7 +150,9 @@ impl<'a> Record<'a> {
     fn text(&self, span: Span) -> &'a str {
         match std::str::from_utf8(self.bytes(span)) {
             Ok(text) => text,
-            Err(error) => panic!("the host passed a key or sequence that is not valid UTF-8: {error}"),
+            Err(error) => {
+                panic!("the host passed a key or sequence that is not valid UTF-8: {error}")
+            }
         }
     }
 }

@@ -15,12 +15,12 @@
 //!
 //! The third line is the delicate one. Nobody knows whether the last try landed after all, so the dead letters of
 //! the rows stay pending, and `stored` stays: the next commit begins at the same `from` and skips the rows that were
-//! given up. When it lands, no earlier try has, and the letters become visible. If an earlier try had landed, the
-//! sink refuses the commit, and the next acquisition of the shard deletes the letters of the try that landed
+//! given up. When it lands, no earlier try has, and the dead letters become visible. If an earlier try had landed, the
+//! sink refuses the commit, and the next acquisition of the shard deletes the dead letters of the try that landed
 //! (`host/state/src/pending.rs`).
 //!
 //! The dead letters of refused rows are written before the commit, as pending, and become visible after it: a crash
-//! in between leaves a pending letter, which the next acquisition resolves by the sink's position.
+//! in between leaves a pending dead letter, which the next acquisition resolves by the sink's position.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};

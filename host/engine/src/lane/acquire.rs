@@ -141,8 +141,8 @@ impl<'a> Lane<'a> {
             .max()
             .flatten();
         // A dead letter of a stage is an outcome: its record was run, and other outputs of it may be on their way to
-        // a sink. If another revision ran the record, the letter would hide another output, or the record would have
-        // both a letter and rows.
+        // a sink. If another revision ran the record, the dead letter would hide another output, or the record would
+        // have both a dead letter and rows.
         let ran = highest.clone().max(shared.dead_letters.highest_of_stages(&shard).await?);
         let (change, wanted) = PendingChange::begin(shared, &shard, stop);
         let place = Place { start: start.as_ref(), ran: ran.as_ref(), state: &state };
