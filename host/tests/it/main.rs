@@ -17,6 +17,7 @@ mod bad_input;
 mod book;
 mod completions;
 mod config;
+mod configuration_page;
 mod crash;
 mod damaged_state;
 mod dead_letter_sinks;
