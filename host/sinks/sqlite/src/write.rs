@@ -7,9 +7,8 @@
 //! 1. `BEGIN IMMEDIATE` gets the write lock of the file, so nothing changes between the steps.
 //! 2. Move the position. It comes before the rows: a commit that has landed already is recognised before its rows could
 //!    violate a unique constraint against themselves.
-//! 3. Insert the rows. A row that fails undoes only its own statement; the others stay. Where a statement may fail
-//! halfway
-//!    (FAIL in place of ABORT), a savepoint around each row undoes it.
+//! 3. Insert the rows. A row that fails undoes only its own statement; the others stay. Where a statement may
+//!    fail halfway (FAIL in place of ABORT), a savepoint around each row undoes it.
 //! 4. Keep the refused rows as dead letters, while the transaction is open. So a dead letter exists before its range is
 //!    committed.
 //! 5. `COMMIT`, then check that the file is still the one at its path.
