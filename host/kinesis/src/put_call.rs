@@ -113,7 +113,8 @@ impl StreamWriter {
         Self { client, stream }
     }
 
-    /// Makes one PutRecords request of at most [`RECORDS_PER_REQUEST_MAX`] records and 10 MiB. Returns the outcome of
+    /// Makes one PutRecords request of at most [`RECORDS_PER_REQUEST_MAX`] records. The caller
+    /// bounds its bytes by [`BYTES_PER_REQUEST_MAX`], half of what the API accepts. Returns the outcome of
     /// each record, in the order of `records`.
     ///
     /// # Errors

@@ -129,6 +129,7 @@ struct KinesisWriter {
 impl KinesisWriter {
     /// Puts the waiting rows, until none waits.
     async fn put_all(&mut self, rows: &Arc<Vec<Row>>) -> Result<(), SinkError> {
+        // The retries of the commit before do not count for this one.
         self.stream.succeeded();
         let mut records_max = RECORDS_PER_REQUEST_MAX;
         loop {

@@ -121,7 +121,7 @@ pub enum PluginBuildError {
         action: &'static str,
         /// The file.
         path: PathBuf,
-        /// The file.
+        /// Error of the operating system.
         cause: io::Error,
     },
 }

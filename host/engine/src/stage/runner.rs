@@ -156,8 +156,8 @@ impl StageRunner {
         self.instance.as_ref().map_or(0, Instance::memory_bytes)
     }
 
-    /// Calls once with the items, without a search for the culprit if that fails. Accepts no items as well, which a
-    /// lane never passes.
+    /// Calls once with the items, without a search for the culprit if that fails. An empty list is
+    /// accepted; a lane never passes one.
     ///
     /// # Errors
     /// Why the call failed, in words.

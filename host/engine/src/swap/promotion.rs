@@ -1,7 +1,7 @@
 //! Promotion: a validated change becomes durable, then every lane changes at its next batch boundary.
 //!
-//! Invariant: `Changes::promote` is the one step that decides. Before it, a failure changes nothing that runs. After
-//! it, a restart of the process runs the new revision. So the order is:
+//! Invariant: `Changes::record_running` is the one step that decides. Before it, a failure changes nothing that runs.
+//! After it, a restart of the process runs the new revision. So the order is:
 //!
 //! 1. The tables are checked, and the sinks learn which rows they will get.
 //! 2. Instances are started for every shard and dropped, so that no lane ends up with a revision that does not
@@ -9,7 +9,7 @@
 //! 3. The components and the revision are stored.
 //! 4. If lanes must restart, a place in the supervisor's queue is reserved: after step 5 nothing may refuse the
 //!    change.
-//! 5. `Changes::promote` stores the change.
+//! 5. `Changes::record_running` stores the change.
 //! 6. The lanes are notified: by `current` (each changes at a batch boundary), or by a [`LaneRestart`] (all of them
 //!    end, and restart with other sinks or settings).
 //!

@@ -161,7 +161,8 @@ impl Kind {
                 matches!(declared, Self::Int2 | Self::Int4 | Self::Float4 | Self::Float8)
             }
             Self::Float4 => matches!(declared, Self::Int2 | Self::Float4),
-            // A text column stores any text. Whether an enum or a name accepts a text is known only for each row.
+            // A text column stores any text. JSON and bytes are refused: their values are encoded in forms of their
+            // own (`encode.rs`).
             Self::Text => {
                 let needs_form = matches!(declared, Self::Json | Self::Jsonb | Self::Bytea);
                 !needs_form && !matches!(declared, Self::Array(_) | Self::Unsupported)

@@ -53,7 +53,8 @@ const SAVEPOINTS: &str = "SAVEPOINT rows; SAVEPOINT copy";
 /// Makes deferred constraints fail at their rows, not at COMMIT, where no row could be blamed.
 const IMMEDIATE: &str = "SET CONSTRAINTS ALL IMMEDIATE";
 
-/// Index of the answer to the UPDATE of the position, among the answers to the first message.
+/// Index of the answer to the UPDATE of the position, among the answers to the first message. Before it come the
+/// answers to the statements of `BEGIN`, of the session's settings and of [`IMMEDIATE`], one each.
 const MOVE_AT: usize = 3;
 
 /// Commits the rows of one shard.
