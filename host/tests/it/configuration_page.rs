@@ -61,11 +61,6 @@ http = [{ host = "api.example.com" }]
 name = "out"
 type = "discard"
 commit = {}
-[[sink]]
-name = "dead"
-type = "discard"
-[dead_letters]
-sinks = ["dead"]
 [[lookup]]
 name = "makes"
 url = "sqlite:makes.db"
@@ -89,6 +84,7 @@ path = "cars.csv"
 name = "out"
 type = "discard"
 "#;
+const DEAD_LETTERS: &str = sink_of!("type = \"discard\"\n[dead_letters]");
 const STDOUT: &str = sink_of!("type = \"stdout\"");
 const SQLITE: &str = sink_of!("type = \"sqlite\"\npath = \"cars.db\"\ntable = \"cars\"");
 const POSTGRES: &str =
@@ -124,7 +120,7 @@ const SECTIONS: &[Section] = &[
     section("[[sink]] with type = \"redshift\"", REDSHIFT, SINK),
     section("[[sink]] with type = \"kinesis\"", STREAM, SINK),
     section("[[sink]] with type = \"http\"", HTTP, SINK),
-    section("[dead_letters]", KINESIS, &["dead_letters"]),
+    section("[dead_letters]", DEAD_LETTERS, &["dead_letters"]),
     section("[[lookup]]", KINESIS, &["lookup", "0"]),
     section("[lookup.cache]", KINESIS, &["lookup", "0", "cache"]),
     section("[reload]", KINESIS, &["reload"]),
@@ -140,16 +136,21 @@ const COMPANIONS: &[(&str, &str, &str)] = &[
     ("[source] with type = \"kinesis\"", "consumer", "reader = \"fan-out\""),
     ("[source] with type = \"file\"", "delimiter", "format = \"text/csv\""),
     ("[sink.commit]", "give_up_after", "on_failure = \"dead-letter\""),
+    ("[[sink]] with type = \"sqlite\"", "mode", "key = [\"id\"]"),
     ("[[sink]] with type = \"sqlite\"", "key", "mode = \"upsert\""),
     ("[[sink]] with type = \"sqlite\"", "newest_by", "mode = \"upsert\"\nkey = [\"id\"]"),
+    ("[[sink]] with type = \"postgres\"", "mode", "key = [\"id\"]"),
     ("[[sink]] with type = \"postgres\"", "key", "mode = \"upsert\""),
     ("[[sink]] with type = \"postgres\"", "newest_by", "mode = \"upsert\"\nkey = [\"id\"]"),
+    ("[[sink]] with type = \"redshift\"", "mode", "key = [\"id\"]"),
     ("[[sink]] with type = \"redshift\"", "key", "mode = \"upsert\""),
     ("[[sink]] with type = \"redshift\"", "newest_by", "mode = \"upsert\"\nkey = [\"id\"]"),
 ];
 
 /// Keys that sinks of every type have; the page says them once.
-const EVERY_SINK: [&str; 4] = ["name", "type", "renamed_from", "commit"];
+const EVERY_SINK: [&str; 3] = ["name", "type", "commit"];
+/// A key of every sink that is read before the others, so that messages do not name it among them.
+const READ_BEFORE: &str = "renamed_from";
 
 const fn section(
     heading: &'static str,
@@ -228,6 +229,7 @@ fn compare_keys(section: &Section, rows: &[Row], problems: &mut Vec<String>) {
     let help = helps.filter_map(|it| it.help()).collect::<String>();
     let known: BTreeSet<String> = help.split('`').skip(1).step_by(2).map(str::to_owned).collect();
     let mut shown: BTreeSet<String> = rows.iter().map(|row| row.key.clone()).collect();
+    shown.remove(READ_BEFORE);
     if section.heading.starts_with("[[sink]]") {
         shown.extend(EVERY_SINK.map(str::to_owned));
     }
@@ -261,20 +263,16 @@ impl Tried<'_> {
             if let Some(value) = quoted(default) {
                 self.expect_default(value, problems);
             }
-            // Sinks and stages without a commit policy, say, are as valid as the section itself.
-            if parse(&self.section.without(&self.row.key)).is_err() && !self.is_held_by_another() {
+            if parse(&self.section.without(&self.row.key)).is_err() && !self.is_needed_elsewhere() {
                 problems.push("is not required on the page, but by the reader".to_owned());
             }
         }
         self.compare_bounds(bounds.split(';').next().unwrap_or_default().trim(), problems);
     }
 
-    /// `dead_letters.sinks` and grants of the pipeline that is tried name other parts of it.
-    fn is_held_by_another(&self) -> bool {
-        matches!(
-            (self.section.heading, self.row.key.as_str()),
-            ("[dead_letters]", "sinks") | ("[[stage]]", "routes")
-        )
+    /// The sinks of a pipeline with stages need routes.
+    fn is_needed_elsewhere(&self) -> bool {
+        (self.section.heading, self.row.key.as_str()) == ("[[stage]]", "routes")
     }
 
     fn compare_bounds(&self, bounds: &str, problems: &mut Vec<String>) {
@@ -340,6 +338,7 @@ impl Tried<'_> {
         match self.row.form.as_str() {
             "duration" => Value::from(format!("{amount} ms")),
             "size" => Value::from(format!("{amount} B")),
+            "list" => Value::from(vec![amount]),
             _ => Value::from(amount),
         }
     }
@@ -353,7 +352,10 @@ impl Tried<'_> {
         let mut keys: Vec<(&str, Value)> =
             companions.iter().map(|(key, value)| (key.as_str(), value.clone())).collect();
         keys.extend(found.map(|value| (self.row.key.as_str(), value)));
-        self.section.with(&keys)
+        self.section.changed(|table| {
+            table.remove(&self.row.key);
+            table.extend(keys.into_iter().map(|(key, value)| (key.to_owned(), value)));
+        })
     }
 
     /// Problems at the key, or in its table where it has one.
@@ -388,7 +390,7 @@ impl Tried<'_> {
 
     fn expect_default(&self, default: &str, problems: &mut Vec<String>) {
         let default = value(default).unwrap_or_else(|| panic!("{default} is not a value of TOML"));
-        let shown = |found| {
+        let shown = |found: Option<Value>| {
             let text = self.with(found);
             parse(&text).map(|config| shown(&config, &text)).map_err(|error| error.to_string())
         };
