@@ -343,18 +343,17 @@ impl Tried<'_> {
         }
     }
 
+    /// The pipeline with the key's companions, and with the key where it has a value.
     fn with(&self, found: Option<Value>) -> String {
         let companions = COMPANIONS
             .iter()
             .filter(|(heading, key, _)| *heading == self.section.heading && *key == self.row.key);
         let companions: Table =
             companions.map(|(.., lines)| *lines).collect::<String>().parse().expect("companions");
-        let mut keys: Vec<(&str, Value)> =
-            companions.iter().map(|(key, value)| (key.as_str(), value.clone())).collect();
-        keys.extend(found.map(|value| (self.row.key.as_str(), value)));
         self.section.changed(|table| {
+            table.extend(companions);
             table.remove(&self.row.key);
-            table.extend(keys.into_iter().map(|(key, value)| (key.to_owned(), value)));
+            table.extend(found.map(|value| (self.row.key.clone(), value)));
         })
     }
 
@@ -390,13 +389,27 @@ impl Tried<'_> {
 
     fn expect_default(&self, default: &str, problems: &mut Vec<String>) {
         let default = value(default).unwrap_or_else(|| panic!("{default} is not a value of TOML"));
-        let shown = |found: Option<Value>| {
-            let text = self.with(found);
-            parse(&text).map(|config| shown(&config, &text)).map_err(|error| error.to_string())
+        // A default may mean something only beside other keys, or only without those that another value needs.
+        let alone = |found: Option<Value>| {
+            self.section.changed(|table| {
+                table.remove(&self.row.key);
+                table.extend(found.map(|value| (self.row.key.clone(), value)));
+            })
         };
-        let (without, with) = (shown(None), shown(Some(default.clone())));
-        if without != with {
-            problems.push(format!("{default} is not the default:\n{without:?}\n{with:?}"));
+        let shown =
+            |text: String| Ok((parse(&text)?, text)).map(|(config, text)| shown(&config, &text));
+        let pairs = [
+            (alone(None), alone(Some(default.clone()))),
+            (self.with(None), self.with(Some(default.clone()))),
+        ];
+        let are_same = |(without, with): (String, String)| -> Result<bool, ConfigError> {
+            Ok(shown(without)? == shown(with)?)
+        };
+        let [alone, beside] = pairs.map(are_same);
+        match alone.or(beside) {
+            Ok(true) => {}
+            Ok(false) => problems.push(format!("{default} is not the default")),
+            Err(error) => problems.push(format!("{default} is refused: {error}")),
         }
     }
 }
