@@ -290,7 +290,8 @@ impl ObjectsSink {
         found
     }
 
-    /// Reads an object and compares its content with its claim: the hash of its lines or, in Parquet, the number of rows.
+    /// Reads an object and compares its content with its claim: the hash of its lines, or in Parquet the number of
+    /// rows.
     async fn check_content(
         &self,
         key: &Path,
