@@ -114,8 +114,8 @@ impl AnswerSize {
     }
 }
 
-/// Returns the bytes of payload for which [`in_flight`] gives at least `occupied_bytes`. The result is based on memory that
-/// was really used, so long keys are included.
+/// Returns the bytes of payload for which [`in_flight`] gives at least `occupied_bytes`. The result is based on memory
+/// that was really used, so long keys are included.
 pub(super) fn payload_of(occupied_bytes: usize, records: usize) -> usize {
     occupied_bytes.saturating_sub(records.saturating_mul(RECORD_OVERHEAD_BYTES)).div_ceil(5) * 2
 }

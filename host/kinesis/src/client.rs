@@ -245,7 +245,7 @@ pub enum ErrorClass {
 }
 
 impl ErrorClass {
-    /// Returns the fault as a metric's label.
+    /// Returns the class as a metric's label.
     pub fn label(self) -> &'static str {
         match self {
             Self::Throttled => "throttled",

@@ -208,7 +208,7 @@ impl StreamConnection {
             && let Some(gap) = inbox.gap_before_nothing()
         {
             // A subscription may report that it is caught up before it gives its first record. So it never proves a
-            // loss by itself: if a loss is possible, the start stays unproven until a record comes.
+            // loss by itself: if a loss is possible, the start stays unvalidated until a record comes.
             if call == GET_RECORDS {
                 self.judge(gap, inbox).await?;
                 inbox.mark_validated();

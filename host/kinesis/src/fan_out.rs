@@ -107,7 +107,8 @@ impl FanOutReader {
         }
     }
 
-    /// Subscribes after the last record that was read. Returns without a subscription if the call is to be tried again.
+    /// Subscribes at the last record that was read, which then comes again. Returns without a subscription if the call
+    /// is to be tried again.
     async fn subscribe(&mut self) -> Result<(), SourceError> {
         tokio::time::sleep_until(self.next_call).await;
         let asked = Instant::now();

@@ -18,10 +18,10 @@
 //! | any other | moves to it | added |
 //!
 //! Lost records: once the server has accepted a start, `unvalidated` says which record must come first. If that record
-//! comes, nothing is missing. If a later one comes, the records between are gone or never existed; that is a [`LostRecordsGap`],
-//! which the connection judges by the stream's retention. If nothing comes although the server says that nothing is
-//! left, `gap_before_nothing` is the gap. The gap stays until it is judged, since the judging waits for a call
-//! and may be dropped.
+//! comes, nothing is missing. If a later one comes, the records between are gone or never existed; that is a
+//! [`LostRecordsGap`], which the connection judges by the stream's retention. If no record comes and the server says
+//! that nothing is left, `gap_before_nothing` is the gap. The gap stays until it is judged, since the judging waits
+//! for a call and may be dropped.
 
 use std::collections::VecDeque;
 use std::time::Instant;

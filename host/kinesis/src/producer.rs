@@ -36,7 +36,7 @@ pub struct PutReport {
     pub records: u64,
     /// Bytes of their payloads.
     pub bytes: u64,
-    /// Records that were put more than once because the stream refused them at first.
+    /// Number of times that a record was put again, because the stream refused it for now or a call failed.
     pub retried: u64,
 }
 

@@ -1,7 +1,7 @@
 //! Fills PutRecords requests, and sorts their records by outcome.
 //!
-//! The producer, the Kinesis sink and the intake use this. A [`PutRequest`] is filled within the limits of PutRecords. A
-//! [`PutWriter`] puts it, sorts its records by their outcome, and returns the pause before records that were refused
+//! The producer, the Kinesis sink and the intake use this. A [`PutRequest`] is filled within the limits of PutRecords.
+//! A [`PutWriter`] puts it, sorts its records by their outcome, and returns the pause before records that were refused
 //! for now are put again. The caller decides about records that are refused for good.
 
 use std::collections::HashSet;

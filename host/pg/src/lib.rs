@@ -35,7 +35,7 @@ use shardmill_core::boxed;
 use shardmill_core::escape::QUOTED_BYTES_MAX;
 use shardmill_core::masking::{sanitized, sanitized_within};
 
-/// Time for the first connection to a host. After it, the delivery tries again.
+/// Time for one attempt to connect to a host. After it, the delivery tries again.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// How long sent bytes may stay unacknowledged. Without it a kernel waits for a quarter of an hour, and a dead peer
@@ -80,7 +80,8 @@ enum Encryption {
 }
 
 impl PostgresServer {
-    /// Parses a connection string, `postgres://…` or `host=… dbname=…`, and sets the timeouts that it does not contain.
+    /// Parses a connection string, `postgres://…` or `host=… dbname=…`, and sets the timeouts that it does not
+    /// contain.
     ///
     /// | `sslmode` | connection |
     /// |---|---|
@@ -89,8 +90,8 @@ impl PostgresServer {
     /// | none, `prefer`, `allow`, without it | TLS if the server has it, else plain text; nothing is verified |
     /// | `disable` | plain text |
     ///
-    /// A connection in plain text to another machine is reported by a warning. TLS without verification protects only
-    /// against passive listeners.
+    /// A connection in plain text to another machine is reported by a warning, unless `disable` asks for it. TLS
+    /// without verification protects only against passive listeners.
     ///
     /// `sslrootcert` names a PEM file of the certificates to trust instead of the system's. Here it always means that
     /// the server is verified. libpq falls back to plain text with `prefer`, although a user who names this file
@@ -143,7 +144,8 @@ impl PostgresServer {
         Ok(Self { config, encryption })
     }
 
-    /// Connects. Connecting, and each later call on the connection, fails after `silence_max` without an answer.
+    /// Connects. Connecting, and each later call on the connection, fails after `silence_max` without an answer;
+    /// connecting fails after 30 s at the latest.
     ///
     /// # Errors
     /// Error of the server or the network, or no answer in time.

@@ -27,7 +27,7 @@ use tokio_util::sync::DropGuard;
 use super::answer::Prepared;
 use super::{PostgresServer, describe};
 
-/// Tries to find a name of a prepared statement that does not exist in the server session.
+/// Number of further tries to find a name for a prepared statement that does not exist in the server session.
 const NAMES_MAX: u32 = 50;
 
 /// Reason why a call on a connection failed.
@@ -65,7 +65,8 @@ impl ServerError {
     }
 
     /// Whether this connection, and all others to the server, should be closed and opened again: the server is shutting
-    /// down or starting, cannot be written to (a standby after a failover), or the connection broke.
+    /// down or starting, has an internal error, cannot be written to (a standby after a failover), or the connection
+    /// broke.
     pub fn condemns_server(&self) -> bool {
         let Some(code) = self.code() else { return true };
         let code = code.code();

@@ -241,8 +241,8 @@ impl Lent<'_> {
     }
 
     /// Rolls back after an error. The connection returns to the pool if the rollback was answered in step and the
-    /// server is not a standby; otherwise it is closed. If the error condemns the server, all idle connections are
-    /// closed, too.
+    /// server is not a standby; otherwise it is closed. If the error condemns the server, no rollback is tried. All
+    /// idle connections are closed too then, or if the rollback fails or shows a standby.
     pub async fn fail(self, error: &ServerError) {
         if error.condemns_server() {
             self.pool.condemn();

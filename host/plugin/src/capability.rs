@@ -78,7 +78,7 @@ impl Drop for StageUse {
 }
 
 impl Services {
-    /// Services for a plugin outside of any pipeline: the capabilities that need only the host itself.
+    /// Creates the services of a plugin outside of any pipeline: the capabilities that need only the host itself.
     pub fn alone(name: StageName) -> Self {
         let granted = [Capability::Log, Capability::Metrics, Capability::Clock, Capability::Random];
         let used = StageUse::new(name.clone());

@@ -31,7 +31,8 @@ use super::engine::EPOCH_TICK;
 /// of a core for that long says nothing about the plugin.
 const WALL_TIMES: u32 = 10;
 
-/// Number of times that the wall time of a starved call is doubled. After the last, a 1,280th of a core is enough.
+/// Number of times that the wall time of a starved call is doubled. After the last, a 1,280th of a core is enough if
+/// both budgets are equal.
 const DOUBLINGS_MAX: u32 = 6;
 
 /// Part of a call that the clocks may miss: up to one tick before the first reading, and one after the last.

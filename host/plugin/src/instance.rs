@@ -232,7 +232,7 @@ impl Instance {
         self.starved = times;
     }
 
-    /// Whether the next calls are expected to last so long that reading the thread's clock for them is worth its
+    /// Sets whether the next calls are expected to last so long that reading the thread's clock for them is worth its
     /// cost.
     pub fn measured(&mut self, are_long: bool) {
         self.are_long = are_long;

@@ -376,9 +376,9 @@ pub struct Losses {
     lost: Vec<(Instant, OwnerName)>,
 }
 
-/// Number of times that a shard may be lost to the same process before the later of the two stops,
+/// Number of losses of a shard to the same process, within [`LOSSES_WITHIN`], at which the later of the two stops.
 pub(crate) const LOSSES_MAX: usize = 3;
-/// counted within this time.
+/// Older losses do not count any more.
 pub(crate) const LOSSES_WITHIN: Duration = Duration::from_secs(60);
 
 impl Losses {

@@ -10,9 +10,9 @@
 //!
 //! **Invariants.**
 //!
-//! - The start of a shard is durable before its first record ([`Checkpoints::record_look`]). All shards of one look at the
-//!   stream are stored together: after a crash, either each of them has its start, or none has. LATEST is resolved
-//!   once.
+//! - The start of a shard is durable before its first record ([`Checkpoints::record_look`]). All shards of one look
+//!   at the stream are stored together: after a crash, either each of them has its start, or none has. LATEST is
+//!   resolved once.
 //! - Positions are written after the sinks have committed, so they may lag but never lead.
 //! - A shard stays known after its end, as long as the stream may still list it and for a while after: until then
 //!   it says what a restored sink has lost ([`Checkpoints::forget_gone`]).

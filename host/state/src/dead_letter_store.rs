@@ -5,7 +5,7 @@
 //! | the record as it was put on the stream | whole, once for all its dead letters (`letter_record`) |
 //! | key and payload that entered the failing place, if they are the record's | not once more (`AS_ORIGINAL`) |
 //! | the same, different from the record, up to 1 MiB per record and place | whole (`KEPT`) |
-//! | the same, beyond that 1 MiB | SHA-256 digest and length (`AS_DIGEST`) |
+//! | the same, beyond that 1 MiB | SHA-256 digest and length (`AS_DIGEST`); whole if it cannot be computed again |
 //! | reason, backtrace, plugin name | up to 8 KiB each |
 //!
 //! The engine also cuts each reason to 128 bytes once the reasons of one run exceed 8 MiB.
@@ -39,8 +39,8 @@ use shardmill_core::metric;
 use shardmill_core::record::excerpt;
 use shardmill_core::record::{Batch, DeadLetterPlace, Entry, Position, RouteName};
 
-/// Limit on the payloads and keys that are kept whole, in bytes, per record and place of failure. One record of 10
-/// MiB may become thousands of items that all fail.
+/// Limit on the payloads and keys that are kept whole, in bytes, per record and place of failure. One record of
+/// 10 MiB may become thousands of items that all fail.
 const ENTERED_BYTES_MAX: usize = 1 << 20;
 /// Bytes counted for each dead letter in addition to its texts and payloads.
 pub(super) const DEAD_LETTER_BYTES: usize = 512;
@@ -448,8 +448,8 @@ fn is_nearly_full(kept: u64, bytes_max: u64) -> bool {
     kept >= bytes_max / 5 * 4
 }
 
-/// Computes the default bound: 10 GiB, or half of the space that dead letters could use. Their present size counts
-/// as free space, so that the bound does not shrink at each start.
+/// Computes the default bound: 10 GiB, or half of the space that dead letters could use if that is less. Their
+/// present size counts as free space, so that the bound does not shrink at each start.
 fn default_max(free: Option<u64>, kept: u64) -> u64 {
     free.map_or(STORE_BYTES_MAX, |free| (free.saturating_add(kept) / 2).min(STORE_BYTES_MAX))
 }

@@ -8,8 +8,8 @@
 //! looks up those of each batch before it runs the batch ([`DeadLetters::dead_lettered_within`]).
 //!
 //! **Race.** A user may redrive or purge a dead letter while the lane is still below it. Then a mark stays in its
-//! place until the checkpoint has passed it ([`forget`](super::dead_letters::forget)), and the item counts as dead-lettered
-//! all the same.
+//! place until the checkpoint has passed it ([`forget`](super::dead_letters::forget)), and the item counts as
+//! dead-lettered all the same.
 
 use std::collections::HashMap;
 
@@ -72,8 +72,8 @@ impl FromIterator<DeadLetterKey> for DeadLetteredItems {
 }
 
 impl DeadLetters {
-    /// Returns the last record after `above` that has a dead letter of a stage. Deletes the marks of redriven dead
-    /// letters up to `above`: nothing at or before that position is replayed any more.
+    /// Returns the last record after `above` that has a dead letter of a stage, or the mark of one. Deletes the marks
+    /// up to `above`: nothing at or before that position is replayed any more.
     ///
     /// # Errors
     /// [`StateError`] when the database cannot be read.

@@ -7,9 +7,9 @@
 //! row: a replay produces the same dead letters once more, and their numbers must stay, because people and redrives
 //! use them.
 //!
-//! Its state is the column `pending`:
+//! Its state is the column `held`:
 //!
-//! | `pending` | meaning | who changes it |
+//! | `held` | meaning | who changes it |
 //! |---|---|---|
 //! | 0 | visible | a redrive or a purge deletes it |
 //! | 1 | pending: a sink refused the row, and its commit may not have happened | `pending.rs` |
@@ -33,7 +33,7 @@ use shardmill_core::record::{
     DeadLetterPlace, Position, SequenceNumber, ShardId, ShardKey, SinkName, StageName,
 };
 
-/// State of a dead letter (`pending`): visible.
+/// State of a dead letter (column `held`): visible.
 pub(super) const VISIBLE: u8 = 0;
 /// Pending until the sink's commit covers it.
 const PENDING: u8 = 1;
@@ -282,7 +282,7 @@ impl DeadLetters {
     }
 
     /// Writes dead letters, durable on return. One that exists is replaced. `pending`: they stay pending until
-    /// [`DeadLetters::confirm`].
+    /// [`DeadLetters::confirm`] or [`DeadLetters::acquire_shard`] resolves them.
     ///
     /// # Errors
     /// [`StateError`]; the position range must not be committed then.
@@ -539,8 +539,8 @@ impl DeadLetters {
 }
 
 /// Deletes a dead letter. If it is of a stage and the checkpoint has not passed its record, an empty mark stays in
-/// its place ([`REDRIVEN`]): a lane may replay the record for sinks that are lagging, and they must not get rows
-/// that the other sinks will never have.
+/// its place ([`REDRIVEN`]): a lane may replay the record for sinks that are lagging. They must not get rows that
+/// the other sinks will never have (after a purge), or get rows twice (after a redrive).
 pub(super) fn forget(state: &Transaction<'_>, dead_letter: i64) -> rusqlite::Result<()> {
     state
         .prepare_cached(
@@ -581,7 +581,7 @@ pub(super) fn are_there(
     Ok(true)
 }
 
-/// Inserts dead letters with the state `kept`. `on_conflict`: the SQL action for one that exists already.
+/// Inserts dead letters; `kept` is their state (column `held`). `on_conflict`: the SQL action for one that exists.
 pub(super) fn insert(
     state: &Transaction<'_>,
     (stream, shard): (&str, &str),

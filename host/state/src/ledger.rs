@@ -8,8 +8,8 @@
 //! swap. A row `(shard, position, revision)` says that the revision runs the records after that position. Steps and
 //! their order:
 //!
-//! 1. [`Ledger::store_revision`] stores the revision and the bytes of its components. A row that names a revision without its
-//!    bytes could not be run after a restart.
+//! 1. [`Ledger::store_revision`] stores the revision and the bytes of its components. A row that names a revision
+//!    without its bytes could not be run after a restart.
 //! 2. [`Ledger::record`] writes the row, durable before the revision's first record runs. A crash between the two
 //!    leaves a revision that nothing names, which costs only space.
 //! 3. The engine runs the revision, and delivers.

@@ -4,7 +4,7 @@
 //!
 //! | kind | written when | becomes visible when | deleted when |
 //! |---|---|---|---|
-//! | refused (1) | the sink refuses the row | the sink's position has passed it | the shard is acquired with the position before it |
+//! | refused (1) | the sink refuses the row | the sink's position has passed it, or its range is given up | the shard is acquired with the position before it |
 //! | given up (2) | the sink is out of reach for too long | the sink answers and lacks the row | the sink answers and has the row |
 //!
 //! **Refused rows.** The dead letter is durable before the commit, so that a crash between the two loses nothing.
@@ -23,7 +23,8 @@
 //! | where an attempt ends | this one landed | those after the end of the attempt before are deleted, the others become visible |
 //! | before the beginning | a backup was restored | all become visible; the sink is given the range again |
 //!
-//! A sink without a position of its own (HTTP, stdout) cannot answer this: its dead letters are visible at once.
+//! A sink without a position of its own (HTTP, Kinesis, stdout) cannot answer
+//! this: its dead letters are visible at once.
 //!
 //! **Race of two owners.** [`DeadLetters::acquire_shard`] raises an epoch per shard and sink. [`DeadLetters::give_up`]
 //! checks it in the same transaction: an earlier owner of the shard cannot give up rows that the new owner

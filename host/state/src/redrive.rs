@@ -20,8 +20,9 @@
 //! `letter_delivered` notes that per dead letter and sink, and a redrive leaves these sinks out.
 //!
 //! **Races.** The redrive runs beside the pipeline, which may write new dead letters: `begin` selects its own once.
-//! A purge leaves out those that an unfinished redrive has. A sink or stage may be gone when an interrupted redrive
-//! continues: `release` and `leave_out` take the affected dead letters out, and note which sinks have their rows.
+//! A purge leaves out those that an interrupted redrive has. A sink or stage may be gone when an interrupted redrive
+//! continues: `release` takes the dead letters that enter there out of it. `leave_out` takes one out whose payload
+//! cannot be computed again. Both note which sinks have their rows.
 
 use std::collections::HashSet;
 use std::num::ParseIntError;

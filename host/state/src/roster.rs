@@ -14,7 +14,7 @@ use super::store::{StateError, StateStore, columns, now_ms, position};
 pub use shardmill_config::one_spelling;
 use shardmill_core::record::{DeadLetterPlace, Position, ShardId, SinkName, StreamIdentity};
 
-/// Tables with a column `sink`. Their rows follow when a sink is renamed.
+/// Tables with a column `sink` whose rows follow when a sink is renamed.
 const TABLES_BY_SINK: [&str; 8] = [
     "sink_position",
     "sink_owner",

@@ -12,7 +12,7 @@ use serde::de::IgnoredAny;
 pub enum LineFormat {
     /// `application/json`: one valid JSON text. Newlines between its tokens are removed.
     Json,
-    /// `text/plain`: one line, with or without its line end.
+    /// `text/plain`: one line, with or without its line end; or one JSON text, whose newlines are removed.
     Text,
     /// `application/x-ndjson`: one or more lines.
     Lines,

@@ -10,7 +10,7 @@
 //! | an object of an earlier claim is missing, or numbers or positions are | gap |
 //! | two claims with the same key, or a link that begins before the end of the one before it | overlap |
 //! | an object in no claim, or only in a claim that was given up | orphan |
-//! | another length or content than claimed, or an unreadable link | damaged |
+//! | another length or (with `content`) another content than claimed, or an unreadable link | damaged |
 //! | `NAME#1` beside the data, in a folder | leftover |
 //! | a link with a reason why positions are passed over | hole, which is not a problem |
 
@@ -290,7 +290,8 @@ impl ObjectsSink {
         found
     }
 
-    /// Reads an object and compares it with its claim.
+    /// Reads an object and compares its content with its claim: the hash of its lines, or in Parquet the number of
+    /// rows.
     async fn check_content(
         &self,
         key: &Path,

@@ -3,8 +3,8 @@
 //! Invariants:
 //! - A claim is appended before the first byte of its data is written, and no claim follows one whose data is not
 //!   complete. So only the last claim of a log can be unfinished.
-//! - The claim and the objects are created, never overwritten; only an upload in parts may replace an object by one with
-//!   the same rows. So a commit can stop after any step, and each step finds what an earlier try has done.
+//! - The claim and the objects are created, never overwritten; only an upload in parts may replace an object by one
+//!   with the same rows. So a commit can stop after any step, and each step finds what an earlier try has done.
 //! - The keys have the link's number and the owner's id. Only owners of the claim know them: the one that appended it,
 //!   and a later one that produces it again.
 //! - A commit starts at the sink's position. While a claim is unfinished, the commit must end where the claim ends.

@@ -48,7 +48,7 @@ const CHUNK_BYTES: usize = 256 * 1024;
 /// Number of suspects after which the search ends if no row was accepted. The limits of refusals mostly end it earlier.
 const SUSPECTS_MAX: usize = 1_000;
 
-/// Tries to get any row of the next commit accepted.
+/// Number of tries to get any row of the next commit accepted.
 const PROBES_MAX: u32 = 32;
 
 /// State of the transaction's staging table.

@@ -3,7 +3,7 @@
 //! The invariant: rows and position change in one transaction, and the position changes only under the epoch of the
 //! current owner. The modules:
 //!
-//! - [`writer`]: the commit on one screen; [`position`]: the position table and its epochs; [`session`]: the start of
+//! - [`writer`]: the steps of a commit; [`position`]: the position table and its epochs; [`session`]: the start of
 //!   each transaction.
 //! - [`table`]: the live table; [`prepare`] checks or creates it; [`rights`]: what the role may do with it.
 //! - [`encode`]: rows to binary COPY; [`copy`]: sends them and finds those that the table refuses; [`blame`]: whether a
@@ -73,7 +73,7 @@ struct Shared {
     /// Sink name in the lineage: its name in the pipeline, also while a replay's sink writes in its place.
     lineage_name: SinkName,
     position: PositionTable,
-    /// Process that writes; unset in a sink that only answers questions.
+    /// Process that writes; unset in a sink that is only read from.
     ownership: OnceLock<Ownership>,
     known_columns: rows::KnownColumns,
     /// Live table as last read; unset when it may have changed.
@@ -106,7 +106,7 @@ impl Shared {
     /// Converts an error of the server or the connection.
     fn failed(&self, doing: &str, error: &ServerError) -> SinkError {
         let place = match error {
-            // A silent server has not said its name.
+            // This error alone does not name the server.
             ServerError::Silent(_) => format!(" from {}", self.sessions.server().place()),
             _ => String::new(),
         };

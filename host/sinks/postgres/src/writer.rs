@@ -115,7 +115,7 @@ impl PostgresWriter {
         }
     }
 
-    /// Runs the commit, on one screen. If it fails, its transaction is left open.
+    /// Runs the steps of the commit, in order. If one fails, its transaction is left open.
     async fn transact(
         &mut self,
         link: &Link,

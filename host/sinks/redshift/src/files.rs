@@ -23,7 +23,7 @@ use shardmill_sink_objects::StorePlace;
 /// Files that are uploaded at the same time.
 const UPLOADS_MAX: usize = 4;
 
-/// Number of rows of one commit that COPY may skip and report. With more it fails.
+/// Number of errors at which a COPY fails (MAXERROR). With fewer it skips the rows and reports them.
 const ERRORS_MAX: usize = 1_000;
 
 /// Role that means the default role of the cluster.

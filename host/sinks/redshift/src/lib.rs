@@ -66,7 +66,7 @@ struct Shared {
     mode: WriteMode,
     ledger: PositionLedger,
     bucket: StagingBucket,
-    /// Process that writes; unset in a sink that only answers questions.
+    /// Process that writes; unset in a sink that is only read from.
     ownership: OnceLock<Ownership>,
     known_columns: rows::KnownColumns,
 }
@@ -78,7 +78,7 @@ impl Shared {
 
     fn failed(&self, doing: &str, error: &ServerError) -> SinkError {
         let place = match error {
-            // A silent cluster has not said its name.
+            // This error alone does not name the cluster.
             ServerError::Silent(_) => format!(" from {}", self.place()),
             _ => String::new(),
         };

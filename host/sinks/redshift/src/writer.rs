@@ -77,7 +77,7 @@ impl RedshiftWriter {
         Self { shared, shard, epoch, client: Some(client), unanswered: None }
     }
 
-    /// Runs the commit, on one screen.
+    /// Runs the steps of the commit, in order.
     async fn load_and_commit(
         &mut self,
         client: &Link,

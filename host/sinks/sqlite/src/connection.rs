@@ -1,8 +1,8 @@
 //! Connection to a SQLite file, which the shards of a sink share, one at a time.
 //!
 //! Invariants:
-//! - No transaction outlives its [`LockedConnection`]: dropping it rolls back what a dropped or failed call has left open. So no
-//!   lock on the file outlives the call.
+//! - No transaction outlives its [`LockedConnection`]: dropping it rolls back what a dropped or failed call has left
+//!   open. So no lock on the file outlives the call.
 //! - Every use is of the file that is at the path. The file may be moved or replaced while it is open, and commits
 //!   would go into a file that nobody finds. So the file's id is compared before each use, and again after each commit.
 //!

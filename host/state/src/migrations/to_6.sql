@@ -76,7 +76,7 @@ DELETE FROM ledger WHERE stream GLOB 'letters:*' AND NOT EXISTS (
 
 -- The id of the state and the number of its durable writes, which sinks keep beside their positions. Marks of
 -- other states that this one continues. Letters that a newer state may have redriven. How far a shard is read
--- once more for a sink that was restored: up to there the revision that ran first must not be pruned.
+-- once more for a sink that was restored: up to there the revision that ran first may be pruned already.
 CREATE TABLE state_mark (id TEXT NOT NULL, number INTEGER NOT NULL);
 INSERT INTO state_mark VALUES (lower(hex(randomblob(16))), 0);
 CREATE TABLE seen_state (id TEXT PRIMARY KEY, number INTEGER NOT NULL) WITHOUT ROWID;

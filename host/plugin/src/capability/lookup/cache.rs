@@ -23,7 +23,6 @@ use shardmill_config::LookupCacheLimits;
 pub(super) type CachedRow = Option<Arc<str>>;
 
 /// Cost of an entry besides its key and row: two reference-counted texts, the entry, and its slot in the table.
-/// its place in the table.
 const ENTRY_BYTES: u64 = 96;
 
 /// Number of keys that are looked at while the lock is held. A call may have 100,000, and other lanes must not wait

@@ -12,7 +12,7 @@
 //! |---|---|
 //! | a reused connection was lost, or the server changed | once more, on a new connection |
 //! | the query no longer fits the known description (class 42) | once more, with a new description |
-//! | class 22 or P0001 | final: the keys are to blame |
+//! | class 22 or P0001, or rows beyond the limit of one call | final: the keys are to blame |
 //! | anything else, or the deadline | retryable, and the connection is closed |
 
 use std::collections::BTreeSet;

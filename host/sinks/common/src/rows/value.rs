@@ -12,8 +12,8 @@ use serde_json::value::RawValue;
 
 use super::decimal::Decimal;
 
-/// Most levels of nesting of a document for a `json` column. PostgreSQL's parser answers a deeper one with an error
-/// that does not blame the row (54001, its stack limit), so it would block the shard instead of becoming a dead letter.
+/// Most levels of nesting of a document for a `json` column. PostgreSQL's parser fails at its stack limit (54001), at a
+/// depth that depends on the server's settings. A row beyond this limit is refused before it is sent.
 const NESTING_MAX: usize = 512;
 
 /// Standard base64; the padding is optional.
