@@ -47,7 +47,7 @@ impl MemoryBound {
     /// | what the readers of a stream read ahead, with the answers that they read | as the sinks' buffers |
     /// | one large answer of a stream | what 20 MiB of text hold while they are read: 37 MiB |
     /// | batches in hand | 4 × `batch.bytes` per lane |
-    /// | answers in hand | the largest lower one of `limits.output` and `limits.memory`, per lane; × 3 if several stages |
+    /// | answers in hand | the largest `limits.output`, at most `limits.memory`, per lane; × 3 for several stages |
     /// | one large request | the largest answer, once |
     /// | trials | `bytes` of `[reload.trial]` per stage |
     /// | the intake | `in_flight` |

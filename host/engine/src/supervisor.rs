@@ -114,7 +114,8 @@ pub enum RunRole {
     /// The pipeline itself: what it runs is stored, and survives a restart.
     Pipeline,
     /// A command beside the pipeline, such as a redrive. It runs what the pipeline runs, or would run if it were
-    /// started now, and stores nothing about that: the files may describe something else that nobody has loaded yet.
+    /// started now, and does not store that as what the pipeline runs: the files may describe something else that
+    /// nobody has loaded yet.
     Beside {
         /// The pipeline is running.
         is_running: bool,
