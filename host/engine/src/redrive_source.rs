@@ -62,8 +62,8 @@ struct Remade {
 pub type LeftOut = Arc<std::sync::Mutex<Vec<(i64, String)>>>;
 
 impl RedriveSource {
-    /// Makes a source of the dead letters of a redrive, except those that enter at the places of `without`. Dead
-    /// letters of which only a digest is kept are left out, unless [`RedriveSource::remade_by`] follows.
+    /// Makes a source of the dead letters of a redrive, except those that enter at the places of `without`. Those of
+    /// which only a digest is kept are left out, unless [`RedriveSource::remade_by`] follows.
     pub fn new(
         redrives: Redrives,
         id: RedriveId,

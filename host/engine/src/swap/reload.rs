@@ -10,7 +10,7 @@
 //! | stages only | promoted; each lane changes at its next batch boundary, or restarts if a sink gets other rows |
 //! | sinks or settings | promoted; all lanes end and restart |
 //!
-//! What is refused (`refuse_immutable`) needs a restart of the process.
+//! To change what `refuse_immutable` refuses, restart the process.
 //!
 //! Stages that differ are tried on recent records first. A sink that is removed while it lags behind the others is
 //! refused before anything is durable: the lanes would find that out only when they have ended, after the answer.
