@@ -64,7 +64,7 @@ impl Capability {
         !matches!(self, Self::Lookup | Self::Http)
     }
 
-    /// Whether what it answers may differ at a replay and so change what a record becomes.
+    /// Whether its answers cannot change what a record becomes. Those of the others may differ at a replay.
     pub fn is_deterministic(self) -> bool {
         matches!(self, Self::Log | Self::Metrics)
     }

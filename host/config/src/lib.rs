@@ -109,7 +109,7 @@ pub struct PipelineConfig {
     pub buffer_bytes_max: usize,
     /// Number of rejected records after which the lane blocks.
     pub rejected_max: RejectedMax,
-    /// Action if a sink's position is lower than the checkpoint.
+    /// Action if a sink's position is before the one that the state remembers, or before the checkpoint.
     pub on_position_mismatch: OnPositionMismatch,
     /// Deadlines and pauses.
     pub timing: Timing,
@@ -449,13 +449,13 @@ impl Grants {
     }
 }
 
-/// Action if a sink's position is lower than the checkpoint.
+/// Action if a sink's position is before the one that the state remembers, or before the checkpoint.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OnPositionMismatch {
     /// Stop, and name both positions and the choices.
     Stop,
-    /// Start at the sink's position.
+    /// Go on after the sink's position.
     Sink,
-    /// Start at the checkpoint.
+    /// Go on after the checkpoint, or after the sink's position if that is later.
     Checkpoint,
 }

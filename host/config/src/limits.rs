@@ -47,8 +47,9 @@ pub struct StageLimits {
     pub batch_ms_max: u64,
     /// CPU time of one call with one record, in milliseconds.
     pub record_ms_max: u64,
-    /// Wall time of each host call, in milliseconds; `None`: as long as the CPU time of the plugin call that makes it.
-    /// If it is not set, a stored revision does not contain it, so that the id of the revision does not change.
+    /// Wall time of each host call, in milliseconds; `None`: as long as the CPU time of the plugin call that makes it,
+    /// and at least that of a call with one record. If it is not set, a stored revision does not contain it, so that
+    /// the id of the revision does not change.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub host_ms_max: Option<u64>,
     /// CPU time of `configure`, in milliseconds; `None`: [`CONFIGURE_MS_MAX`]. Not stored if not set, as above.

@@ -188,8 +188,8 @@ impl Account {
         self.shared.lock().ledger.part()
     }
 
-    /// Returns the limit of bytes for rows that a sink encodes before it commits; `occupied` are already counted for them.
-    /// Encoded rows may be many times as large as the rows.
+    /// Returns the limit of bytes for rows that a sink encodes before it commits; `occupied` are already counted for
+    /// them. Encoded rows may be many times as large as the rows.
     pub fn encoded_bytes_max(&self, occupied: usize) -> usize {
         self.shared.lock().ledger.encoded_bytes_max(self.id, occupied)
     }

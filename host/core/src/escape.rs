@@ -1,9 +1,9 @@
 //! Makes texts from plugins, records and servers safe to print.
 //!
 //! Such texts may contain characters that move the cursor, hide or reorder the text around them, or fake a line.
-//! [`controls_terminal`] defines these characters, and is the only definition. Every output of the binary goes through a function
-//! of this module: notes, reports of commands and errors of the argument parser through [`printable`], JSON through
-//! [`printable_json`], the log and rows on a terminal through [`EscapingWriter`].
+//! [`controls_terminal`] defines these characters, and is the only definition. Every output of the binary goes through
+//! a function of this module: notes, reports of commands and errors of the argument parser through [`printable`], JSON
+//! through [`printable_json`], the log and rows on a terminal through [`EscapingWriter`].
 
 use std::borrow::Cow;
 use std::fmt::{self, Display, Write as _};
@@ -37,7 +37,7 @@ pub fn controls_terminal(c: char) -> bool {
     )
 }
 
-/// Escapes the characters that steer a terminal, except those in `kept`.
+/// Escapes the characters that control a terminal, except those in `kept`.
 pub fn escaped(text: &str, kept: &[char]) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
@@ -186,8 +186,8 @@ pub enum KeptCharacters {
     },
 }
 
-/// Output on which no text can steer a terminal. Each write must contain whole characters; bytes that are not UTF-8 are
-/// shown as `\xXX`.
+/// Output on which no text can control a terminal. Each write must contain whole characters; bytes that are not UTF-8
+/// are shown as `\xXX`.
 pub struct EscapingWriter<W> {
     output: W,
     kept: KeptCharacters,

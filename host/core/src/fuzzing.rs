@@ -2,7 +2,7 @@
 //!
 //! Each target is a module `fuzz` beside the code that it tests. It compares the code with a slow reference: plain code
 //! that follows the documented rules and shares nothing with the code under test. A finding is a panic. Targets are
-//! compiled for tests and for libFuzzer; `fuzz_targets.rs` lists and runs them.
+//! compiled for tests and for libFuzzer; `fuzz/src/lib.rs` lists and runs them.
 
 #![allow(clippy::expect_used, reason = "a finding is a panic")]
 

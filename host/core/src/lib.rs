@@ -46,6 +46,6 @@ pub mod values;
 /// Turns an `async fn` into a function that returns a boxed future.
 ///
 /// The compiler generates the code of a plain `async fn` in each crate that awaits it, with all that it awaits in turn.
-/// Mark a function that other crates call, but not for each record: its code is then generated in its own crate only, and
-/// the crates above build faster. The cost is one allocation for each call.
+/// Mark a function that other crates call, but not for each record: its code is then generated in its own crate only,
+/// and the crates above build faster. The cost is one allocation for each call.
 pub use async_recursion::async_recursion as boxed;

@@ -11,8 +11,9 @@
 //! |---|---|
 //! | its position is `from` | rows and position are durable together |
 //! | its position is already `to`: an earlier try landed | reported as done, nothing is written twice |
-//! | another owner has acquired the shard | [`SinkError::Fenced`]: nothing was committed, the lane restarts |
+//! | another owner, or any other position | [`SinkError::Fenced`]: nothing was committed, the lane restarts |
 //! | the destination cannot take the rows now | [`SinkError::Unavailable`]: nothing was committed, the engine retries |
+//! | the last step gets no answer | [`SinkError::Unavailable`]: the next try finds out by the position |
 //! | the table refuses some rows | they are made durable in the [`RefusalLog`] first, then the others are committed |
 
 use std::any::Any;
@@ -212,8 +213,8 @@ pub trait Sink: Send + Sync {
         Ok(())
     }
 
-    /// Sets who writes from now on. Sinks with positions store it beside them. Called once, before the first shard is
-    /// acquired.
+    /// Sets who writes from now on. Sinks with positions store it beside them. Called before the first shard is
+    /// acquired, and again after each restart of all lanes.
     fn set_ownership(&self, _ownership: Ownership) {}
 
     /// Returns the positions that the sink stores for these shards and for all redrives of the pipeline, without
@@ -268,8 +269,8 @@ pub trait EncodeRows: Send + Sync {
 /// Encoder of the rows of one commit. It uses the processor: call it outside the async threads.
 pub trait RowEncoder: Send {
     /// Adds rows, by ascending (position, ordinal). Returns `Some` if the commit must end here, because it has the
-    /// highest number of parts, or would hold more than `occupied_bytes_max`. The rows of one record stay together, and the
-    /// first record is always added.
+    /// highest number of parts, or would hold more than `occupied_bytes_max`. The rows of one record stay together, and
+    /// the first record is always added.
     fn push(&mut self, rows: Vec<Row>, occupied_bytes_max: usize) -> Option<CutRows>;
 
     /// Returns the memory that it occupies, in bytes.

@@ -232,7 +232,7 @@ impl SourceError {
         }
     }
 
-    /// Whether a person must decide, because a retry could lose or double records.
+    /// Whether a person must decide, because a retry cannot help, or could lose or duplicate records.
     pub fn needs_a_person(&self) -> bool {
         matches!(
             self,

@@ -43,14 +43,16 @@ impl MemoryBound {
     /// |---|---|
     /// | the process | 100 MiB |
     /// | the sinks' buffers | half of `buffer`, the larger of the other half and 256 KiB per lane, and 1 MiB per lane |
-    /// | what rows become in a sink that encodes them as they arrive | the larger of half of `buffer` and 256 KiB per lane, and 4 MiB per lane, for each such sink |
+    /// | each sink that encodes rows early | the larger of half of `buffer` and 256 KiB per lane, and 4 MiB per lane |
     /// | what the readers of a stream read ahead, with the answers that they read | as the sinks' buffers |
     /// | one large answer of a stream | what 20 MiB of text hold while they are read: 37 MiB |
     /// | batches in hand | 4 × `batch.bytes` per lane |
-    /// | answers in hand | the largest `limits.output`, or `limits.memory` if that is less, per lane; with several stages, three times |
-    /// | one large request | the same, once |
+    /// | answers in hand | the largest `limits.output`, at most `limits.memory`, per lane; × 3 for several stages |
+    /// | one large request | the largest answer, once |
     /// | trials | `bytes` of `[reload.trial]` per stage |
-    /// | the intake, lookups' caches, copies of dead letters | `in_flight`, `bytes` of each, as the sinks' buffers of one lane |
+    /// | the intake | `in_flight` |
+    /// | lookups' caches | `bytes` of each |
+    /// | copies of dead letters | as the sinks' buffers of one lane, with the sinks that encode rows early |
     /// | plugins | `limits.memory` per lane and stage |
     pub fn of(config: &PipelineConfig, lanes: usize) -> Self {
         let lanes = lanes.max(1);

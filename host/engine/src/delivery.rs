@@ -2,9 +2,9 @@
 //!
 //! There is one task per lane and sink. It has two halves: the gatherer collects the rows of consecutive position
 //! ranges into commit requests, and the committer (`committer.rs`) executes them one after the other. A request is
-//! complete at the first of: rows, bytes, age (the linger time), or pressure on the byte budget. While the committer
-//! is busy, the next request grows up to the same bounds, so a slow sink gets fewer and larger commits, and a sink
-//! that rolls hourly does not stop one that commits every second.
+//! complete at the first of: rows, bytes, age (the linger time), pressure on the byte budget, or a full encoder (where
+//! the sink encodes rows as they arrive). While the committer is busy, the next request grows up to the same bounds, so
+//! a slow sink gets fewer and larger commits, and a sink that rolls hourly does not stop one that commits every second.
 //!
 //! Invariants:
 //!
@@ -19,10 +19,11 @@
 //!
 //! | event | request |
 //! |---|---|
-//! | rows or bytes reach the maximum, or the promised end is in hand | at once; `push` waits for the committer |
+//! | rows or bytes at the maximum, encoder full, or promised end in hand | at once; `push` waits for the committer |
 //! | linger time over, or memory pressure | as soon as the committer has room; until then it grows |
 //! | another revision | the buffer before it, at once |
 //! | a flush | the buffer at once, then an answer after its commit |
+//! | any of these before a promised end is in hand | none: the buffer grows, and a flush is answered without it |
 //! | the end of the channel | none: what is in the buffer is read again |
 
 mod committer;
@@ -78,7 +79,7 @@ enum Message {
 /// How far a sink is with one shard.
 #[derive(Clone, Debug, Default)]
 pub struct DeliveryProgress {
-    /// Committed up to here.
+    /// Committed or given up to here.
     pub position: Option<Position>,
     /// Why the sink is blocked; `None`: it is not.
     pub blocked: Option<String>,
@@ -164,7 +165,7 @@ impl DeliveryHandle {
         DeliverySender(self.sender.clone())
     }
 
-    /// Waits until everything that was handed over is committed.
+    /// Waits until everything that was handed over is committed or given up, except rows that wait for a promised end.
     ///
     /// # Errors
     /// When the delivery has ended: [`DeliveryHandle::join`] says why.

@@ -16,7 +16,7 @@
 //! |---|---|---|
 //! | `at` | the last record handed to all deliveries | `deliver` |
 //! | `highest` | some sink has records up to here, or has promised them; fixed when the lane begins | `acquire` |
-//! | `DeliveryProgress::position` of a delivery | the last record committed by that sink | the committer |
+//! | `DeliveryProgress::position` of a delivery | that sink has committed or given up rows to here | the committer |
 //! | the checkpoint | the minimum over the sinks | `checkpointer.rs`, and `finish` at the end |
 //!
 //! Races that this module handles:
@@ -25,8 +25,9 @@
 //!   its outcome is dropped and the batch is read again.
 //! - A stop while a batch is handed to the deliveries: some sinks may have it and others not. `at` did not move, so
 //!   the sinks that lack it get it again, and the others skip it.
-//! - A write to the ledger or the checkpoint that is still under way when the lane ends: `finish` and `abandon` wait
-//!   for it, because it would otherwise overtake what the shard's next lane writes.
+//! - A write to the ledger or the checkpoint that is still under way when the lane ends could land after a write of
+//!   the shard's next lane. So `finish` and `abandon` wait for the write to the ledger, and end the checkpointer first:
+//!   a checkpoint that is under way then has the state database already, or is never written.
 
 mod acquire;
 pub mod agreement;

@@ -11,7 +11,7 @@
 //! | the shard or the source ended | committed, then the last checkpoint is written |
 //! | a stop was asked for | committed within the time of the shutdown, the rest is read again |
 //! | the source failed | committed, then the error is reported and the lane restarts |
-//! | a sink, the state or a stage failed | dropped: the next lane of the shard reads them again |
+//! | a sink lost the shard, the state failed, or the stages start in no lane | dropped: read again by the next lane |
 
 use std::sync::Arc;
 use std::time::Duration;

@@ -51,7 +51,7 @@ pub struct RedriveSource {
 /// Makes again the payloads that are not kept.
 #[derive(Default)]
 struct Remade {
-    /// Runs one letter at a time, because what it makes is large. `None`: nothing can be made.
+    /// Runs one dead letter at a time, because what it makes is large. `None`: nothing can be made.
     remaker: Option<Mutex<Box<dyn Remake>>>,
     /// Position of each sink in the redrive before this run.
     reached: Vec<(SinkName, Option<Position>)>,
@@ -62,8 +62,8 @@ struct Remade {
 pub type LeftOut = Arc<std::sync::Mutex<Vec<(i64, String)>>>;
 
 impl RedriveSource {
-    /// Makes a source of the dead letters of a redrive, except those that enter at the places of `without`. Dead
-    /// dead letters of which only a digest is kept are left out.
+    /// Makes a source of the dead letters of a redrive, except those that enter at the places of `without`. Those of
+    /// which only a digest is kept are left out, unless [`RedriveSource::remade_by`] follows.
     pub fn new(
         redrives: Redrives,
         id: RedriveId,

@@ -5,7 +5,7 @@
 //! decides by the sink's position: the commit landed (visible), or the row is read again (deleted). Nothing is lost or
 //! shown twice in either case.
 //!
-//! Refusals are counted against `max_rejected` with the commit in hand, but the count becomes final only when that
+//! Refusals are counted against `rejected_max` with the commit in hand, but the count becomes final only when that
 //! commit lands: a commit that is retried must not count its refusals twice.
 
 use std::sync::{Arc, Mutex, PoisonError};
@@ -32,7 +32,7 @@ struct Counted {
 }
 
 impl PendingRefusals {
-    /// Makes a log that writes into `letters`; beyond the limits a commit must not be made.
+    /// Makes a log that writes into `dead_letters`; beyond the limits a commit must not be made.
     pub fn new(dead_letters: DeadLetters, sink: SinkName, rejected_max: RejectedMax) -> Self {
         let window = RejectionWindow::new(rejected_max);
         Self { dead_letters, sink, counted: Mutex::new(Counted { window, pending: None }) }

@@ -2,7 +2,7 @@
 //!
 //! A pure decision over what the stream lists and what the state knows. Two invariants keep the order of records per
 //! key, and lose none: a shard is read after all its parents have ended, and a child of a shard that was begun
-//! starts at its first record, whatever the configuration says.
+//! starts at its first record, whatever the configuration says, unless it says a time.
 //!
 //! | configured start | shard that was not begun yet | begins at |
 //! |---|---|---|
@@ -10,6 +10,7 @@
 //! | LATEST | closed at the first look | nowhere: it is skipped, its records are older |
 //! | LATEST | any other | the time of the first start |
 //! | a time | any, descendants included | its first record of that time or later |
+//! | sequence numbers | descends from a begun shard | its first record |
 //! | sequence numbers | named | its sequence number |
 //! | sequence numbers | an ancestor of a named one | nowhere: it is skipped |
 //! | sequence numbers | any other | its first record |

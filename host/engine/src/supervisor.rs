@@ -26,7 +26,7 @@
 //! - A shard ends while a look for shards is under way: the look is dropped and repeated, because it may not know of
 //!   the end, and the children must not wait for the next interval.
 //! - Two processes with separate states acquire each other's shards in turn: the one that started later gives up
-//!   after it has lost a shard three times within a minute.
+//!   after it has lost one shard to the other three times within a minute.
 //! - A stop while lanes restart for a change: the restart is dropped.
 
 use std::collections::HashSet;
@@ -114,7 +114,8 @@ pub enum RunRole {
     /// The pipeline itself: what it runs is stored, and survives a restart.
     Pipeline,
     /// A command beside the pipeline, such as a redrive. It runs what the pipeline runs, or would run if it were
-    /// started now, and stores nothing about that: the files may describe something else that nobody has loaded yet.
+    /// started now, and does not store that as what the pipeline runs: the files may describe something else that
+    /// nobody has loaded yet.
     Beside {
         /// The pipeline is running.
         is_running: bool,
@@ -755,7 +756,7 @@ impl Lanes {
         needs.check().map_err(|error| LaneError::Fatal(error.to_string()))
     }
 
-    /// Prepares a restart of the lanes with what an order describes, or as before where that would lose records.
+    /// Prepares a restart of the lanes with what the request describes, or as before where that would lose records.
     async fn restart(&mut self, request: LaneRestart, stop: &Stop) {
         let outcome = self.resolve_sinks(&request.shared).await;
         let outcome = outcome.map_err(|error| shardmill_config::error_text(&error));

@@ -235,7 +235,8 @@ struct Setup {
     config: Arc<PipelineConfig>,
     host: PluginHost,
     running: Running,
-    /// Number of changes so far. A change that was prepared beside one number is not promoted under another.
+    /// Number of changes so far. A reload or a rollback that was prepared beside one number is not promoted under
+    /// another; a swap may be, if its stage is the same (`promotion::in_turn`).
     changes: u64,
 }
 

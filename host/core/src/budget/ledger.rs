@@ -16,7 +16,7 @@
 //! | stays within its part | at once |
 //! | holds less than its part, up to [`LARGE_BYTES`] | at once |
 //! | holds its part or more, up to [`LARGE_BYTES`] | when the common half has room, in order of arrival |
-//! | goes beyond its part by more than [`LARGE_BYTES`] | the same, or, one at a time, beyond the limit |
+//! | goes beyond its part, above [`LARGE_BYTES`] | the same, or, one at a time, beyond the limit |
 //!
 //! An account that went beyond the limit has the *turn*. The turn ends when the common half is no longer overdrawn,
 //! when the account holds no more than its part, or when it has released nothing for [`Limits::turn_max`]. In the last
@@ -417,12 +417,12 @@ impl BudgetLedger {
         own + if self.waiters.is_empty() { common / GREED } else { 0 }
     }
 
-    /// Returns the highest number of bytes that rows may have once they are encoded. `occupied` bytes are already counted
-    /// for them.
+    /// Returns the highest number of bytes that rows may have once they are encoded. `occupied` bytes are already
+    /// counted for them.
     ///
-    /// The limit is the sum of `occupied`, the rest of the account's part and [`ENCODED_BEYOND_BYTES`], and an equal share
-    /// of what is free in the common half, since other lanes may be at the same point. It is at least the part divided
-    /// by [`COMMITS_AT_ONCE`], because earlier commits may have taken all the rest.
+    /// The limit is the sum of `occupied`, the rest of the account's part and [`ENCODED_BEYOND_BYTES`], and an equal
+    /// share of what is free in the common half, since other lanes may be at the same point. It is at least the part
+    /// divided by [`COMMITS_AT_ONCE`], because earlier commits may have taken all the rest.
     pub(super) fn encoded_bytes_max(&self, account: AccountId, occupied: usize) -> usize {
         let part = self.part();
         let of_account = self.accounts.get(&account).map_or(0, |state| state.occupied);

@@ -147,8 +147,8 @@ pub(super) struct Judge {
 }
 
 impl Judge {
-    /// Whether an owner is trusted: this user, root, a user that was named as trusted, or the owner that the kernel or the
-    /// file system shows in place of one that it does not keep.
+    /// Whether an owner is trusted: this user, root, a user that was named as trusted, or the owner that the kernel or
+    /// the file system shows in place of one that it does not keep.
     pub fn trusts(&self, uid: u32, device: u64) -> bool {
         let shown_as = self.loose.filter(|it| it.device == device).map(|it| it.new_owner);
         let is_trusted = match self.me.trusted {

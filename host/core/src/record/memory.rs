@@ -4,8 +4,9 @@
 //! answer. Without a limit, one row of one byte would keep a batch of 256 KiB, or an answer of 60 MiB, for as long as
 //! its sink buffers it.
 //!
-//! The invariant: shared memory is kept only where the rows need most of it, and [`CopyPlan::occupied_bytes`] counts all
-//! that they keep. So [`CopyPlan::apply`] copies the other rows together, before they wait for anything:
+//! The invariant: shared memory is kept only where it is not much more than the rows' own, and
+//! [`CopyPlan::occupied_bytes`] counts all that they keep. So [`CopyPlan::apply`] copies the other rows together,
+//! before they wait for anything:
 //!
 //! | shared memory | kept if it is at most |
 //! |---|---|

@@ -1,17 +1,17 @@
 //! Commits: one position range after the other, into one sink.
 //!
-//! Invariant: each commit covers `(from, to]`, where `from` is the position that the sink has now (`stored`). The
-//! sink refuses any other `from`, so a commit lands at most once, however often it is tried. An error of `commit`
-//! leaves the outcome open only until the next try: the writer reads the sink's position and answers a commit that
-//! had landed as done.
+//! Invariant: each commit covers `(from, to]`, where `from` is the position that the sink has now (`stored`). A sink
+//! that keeps its position refuses any other `from`, so a commit lands at most once, however often it is tried. An
+//! error of `commit` leaves the outcome open only until the next try: the writer reads the sink's position and answers
+//! a commit that had landed as done. A sink that keeps no position (at-least-once) may get the rows of a try again.
 //!
 //! | outcome of a try | `stored` | published position | dead letters |
 //! |---|---|---|---|
 //! | committed | `to` | `to` | pending ones up to `to` become visible |
-//! | sink unavailable, or too many rows refused | unchanged | unchanged | none; retry with backoff |
+//! | sink unavailable, or too many rows refused | unchanged | unchanged | none becomes visible; retry with backoff |
 //! | unavailable for `give_up_after`, sink keeps its position | unchanged | `to` | the rows, pending |
 //! | unavailable for `give_up_after`, at-least-once sink | `to` | `to` | the rows, visible |
-//! | another owner, or destination closed | unchanged | unchanged | none; the delivery ends |
+//! | another owner, or destination closed | unchanged | unchanged | none becomes visible; the delivery ends |
 //!
 //! The third line is the delicate one. Nobody knows whether the last try landed after all, so the dead letters of
 //! the rows stay pending, and `stored` stays: the next commit begins at the same `from` and skips the rows that were

@@ -77,8 +77,8 @@ impl<'a> Lane<'a> {
     /// Acquires the shard in every sink and makes its lane.
     ///
     /// # Errors
-    /// [`LaneError::Fatal`] when positions contradict each other or a revision is missing; all others can be
-    /// retried.
+    /// [`LaneError::Fatal`] when positions contradict each other or a revision is missing. Of the others,
+    /// [`LaneError::needs_a_person`] says which cannot be retried.
     pub async fn acquire(
         shared: &'a Shared,
         shard: ShardKey,

@@ -47,8 +47,8 @@ pub(crate) struct FoundShards<'f> {
 }
 
 /// Compares the state with the sinks. Reopens shards where a sink was restored and the configuration says so.
-/// Returns the shards that the state does not know and in which a sink has a position. Only after this does the
-/// state count its writes, and only then may sinks be written to.
+/// Returns the shards that the state does not know and in which a sink has a position. The state counts its writes from
+/// here on, so no sink may be written to before this has returned.
 ///
 /// # Errors
 /// [`LaneError::Fatal`] when a person must decide.

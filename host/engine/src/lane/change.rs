@@ -4,7 +4,7 @@
 //! after this position", durably, before the revision's first record. A replay reads the ledger and runs the same
 //! revision, so sinks at different positions never get different rows for one record.
 //!
-//! A change takes these steps; each field of [`PendingChange`] is one of them:
+//! A change takes these steps. The first five are fields of [`PendingChange`]:
 //!
 //! 1. `wanted`: another revision was promoted.
 //! 2. `starting`: its instances are started, while the lane goes on with the revision at work.
@@ -22,7 +22,7 @@
 //! | no batch is in hand | the lane's position |
 //! | a batch is blocked, no sink has a record of it | the lane's position: the new revision runs the blocked batch |
 //! | a batch is blocked, some sink has records of it | the last record that a sink has |
-//! | all of these | never before a record that a sink has, nor before an earlier change |
+//! | all except the third | never before a record that a sink has or has promised, nor before an earlier change |
 //!
 //! Races that this module handles:
 //!
@@ -211,7 +211,7 @@ impl PendingChange {
     }
 }
 
-/// The swap pause: time between the end of one batch's run and the begin of the next one's, without the time in
+/// The swap pause: time from the end of one batch's run until the next one's can begin, without the time in
 /// which the lane waits for records. It bounds the cost of a change of revision.
 #[derive(Default)]
 pub(super) struct SwapPause {
@@ -292,7 +292,8 @@ impl Lane<'_> {
         end.max(self.highest.clone()).max(last)
     }
 
-    /// Begins to make a change durable. No other write is under way: the lane waited for it before the batch.
+    /// Begins to make a change durable. The lane waits for an earlier write before each batch (`cut_at_swap`), so
+    /// usually no other one is under way.
     fn announce(&mut self, chain: Chain, from_exclusive: Option<Position>) {
         let id = chain.revision().id.clone();
         let segment = Segment { from_exclusive: from_exclusive.clone(), revision: id.to_string() };

@@ -305,7 +305,7 @@ fn is_removed(known: &KnownSinks, name: &SinkName) -> bool {
     known.removed.contains_key(name) && !known.positions.contains_key(name)
 }
 
-/// Returns the sink's own position in each shard that may still move.
+/// Returns the sink's own position in each begun shard.
 async fn stands(
     sink: &dyn Sink,
     shards: &HashMap<ShardId, ShardState>,

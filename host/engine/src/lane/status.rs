@@ -144,7 +144,7 @@ impl StatusRegistry {
         let mut shards = self.lock();
         let status = shards.entry(shard.clone()).or_default();
         let before = status.blocked.insert(part.to_owned(), cause.to_owned());
-        // The progress of a search changes all the time, so only its begin is logged.
+        // The progress of a search changes all the time, so only its beginning is logged.
         let is_news = match part == super::SEARCH {
             true => before.is_none(),
             false => before.as_deref() != Some(cause),

@@ -3,10 +3,11 @@
 //! Invariants:
 //!
 //! - A batch has one outcome, after all its stages. If a stage cannot finish ([`Blocked`]), nothing of the batch was
-//!   delivered or counted, and the same batch may be run again, by this revision or another.
-//! - Outputs keep the order of their records, also where a canary runs some of them.
-//! - An item that has a dead letter of a stage already (`dead_lettered`) is not run there again: its outcome is known, and
-//!   a second run could differ from the first.
+//!   delivered, or counted as rejected by the lane, and the same batch may be run again, by this revision or another.
+//! - A stage gets items in the order of their records, also where a canary has run some of them. Rows keep that order
+//!   per version only; the lane sorts them for each sink.
+//! - An item that has a dead letter of a stage already (`dead_lettered`) is not run there again: its outcome is known,
+//!   and a second run could differ from the first.
 //! - A row is identified by its record's position and its number among the record's rows, over all stages. So a
 //!   replay by the same revision gives the same identities.
 //!
@@ -52,7 +53,7 @@ pub struct Routed {
 /// Outcome of a batch.
 #[derive(Debug, Default)]
 pub struct ChainOutcome {
-    /// Rows for sinks, by ascending (position, ordinal) per stage.
+    /// Rows for sinks, by ascending (position, ordinal) for each stage, and for each version if it has a canary.
     pub routed: Vec<Routed>,
     /// Dead letters of records that a stage rejected.
     pub dead_letters: Vec<DeadLetter>,

@@ -1,8 +1,8 @@
 //! A loaded revision: everything that decides what a record becomes.
 //!
 //! A revision is stages, component digests, configurations and bindings. A replay runs the revision that ran first,
-//! so its specification (`spec.rs`) and its components' bytes are stored until the checkpoint has passed it (see
-//! [`shardmill_state`]). `fit.rs` checks that its stages fit each other.
+//! so its specification (`spec.rs`) and its components' bytes are stored until no replay, no undo and no redrive can
+//! need them (see [`shardmill_state`]). `fit.rs` checks that its stages fit each other.
 
 use std::collections::HashMap;
 use std::path::Path;

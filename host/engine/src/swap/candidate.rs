@@ -1,7 +1,7 @@
 //! A candidate, from its bytes to a validated revision. Nothing that runs is changed here.
 //!
 //! The exception is `check_tables`, the last check before a promotion: a sink that will get other rows learns that, and
-//! may create its table. Whoever does not promote afterwards calls `prepare_as_before`.
+//! may create its table. A check that fails afterwards, and a rehearsal, call `prepare_as_before`.
 
 use std::collections::{BTreeSet, HashMap};
 use std::sync::Arc;

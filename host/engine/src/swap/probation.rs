@@ -7,8 +7,8 @@
 //! | found | rolled back when |
 //! |---|---|
 //! | traps, or calls over a limit | more than `reload.probation.traps` |
-//! | rejected records, of at least 100 | the share is larger than before by `reload.probation.rejected_percent` |
-//! | time per record, with 50 ms in calls of both | `reload.probation.slower` times that of before |
+//! | rejected records, of at least 100 | the share has grown by more than `reload.probation.rejected_percent` |
+//! | time per record, with 50 ms in calls of both | more than `reload.probation.slower` times that of before |
 //! | a lane that this stage blocks, and that was not blocked so before | at once |
 //!
 //! It ends early when the change is no longer in force. A rollback names the change that it undoes, so it cannot

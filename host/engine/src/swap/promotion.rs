@@ -25,7 +25,9 @@
 //! | one cannot start the revision | refused | every lane goes back (`take_back`) |
 //! | they must restart, and have not ended in time | promoted; it may be undone | `until_restarted` waits on |
 //! | they must restart, and the supervisor refuses | refused | every lane goes back |
-//! | the pipeline stops | refused, or promoted | the next start runs the new revision, or says why not |
+//! | the pipeline stops before step 5 | refused | nothing was changed |
+//! | they must restart, and the pipeline stops first | refused | the state goes back (`take_back`), if time is left |
+//! | the pipeline stops otherwise | promoted | the next start runs the new revision, or says why not |
 //!
 //! `take_back` does nothing when another change has come since: its revision is in force then. A way back (a
 //! rollback) must not be stopped by a slow start or an unreachable sink, because a bad version would stay at work:

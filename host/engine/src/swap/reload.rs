@@ -5,10 +5,12 @@
 //!
 //! | difference | applied |
 //! |---|---|
-//! | the name, the state folder, the source, ports, `[timing]` (`refuse_immutable`) | refused: restart the process |
+//! | the name, the state folder, the source, ports, `[timing]`, sinks of `[dead_letters]`, `[reload] watch` | refused |
 //! | none that a lane would notice (pins, limits of compilation) | kept for later changes; nothing is promoted |
-//! | stages only | promoted; each lane changes at its next batch boundary |
+//! | stages only | promoted; each lane changes at its next batch boundary, or restarts if a sink gets other rows |
 //! | sinks or settings | promoted; all lanes end and restart |
+//!
+//! To change what `refuse_immutable` refuses, restart the process.
 //!
 //! Stages that differ are tried on recent records first. A sink that is removed while it lags behind the others is
 //! refused before anything is durable: the lanes would find that out only when they have ended, after the answer.

@@ -7,7 +7,7 @@
 //! | who exceeds its time, or fails as a whole | what follows |
 //! |---|---|
 //! | the candidate | the trial is aborted and the change refused |
-//! | the incumbent | the candidate goes on alone; that says nothing against the candidate |
+//! | the incumbent | the candidate runs alone: this sample after a failure, all later ones after the time is over |
 //!
 //! Failures of the candidate on records that only it was given count against it, unless a call of the incumbent has
 //! failed: a bad incumbent is often what is to be replaced.
@@ -32,7 +32,7 @@ use shardmill_core::escape::escaped;
 const DIFFERENCES_MAX: usize = 5;
 /// Characters of a record that a report shows.
 const RECORD_CHARS_MAX: usize = 200;
-/// Number of calls that trap or exceed a limit, after which the candidate counts as failed.
+/// Records that may be rejected in one search for culprits. With more of them, the version fails as a whole.
 const REJECTED_MAX: RejectedMax = RejectedMax { in_a_row: 3, of_last_1000: 10 };
 /// Interval at which a shadow looks for new samples.
 pub(super) const SHADOW_PAUSE: Duration = Duration::from_millis(50);
