@@ -44,7 +44,7 @@ func NewGauge(name, help string) (Metric, error) { return register(1, name, help
 // NewHistogram registers a metric that counts the distribution of its values. In configure only.
 func NewHistogram(name, help string) (Metric, error) { return register(2, name, help) }
 
-// Observe adds a value to the metric.
+// Observe records a value: a counter adds it, a gauge keeps it, a histogram counts it.
 func (m Metric) Observe(value float64) { metricsObserve(uint32(m), value) }
 
 func register(kind uint32, name, help string) (Metric, error) {

@@ -1,6 +1,6 @@
 /** The capability `metrics`: time series that the plugin defines. Register them once, in `configure`. */
 export interface Metric {
-  /** Adds a value to the metric. */
+  /** Records a value: a counter adds it, a gauge keeps it, a histogram counts it. */
   observe(value: number): void;
 }
 /** Registers a metric that adds up its values. The name must match `[a-z][a-z0-9_]*`. */

@@ -14,7 +14,7 @@ class Metric:
             raise ValueError(f"metric {name}: {refusal.value}") from None
 
     def observe(self, value: float) -> None:
-        """Adds a value to the metric."""
+        """Records a value: a counter adds it, a gauge keeps it, a histogram counts it."""
         _host.observe(self._number, float(value))
 
 

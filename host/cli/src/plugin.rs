@@ -84,7 +84,7 @@ pub enum Command {
         after_help = "Examples:\n  shardmill plugin rollback decode\n  shardmill plugin rollback decode --replay-from-swap"
     )]
     Rollback(swap::RollbackOptions),
-    /// Show all changes of the running pipeline, including refused ones.
+    /// Show all changes of the pipeline, including refused ones.
     #[command(after_help = "Example:\n  shardmill plugin history decode --shards")]
     History(swap::HistoryOptions),
     /// Show which plugin versions processed a record.

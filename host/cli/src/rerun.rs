@@ -5,7 +5,7 @@
 //! in which the newest row of each key wins takes the rows in place. Other tables get a new table beside them.
 //! Objects, streams and HTTP endpoints cannot take back what was written.
 //!
-//! The rerun has a state folder of its own (`rerun_dir-<change>`). The folder is made before anything runs, and the
+//! The rerun has a state folder of its own (`again-<change>`). The folder is made before anything runs, and the
 //! file `done` is written at the end. A folder without `done` is a rerun that was interrupted: the next command
 //! continues it.
 

@@ -82,7 +82,7 @@ struct Ready {
     _embedded: Option<EmbeddedStream>,
 }
 
-/// Opens the ports, locks the state and validates everything.
+/// Locks the state, opens the ports and validates everything.
 async fn start(
     options: Options,
     config: PipelineConfig,

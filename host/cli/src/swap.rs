@@ -249,7 +249,7 @@ pub(crate) struct HistoryOptions {
     /// Maximum number of changes to show.
     #[arg(long, default_value_t = 50)]
     limit: u32,
-    /// Also show from which record on each revision ran in each shard.
+    /// Also show after which record each revision ran in each shard.
     #[arg(long)]
     shards: bool,
 }

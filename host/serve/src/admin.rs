@@ -82,7 +82,7 @@ impl AdminPort {
         self.address
     }
 
-    /// Serves the status of these boards, and changes through `control` if there is one, until `stop`. `access`
+    /// Serves the status of these registries, and changes through `control` if there is one, until `stop`. `access`
     /// decides who may do what.
     pub fn serve(
         self,
@@ -139,7 +139,7 @@ struct Shown {
 }
 
 impl Shown {
-    /// Returns the shards of all boards.
+    /// Returns the shards of all registries.
     fn shards(&self) -> BTreeMap<ShardId, ShardStatus> {
         self.registries.iter().flat_map(StatusRegistry::snapshot).collect()
     }

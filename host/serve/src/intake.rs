@@ -2,8 +2,8 @@
 //!
 //! `POST /events` is answered with 200 only after the stream has every record of the request. With any other
 //! answer, some records may be on the stream, so a client that sends again delivers at least once. Within a
-//! request, the order of records with the same partition key is as good as PutRecords makes it: a later record
-//! may overtake one that was refused temporarily. `GET /health` is 200 while puts succeed.
+//! request, records with the same partition key keep their order, with one exception: a later record may overtake
+//! one that was refused temporarily. `GET /health` is 200 while puts succeed.
 //!
 //! Clients are not authenticated. Bytes are reserved as they arrive, and a body that stalls gives its bytes
 //! back when another body needs them ([`arrivals`]). A web page may send events only if its origin is

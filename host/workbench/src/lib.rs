@@ -62,7 +62,7 @@ impl TrialRecord {
         Self {
             key: Bytes::from_static(b"key"),
             payload: payload.into(),
-            // Any number works; these have as many digits as those of Kinesis.
+            // Any number works. Those of Kinesis have 56 digits.
             sequence: SequenceNumber::from(index as u64 + 1),
             arrived_ms: 1_700_000_000_000 + index as u64,
         }

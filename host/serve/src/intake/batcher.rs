@@ -15,6 +15,7 @@
 //! | a record refused permanently | dropped with the other records of its request | answered with the cause |
 //! | call refused, several requests in it | back to the front, put alone | wait |
 //! | call refused, one request in it | dropped | answered with the cause |
+//! | every call failed for [`REFUSED_MAX`] | all dropped, queued ones too | all answered with the cause |
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
