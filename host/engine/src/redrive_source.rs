@@ -154,7 +154,7 @@ impl RedriveReader {
             }
             Err(why) => {
                 tracing::warn!(
-                    dead_letter = lost.dead_letter,
+                    letter = lost.dead_letter,
                     cause = why,
                     "a dead letter is left out of the redrive"
                 );
