@@ -120,6 +120,8 @@ impl Producer {
     async fn request(&mut self) -> Result<(), SourceError> {
         let mut request = self.writer.request();
         let mut waiting = Vec::new();
+        // An error below leaves the buffer empty.
+        self.buffer_bytes = 0;
         for record in std::mem::take(&mut self.buffer) {
             match request.offer(request.len(), record) {
                 Offer::Added => {}
