@@ -380,7 +380,7 @@ mod tests {
         assert_eq!(bound.warning(Some(&AvailableMemory { bytes: 2 << 30, of })), None);
         assert_eq!(bound.warning(None), None);
         let said = bound.warning(Some(&AvailableMemory { bytes: 1 << 30, of })).expect("a warning");
-        assert!(said.contains("1324 MiB, and the machine has 1024 MiB"), "{said}");
+        assert!(said.contains("1324 MiB, but the machine has only 1024 MiB"), "{said}");
         assert!(said.contains("5 lanes (300 MiB for the host, 1024 MiB for 5 plugin"), "{said}");
     }
 }

@@ -119,7 +119,7 @@ mod tests {
         assert!(check(&descriptor(&["a", "b_2-c"])).is_ok());
         assert!(said(&descriptor(&[])).contains("no route"));
         assert!(said(&descriptor(&["a", "a"])).contains("twice"));
-        assert!(said(&descriptor(&["A"])).contains("a route's name"));
+        assert!(said(&descriptor(&["A"])).contains("invalid route name"));
         assert!(said(&descriptor(&[&"x".repeat(65)])).contains("1 to 64"));
         assert!(said(&Descriptor { name: String::new(), ..descriptor(&["a"]) }).contains("name"));
         let line = Descriptor { version: "1\n2".into(), ..descriptor(&["a"]) };

@@ -55,7 +55,7 @@ fn wall_12_a_descriptor_that_would_steer_a_terminal_is_refused() {
             let output = run(command);
             let said = said(command, &output);
             assert!(
-                said.contains("descriptor's") || said.contains("route's name"),
+                said.contains("descriptor's") || said.contains("invalid route name"),
                 "{what}: {said}"
             );
         }
