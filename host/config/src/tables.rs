@@ -124,7 +124,7 @@ pub fn table(raw: &Spanned<Text>, check: &mut Check) -> Option<String> {
 
 /// Table of a rerun: it takes rows again that `table` got before, after the rollback of a change.
 pub struct RerunTable {
-    /// Table: the same one if the newest row of each key wins, else a new one beside it.
+    /// Table that gets the rows: the live table with `newest_by`, otherwise a new one beside it.
     pub table: String,
     /// Whether a missing table is created.
     pub create: bool,

@@ -377,7 +377,7 @@ pub struct CopyIn {
 }
 
 impl CopyIn {
-    /// Sends bytes. Fails if the server accepts none for too long; it answers only at the end.
+    /// Sends bytes. Fails if the server accepts none for too long. The server answers only after the last bytes.
     ///
     /// # Errors
     /// [`ServerError`].

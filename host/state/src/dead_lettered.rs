@@ -193,7 +193,7 @@ mod tests {
         let (stream, pipeline) = (stream.into(), "cars".into());
         let shard = ShardKey { pipeline, stream, shard: "shard".into() };
         let other = ShardKey { shard: "other".into(), ..shard.clone() };
-        // Every second record, and two items of it.
+        // Even sequence numbers only, with two items each.
         let numbers = || (2..=LAST).step_by(2);
         let keys = |number| [key(number, "decode", 0), key(number, "decode", 1)];
         let all: Vec<DeadLetter> = numbers().flat_map(keys).map(dead_letter).collect();

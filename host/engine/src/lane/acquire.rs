@@ -140,9 +140,8 @@ impl<'a> Lane<'a> {
             .flat_map(|standing| [standing.skip_to.clone(), standing.acquired.must_cut_at.clone()])
             .max()
             .flatten();
-        // A dead letter of a stage is an outcome: its record was run, and other outputs of it may be on their way to
-        // a sink. If another revision ran the record, the dead letter would hide another output, or the record would
-        // have both a dead letter and rows.
+        // A dead letter of a stage shows that its record was run. If another revision ran the record again, an output
+        // could be lost, or the record could have both a dead letter and rows.
         let ran = highest.clone().max(shared.dead_letters.highest_of_stages(&shard).await?);
         let (change, wanted) = PendingChange::begin(shared, &shard, stop);
         let place = Place { start: start.as_ref(), ran: ran.as_ref(), state: &state };

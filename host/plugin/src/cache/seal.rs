@@ -145,7 +145,7 @@ mod tests {
         assert_eq!(other.opened("a", &sealed), None);
         assert_eq!(one.opened("a", &sealed[1..]), None);
         assert_eq!(one.opened("a", b"short"), None);
-        // The lengths keep name and content apart.
+        // The lengths are sealed too, so ("ab", "c") and ("a", "bc") differ.
         assert_ne!(one.of("ab", b"c"), one.of("a", b"bc"));
     }
 

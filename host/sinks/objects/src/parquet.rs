@@ -98,7 +98,7 @@ impl ParquetSchema {
     /// Makes the schema of declared columns.
     ///
     /// # Errors
-    /// The column that cannot be in a Parquet file, or that there are no columns.
+    /// A column has a type that a Parquet file cannot have, or there are no columns.
     pub(super) fn of(columns: &[Column]) -> Result<Self, String> {
         if columns.is_empty() {
             return Err("it declares no columns, which a Parquet file needs".into());
