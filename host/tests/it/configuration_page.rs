@@ -423,7 +423,7 @@ fn wrong(form: &str) -> Option<Value> {
     }
 }
 
-/// What is within backticks, if the text is nothing else.
+/// Returns the text within backticks, if there is nothing else.
 fn quoted(text: &str) -> Option<&str> {
     let inner = text.strip_prefix('`')?.strip_suffix('`')?;
     (!inner.contains('`')).then_some(inner)
